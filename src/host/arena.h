@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: MIT
+// Packed outputs and staged inputs: blocks of a rank's own window, handed out by that rank alone, read or written by
+// its peers.
+#pragma once
+
+#include <cstddef>
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "host/window.h"
+
+namespace deep_ep::host {
+
+/// First-fit over the arena region. A block goes back when its last owner drops it, on any thread, also after the
+/// buffer closed. The last quarter is the landing zone: outputs take it only to be copied out at once, so that a caller
+/// who keeps every result still can receive the next.
+class Arena : public std::enable_shared_from_this<Arena> {
+ public:
+  struct Block {
+    std::shared_ptr<void> owner;  // null: no room
+    std::size_t at = 0;           // offset in the window
+    std::size_t bytes = 0;
+    bool landing = false;
+  };
+  Arena(std::shared_ptr<Window> window, std::size_t at, std::size_t bytes);
+
+  /// A block outside the landing zone, or with `anywhere` also in it. Never throws for want of room.
+  Block allocate(std::size_t bytes, bool anywhere);
+
+  bool contains(const void* data, std::size_t bytes) const;
+  std::size_t offset_of(const void* data) const {
+    return static_cast<std::size_t>(static_cast<const std::byte*>(data) - window_->base());
+  }
+
+  std::size_t capacity() const { return bytes_; }
+  std::size_t largest_free() const;
+  std::size_t in_use() const;
+  std::size_t high_water() const;
+
+ private:
+  void release(std::size_t at, std::size_t bytes);
+
+  const std::shared_ptr<Window> window_;
+  const std::size_t at_, bytes_, landing_at_;
+  mutable std::mutex mutex_;
+  std::map<std::size_t, std::size_t> free_;  // offset -> bytes, neighbours joined
+  std::size_t in_use_ = 0, high_water_ = 0;
+};
+
+}  // namespace deep_ep::host

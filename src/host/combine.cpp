@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: MIT
+// High-throughput combine: rows stay where the experts' rank put them, in its window; each token's home reads and adds
+// them in the plan's order. Phases: publish, sum, part. docs/protocol.md lists the flags.
+#include "host/operations.h"
+#include "host/row_sum.h"
+
+#include <algorithm>
+
+#include "check.h"
+
+namespace deep_ep::host {
+
+namespace {
+
+// Rows and weights of one rank, as they lie in its window.
+struct Source {
+  const std::byte* x = nullptr;
+  const float* weights = nullptr;
+};
+
+class Combine {
+ public:
+  Combine(Context& context, const CombineCall& call)
+      : context_(context),
+        call_(call),
+        handle_(*call.in.handle),
+        epoch_(context.begin(call.operation, call.timeout)),
+        active_(context.active_ranks()),
+        sources_(context.num_ranks) {}
+
+  CombineOutput run() {
+    const FinishAtExit finish(context_, epoch_);
+    try {
+      publish();
+      for (int peer : active_) await_source(peer);
+      CombineOutput out = sum();
+      part();
+      return out;
+    } catch (...) {
+      // A peer may still be reading what we published.
+      for (auto& block : staged_) context_.quarantine(epoch_, std::move(block));
+      throw;
+    }
+  }
+
+ private:
+  // Makes our rows readable by their homes: in place where they lie in our arena, else staged there once.
+  void publish() {
+    Announcement mine;
+    mine.signature = call_.signature;
+    try {
+      if (call_.in.x.given()) mine.x_at = readable(call_.in.x);
+      if (call_.in.topk_weights.given()) mine.weights_at = readable(call_.in.topk_weights);
+    } catch (const Error& error) {
+      announce(refusal(error.what()), Context::kRefused);
+      throw;
+    }
+    announce(mine, 0);
+  }
+
+  static Announcement refusal(const std::string& why) {
+    Announcement announcement;
+    why.copy(announcement.refusal.data(), announcement.refusal.size() - 1);
+    return announcement;
+  }
+
+  void announce(const Announcement& announcement, std::uint32_t value) {
+    for (int peer : active_) {
+      context_.announcement(peer, epoch_.number, context_.rank) = announcement;
+      context_.publish(peer, context_.words(peer, epoch_.number, context_.rank).announced, epoch_, value);
+    }
+  }
+
+  std::uint64_t readable(const TensorView& tensor) {
+    const std::size_t bytes = tensor.bytes();
+    Arena& arena = context_.arena();
+    if (arena.contains(tensor.data, bytes)) return arena.offset_of(tensor.data);
+    Arena::Block block = arena.allocate(bytes, true);
+    require(block.owner != nullptr,
+            "arena_bytes: rank {} needs {} bytes of arena to stage combine's input, {} are free there", context_.rank,
+            bytes, arena.largest_free());
+    std::byte* staged = context_.window(context_.rank) + block.at;
+    const RowOps& ops = row_ops();
+    constexpr std::int64_t kPiece = 256 << 10;
+    context_.workers().for_range(
+        static_cast<std::int64_t>(bytes), kPiece, call_.num_workers, [&](std::int64_t begin, std::int64_t end) {
+          ops.copy(staged + begin, tensor.as<const std::byte>() + begin, static_cast<std::size_t>(end - begin));
+          ops.flush();
+        });
+    context_.count([&](Statistics& statistics) { statistics.staged_bytes += bytes; });
+    staged_.push_back(std::move(block.owner));
+    return block.at;
+  }
+
+  void await_source(int peer) {
+    context_.await_announcement(epoch_, peer, call_.signature);
+    const Announcement& theirs = context_.announcement(context_.rank, epoch_.number, peer);
+    sources_[peer].x = context_.window(peer) + theirs.x_at;
+    sources_[peer].weights = reinterpret_cast<const float*>(context_.window(peer) + theirs.weights_at);
+  }
+
+  CombineOutput sum() {
+    CombineOutput out;
+    const std::int64_t tokens = handle_.num_tokens;
+    if (call_.hidden > 0)
+      out.x =
+          call_.in.out.given() ? Tensor(call_.in.out, nullptr) : Tensor::allocate(call_.dtype, {tokens, call_.hidden});
+    if (call_.in.topk_weights.given()) out.topk_weights = Tensor::allocate(DType::kFp32, {tokens, handle_.num_topk});
+    const RowOps& ops = row_ops();
+    context_.workers().for_range(tokens, kTokensPerPiece, call_.num_workers, [&](std::int64_t begin, std::int64_t end) {
+      RowSum rows(call_, context_.topology, ops);
+      std::vector<std::int32_t> dst_rank(handle_.num_topk);
+      for (std::int64_t token = begin; token < end; ++token) {
+        routes_of(token, dst_rank.data());
+        if (call_.hidden > 0) sum_token(rows, token, dst_rank.data(), out.x);
+        if (call_.in.topk_weights.given()) bring_weights_home(token, dst_rank.data(), out.topk_weights);
+      }
+    });
+    return out;
+  }
+
+  // The token's ranks, without those that are left out of this operation.
+  void routes_of(std::int64_t token, std::int32_t* dst_rank) const {
+    const std::int32_t* routed = handle_.dst_rank.as<const std::int32_t>() + token * handle_.num_topk;
+    for (int k = 0; k < handle_.num_topk; ++k)
+      dst_rank[k] = routed[k] >= 0 && sources_[routed[k]].x != nullptr ? routed[k] : -1;
+  }
+
+  void sum_token(RowSum& rows, std::int64_t token, const std::int32_t* dst_rank, const Tensor& out) const {
+    const std::int32_t* dst_row = handle_.dst_row.as<const std::int32_t>() + token * handle_.num_topk;
+    const auto row_of = [&](int k, int rank) {
+      return sources_[rank].x + static_cast<std::size_t>(dst_row[k]) * call_.row_bytes;
+    };
+    rows.sum(static_cast<int>(token), dst_rank, row_of,
+             out.as<std::byte>() + token * static_cast<std::int64_t>(call_.row_bytes));
+  }
+
+  void bring_weights_home(std::int64_t token, const std::int32_t* dst_rank, const Tensor& out) const {
+    const int topk = handle_.num_topk;
+    const std::int32_t* dst_row = handle_.dst_row.as<const std::int32_t>() + token * topk;
+    float* home = out.as<float>() + token * topk;
+    std::fill_n(home, topk, 0.0f);
+    if (handle_.layout != OutputLayout::kByRank || call_.in.weights_home == WeightsHome::kFromOwner) {
+      const bool by_rank = handle_.layout == OutputLayout::kByRank;
+      for (int k = 0; k < topk; ++k)
+        if (dst_rank[k] >= 0)
+          home[k] = sources_[dst_rank[k]].weights[by_rank ? std::int64_t{dst_row[k]} * topk + k : dst_row[k]];
+      return;
+    }
+    for (int rank = 0; rank < context_.num_ranks; ++rank) {
+      const std::int32_t* found = std::find(dst_rank, dst_rank + topk, rank);
+      if (found == dst_rank + topk) continue;
+      const float* theirs = sources_[rank].weights + std::int64_t{dst_row[found - dst_rank]} * topk;
+      for (int k = 0; k < topk; ++k) home[k] += theirs[k];
+    }
+  }
+
+  // Nobody leaves while another still reads its rows.
+  void part() {
+    // A rank that has left already gave up on us; what we read of it since may be something else.
+    for (int peer : active_) require_still_there(peer);
+    for (int peer : active_)
+      context_.publish(peer, context_.words(peer, epoch_.number, context_.rank).finished, epoch_, 1);
+    for (int peer : active_)
+      context_.await(context_.words(context_.rank, epoch_.number, peer).finished, epoch_, peer, 1);
+  }
+
+  void require_still_there(int peer) const {
+    if (peer != context_.rank && context_.has_released(peer, epoch_.number))
+      throw Error(WaitRecord{context_.rank, "combine (that rank gave up first)", peer, epoch_.number, 1, 0, false});
+  }
+
+  static constexpr std::int64_t kTokensPerPiece = 32;
+
+  Context& context_;
+  const CombineCall& call_;
+  const Handle& handle_;
+  const Epoch epoch_;
+  const std::vector<int> active_;
+  std::vector<Source> sources_;
+  std::vector<std::shared_ptr<void>> staged_;
+};
+
+}  // namespace
+
+CombineOutput combine(Context& context, const CombineCall& call) { return Combine(context, call).run(); }
+
+}  // namespace deep_ep::host

@@ -1,0 +1,336 @@
+// SPDX-License-Identifier: MIT
+#include "host/context.h"
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <sstream>
+#include <thread>
+
+#include "check.h"
+
+namespace deep_ep::host {
+
+namespace {
+
+using Bytes = Bootstrap::Blob;
+
+Bytes pack(const WindowAddress& address, const std::string& config) {
+  Bytes blob(sizeof address + config.size());
+  std::memcpy(blob.data(), &address, sizeof address);
+  std::memcpy(blob.data() + sizeof address, config.data(), config.size());
+  return blob;
+}
+
+std::string config_text(const Bytes& blob) {
+  return {reinterpret_cast<const char*>(blob.data()) + sizeof(WindowAddress), blob.size() - sizeof(WindowAddress)};
+}
+
+// Names the first line in which two printed configurations differ.
+void require_same_config(const std::string& ours, const std::string& theirs, int our_rank, int their_rank) {
+  std::istringstream a(ours), b(theirs);
+  for (std::string line_a, line_b; std::getline(a, line_a) && std::getline(b, line_b);)
+    require(line_a == line_b, "config differs: rank {} has {}, rank {} has {}", our_rank, line_a, their_rank, line_b);
+}
+
+std::vector<std::shared_ptr<Window>> open_windows(const BackendInput& input, std::size_t bytes) {
+  Bootstrap& group = *input.group;
+  const int rank = group.rank(), num_ranks = group.num_ranks();
+  auto own = Window::create(bytes);
+  const std::string config = input.config.to_string();
+  const auto blobs = group.all_gather(pack(own->address(), config), input.config.open_timeout);
+  std::vector<std::shared_ptr<Window>> windows(num_ranks);
+  std::string failure;
+  try {
+    for (int peer = 0; peer < num_ranks; ++peer) {
+      require(blobs[peer].size() >= sizeof(WindowAddress), "rank {} sent {} bytes of introduction, {} are needed", peer,
+              blobs[peer].size(), sizeof(WindowAddress));
+      require_same_config(config, config_text(blobs[peer]), rank, peer);
+      WindowAddress address;
+      std::memcpy(&address, blobs[peer].data(), sizeof address);
+      windows[peer] = peer == rank ? own : Window::open(address);
+    }
+  } catch (const Error& error) {
+    if (error.code() == ErrorCode::kInvalidArgument) throw;  // every rank sees the difference: nobody waits for us
+    failure = error.what();
+  }
+  // The second meeting: nobody seals its window before all have it, and a failure here is everybody's.
+  const auto* text = reinterpret_cast<const std::byte*>(failure.data());
+  const auto failures = group.all_gather({text, failure.size()}, input.config.open_timeout);
+  own->seal();
+  for (int peer = 0; peer < num_ranks; ++peer)
+    if (!failures[peer].empty())
+      throw Error(ErrorCode::kSystem, fmt::format("rank {} could not open the buffer: {}", peer,
+                                                  std::string(reinterpret_cast<const char*>(failures[peer].data()),
+                                                              failures[peer].size())));
+  return windows;
+}
+
+int workers_of(const Options& options, int num_ranks) {
+  if (options.num_workers > 0) return options.num_workers;
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()) / num_ranks);
+}
+
+std::uint64_t word_of(const Epoch& epoch, std::uint32_t value) { return epoch.number << 32 | value; }
+
+std::uint64_t load_acquire(const std::uint64_t& word) {
+  return std::atomic_ref<std::uint64_t>(const_cast<std::uint64_t&>(word)).load(std::memory_order_acquire);
+}
+
+void store_release(std::uint64_t& word, std::uint64_t value) {
+  std::atomic_ref<std::uint64_t>(word).store(value, std::memory_order_release);
+}
+
+}  // namespace
+
+Context::Context(const BackendInput& input)
+    : rank(input.group->rank()),
+      num_ranks(input.group->num_ranks()),
+      topology(input.topology),
+      config(input.config),
+      layout_(
+          plan::WindowLayout::place(config, num_ranks, plan::arena_bytes_of(config, num_ranks, plan::machine_bytes()))),
+      windows_(open_windows(input, layout_.total_bytes)),
+      arena_(std::make_shared<Arena>(windows_[rank], layout_.arena_at, layout_.arena_bytes)),
+      ticket_epoch_(config.num_tickets, 0),
+      masked_(num_ranks, 0) {
+  const int count = workers_of(input.options, num_ranks);
+  workers_ = std::make_unique<Workers>(count, input.options.pin_workers ? rank * count : -1);
+  for (const auto& window : windows_)
+    processes_.push_back(window->address().pid == getpid() ? ProcessWatch() : ProcessWatch(window->address().pid));
+  // Polling pays only where every rank has a core of its own.
+  const bool own_core = num_ranks * count <= static_cast<int>(std::thread::hardware_concurrency());
+  spins_ = own_core ? 20000 : 100;
+  statistics_.peers.resize(num_ranks);
+}
+
+// Epochs
+// --------------------------------------------------------------------------------------------------------------------------
+
+Epoch Context::begin(Operation operation, std::chrono::milliseconds timeout) {
+  Epoch epoch{operation, 0, -1, Clock::now() + timeout};
+  std::uint64_t needed = 0;  // every rank must have finished this operation, whose places we take
+  {
+    std::lock_guard lock(mutex_);
+    sweep_quarantine();
+    epoch.number = ++last_epoch_;
+    ++statistics_.operations;
+    if (epoch.number > plan::kOperationsInFlight) needed = epoch.number - plan::kOperationsInFlight;
+    if (operation == Operation::kLowLatencyDispatch || operation == Operation::kLowLatencyCombine) {
+      epoch.ticket = static_cast<int>(num_low_latency_++ % config.num_tickets);
+      needed = std::max(needed, std::exchange(ticket_epoch_[epoch.ticket], epoch.number));
+    }
+    pending_[epoch.number] = {epoch, Pending::kOpen};
+  }
+  try {
+    await_own_room(epoch, needed);
+    for (int peer : active_ranks())
+      if (peer != rank) await_room(epoch, peer, needed);
+  } catch (...) {
+    finish(epoch);
+    throw;
+  }
+  return epoch;
+}
+
+// Our own places are free once we have finished what used them. An open ticket is the caller's to receive: that is an
+// error, not a wait.
+void Context::await_own_room(const Epoch& epoch, std::uint64_t needed) {
+  for (;;) {
+    Epoch oldest;
+    {
+      std::lock_guard lock(mutex_);
+      advance_released();
+      if (released_ >= needed) return;
+      const Pending& first = pending_.at(released_ + 1);
+      require(
+          first.state != Pending::kOpen,
+          "{}: the ticket of operation {} is still open, and {} needs its place: receive it first (num_tickets = {})",
+          name(epoch.operation), first.epoch.number, epoch.number, config.num_tickets);
+      oldest = first.epoch;
+    }
+    for (int peer : active_ranks())
+      await(words(rank, oldest.number, peer).arrived, {epoch.operation, oldest.number, -1, epoch.deadline}, peer, 1);
+  }
+}
+
+void Context::await_room(const Epoch& epoch, int peer, std::uint64_t needed) {
+  if (needed == 0) return;
+  const std::uint64_t& released = released_word(rank, peer);
+  bool gone = false;
+  // Acquire: what we write next into the peer's places comes after its last reads there.
+  if (!wait(epoch, peer, gone, [&] { return load_acquire(released) >= needed; }))
+    throw_timeout(epoch, peer, needed, load_acquire(released), gone);
+}
+
+void Context::finish(const Epoch& epoch) {
+  std::lock_guard lock(mutex_);
+  if (const auto found = pending_.find(epoch.number); found != pending_.end()) found->second.state = Pending::kDone;
+  advance_released();
+}
+
+void Context::abandon(const Epoch& epoch) {
+  std::lock_guard lock(mutex_);
+  if (const auto found = pending_.find(epoch.number); found != pending_.end())
+    found->second.state = Pending::kAbandoned;
+  advance_released();
+}
+
+// Under the lock, so that the word only grows.
+void Context::advance_released() {
+  const std::uint64_t before = released_;
+  while (!pending_.empty() && pending_.begin()->first == released_ + 1) {
+    const Pending& first = pending_.begin()->second;
+    if (first.state == Pending::kOpen || (first.state == Pending::kAbandoned && !all_arrived(first.epoch))) break;
+    pending_.erase(pending_.begin());
+    ++released_;
+  }
+  if (released_ == before) return;
+  for (int peer = 0; peer < num_ranks; ++peer) {
+    // Release: our reads of what the peer wrote come before its next writes there.
+    store_release(released_word(peer, rank), released_);
+    if (peer != rank) doorbell(peer).ring();
+  }
+}
+
+bool Context::all_arrived(const Epoch& epoch) const {
+  for (int peer = 0; peer < num_ranks; ++peer) {
+    const bool arrived = load_acquire(words(rank, epoch.number, peer).arrived) >> 32 >= epoch.number;
+    if (!arrived && !masked_[peer] && !processes_[peer].ended()) return false;
+  }
+  return true;
+}
+
+bool Context::has_released(int peer, std::uint64_t epoch) const {
+  return load_acquire(released_word(rank, peer)) >= epoch;
+}
+
+// Flags
+// ---------------------------------------------------------------------------------------------------------------------------
+
+void Context::publish(int peer, std::uint64_t& word, const Epoch& epoch, std::uint32_t value) {
+  // Release: a peer that sees the flag sees everything that this thread, and the workers it waited for, wrote before.
+  store_release(word, word_of(epoch, value));
+  doorbell(peer).ring();
+}
+
+template <typename Ready>
+bool Context::wait(const Epoch& epoch, int peer, bool& peer_gone, const Ready& ready) {
+  if (ready()) return true;
+  const auto start = Clock::now();
+  const auto tick = [&] { return !(peer_gone = processes_[peer].ended()); };
+  const bool came = wait_until(doorbell(rank), epoch.deadline, spins_, ready, tick);
+  const auto waited = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
+  count([&](Statistics& statistics) {
+    Statistics::Peer& counters = statistics.peers[peer];
+    ++counters.waits;
+    counters.wait_ns_sum += static_cast<std::uint64_t>(waited);
+    counters.wait_ns_max = std::max(counters.wait_ns_max, static_cast<std::uint64_t>(waited));
+  });
+  return came;
+}
+
+std::uint32_t Context::await(const std::uint64_t& word, const Epoch& epoch, int peer, std::uint64_t expected) {
+  bool gone = false;
+  // Acquire: pairs with publish().
+  if (!wait(epoch, peer, gone, [&] { return load_acquire(word) >> 32 >= epoch.number; }))
+    throw_timeout(epoch, peer, expected, 0, gone);
+  return static_cast<std::uint32_t>(load_acquire(word));
+}
+
+void Context::throw_timeout(const Epoch& epoch, int peer, std::uint64_t expected, std::uint64_t seen, bool gone) {
+  count([](Statistics& statistics) { ++statistics.timeouts; });
+  throw Error(WaitRecord{rank, name(epoch.operation), peer, epoch.number, expected, seen, gone});
+}
+
+void Context::await_announcement(const Epoch& epoch, int peer, const Signature& ours) {
+  check_announcement(epoch, peer, ours, await(words(rank, epoch.number, peer).announced, epoch, peer, 1));
+}
+
+void Context::check_announcement(const Epoch& epoch, int peer, const Signature& ours, std::uint32_t value) {
+  const Announcement& theirs = announcement(rank, epoch.number, peer);
+  try {
+    if (value == kRefused)
+      require(false, "rank {} refused this {}: {}", peer, name(epoch.operation), theirs.refusal.data());
+    ours.require_same(theirs.signature, rank, peer);
+  } catch (...) {
+    count([](Statistics& statistics) { ++statistics.refused; });
+    throw;
+  }
+}
+
+void Context::refuse(Operation operation, const std::string& why) {
+  count([](Statistics& statistics) { ++statistics.refused; });
+  const Epoch epoch = begin(operation, config.timeout);
+  Announcement announcement_;
+  why.copy(announcement_.refusal.data(), announcement_.refusal.size() - 1);
+  for (int peer : active_ranks()) {
+    announcement(peer, epoch.number, rank) = announcement_;
+    plan::Words& theirs = words(peer, epoch.number, rank);
+    publish(peer, epoch.ticket >= 0 ? theirs.arrived : theirs.announced, epoch, kRefused);
+  }
+  // Peers may still be sending into our slots.
+  epoch.ticket >= 0 ? abandon(epoch) : finish(epoch);
+}
+
+std::vector<int> Context::active_ranks() const {
+  std::lock_guard lock(mutex_);
+  std::vector<int> active;
+  for (int peer = 0; peer < num_ranks; ++peer)
+    if (!masked_[peer]) active.push_back(peer);
+  return active;
+}
+
+// Memory
+// --------------------------------------------------------------------------------------------------------------------------
+
+void Context::quarantine(const Epoch& epoch, std::shared_ptr<void> block) {
+  std::lock_guard lock(mutex_);
+  quarantine_[epoch.number].push_back(std::move(block));
+}
+
+void Context::sweep_quarantine() {
+  std::erase_if(quarantine_, [this](const auto& entry) {
+    for (int peer = 0; peer < num_ranks; ++peer)
+      if (peer != rank && !has_released(peer, entry.first) && !processes_[peer].ended()) return false;
+    return true;
+  });
+}
+
+// Masks and statistics
+// ------------------------------------------------------------------------------------------------------------
+
+void Context::set_masked(int peer, bool masked) {
+  std::lock_guard lock(mutex_);
+  masked_[peer] = masked;
+  // Relaxed: a hint that keeps a late rank from writing here; correctness rests on its words being ignored.
+  std::atomic_ref<std::uint64_t>(excluded_word(peer, rank)).store(masked, std::memory_order_relaxed);
+}
+
+bool Context::excluded_by(int peer) const {
+  return std::atomic_ref<std::uint64_t>(excluded_word(rank, peer)).load(std::memory_order_relaxed) != 0;
+}
+
+bool Context::masked(int peer) const {
+  std::lock_guard lock(mutex_);
+  return masked_[peer] != 0;
+}
+
+Statistics Context::statistics() const {
+  std::lock_guard lock(mutex_);
+  Statistics result = statistics_;
+  result.arena_bytes_in_use = arena_->in_use();
+  result.arena_bytes_high_water = arena_->high_water();
+  return result;
+}
+
+void Context::reset_statistics() {
+  std::lock_guard lock(mutex_);
+  statistics_ = {};
+  statistics_.peers.resize(num_ranks);
+}
+
+}  // namespace deep_ep::host

@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: MIT
+// One rank's end of a host buffer: windows, epochs, waits, statistics. What the operations in this folder stand on.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "backend.h"
+#include "host/arena.h"
+#include "host/doorbell.h"
+#include "host/window.h"
+#include "host/workers.h"
+#include "plan/window.h"
+
+namespace deep_ep::host {
+
+/// A call as its peers see it, written into each peer's window; counts follow: i32 tokens to each rank, i32 rows for
+/// each of the receiver's slots.
+struct Announcement {
+  Signature signature;
+  std::uint64_t x_at = 0;        // combine: where its rows lie in the sender's window
+  std::uint64_t weights_at = 0;  // combine: likewise for weights that come home
+  std::array<char, 320> refusal{};
+};
+static_assert(sizeof(Announcement) <= plan::WindowLayout::kAnnouncementHead);
+
+/// Where a receiver's output begins; first rows of the sender's selections in each slot follow.
+struct Reply {
+  enum Verdict : std::uint64_t { kAccepted, kArenaTooSmall, kMoreThanMaxRows };
+  std::uint64_t verdict = kAccepted;
+  std::uint64_t needed = 0, there = 0;  // bytes or rows, where refused
+  std::uint64_t block_at = 0;
+  std::int64_t rows = 0, arrivals = 0;  // that the block is laid out for
+  std::int64_t first_arrival = 0;       // of this sender
+};
+static_assert(sizeof(Reply) <= plan::WindowLayout::kReplyHead);
+
+/// One operation in progress: its number, ring positions and deadline.
+struct Epoch {
+  Operation operation = Operation::kDispatch;
+  std::uint64_t number = 0;
+  int ticket = -1;  // low latency: which slots
+  Deadline deadline;
+};
+
+class Context {
+ public:
+  explicit Context(const BackendInput& input);
+
+  // Who and where
+  // -----------------------------------------------------------------------------------------------------------------
+  const int rank;
+  const int num_ranks;
+  const plan::Topology topology;
+  const Config config;
+
+  std::byte* window(int of) const { return windows_[of]->base(); }
+  const plan::WindowLayout& layout() const { return layout_; }
+  /// The words that `writer` writes in the window of `owner`.
+  plan::Words& words(int owner, std::uint64_t epoch, int writer) const {
+    return *reinterpret_cast<plan::Words*>(window(owner) + layout_.words(epoch, writer));
+  }
+  Announcement& announcement(int owner, std::uint64_t epoch, int writer) const {
+    return *reinterpret_cast<Announcement*>(window(owner) + layout_.announcement(epoch, writer));
+  }
+  std::int32_t* announced_tokens(int owner, std::uint64_t epoch, int writer) const {
+    return reinterpret_cast<std::int32_t*>(window(owner) + layout_.announcement(epoch, writer) +
+                                           plan::WindowLayout::kAnnouncementHead);
+  }
+  std::int32_t* announced_rows(int owner, std::uint64_t epoch, int writer) const {
+    return announced_tokens(owner, epoch, writer) + num_ranks;
+  }
+  Reply& reply(int owner, std::uint64_t epoch, int writer) const {
+    return *reinterpret_cast<Reply*>(window(owner) + layout_.reply(epoch, writer));
+  }
+  std::int32_t* reply_first_rows(int owner, std::uint64_t epoch, int writer) const {
+    return reinterpret_cast<std::int32_t*>(window(owner) + layout_.reply(epoch, writer) +
+                                           plan::WindowLayout::kReplyHead);
+  }
+
+  // Epochs
+  // ------------------------------------------------------------------------------------------------------------------------
+  /// Takes the next number and waits until every peer has room for it in its rings (and slots).
+  Epoch begin(Operation operation, std::chrono::milliseconds timeout);
+  /// This rank reads nothing of that operation any more. Peers may then use its places again.
+  void finish(const Epoch& epoch);
+  /// A low-latency operation that ends without its data (timeout, dropped ticket): finished once all data has come.
+  void abandon(const Epoch& epoch);
+
+  // Flags
+  // -------------------------------------------------------------------------------------------------------------------------
+  /// Writes a flag in a peer's window, after everything written to that window before.
+  void publish(int peer, std::uint64_t& word, const Epoch& epoch, std::uint32_t value);
+  /// Waits for a flag in our own window; returns its value. Throws kTimeout: `expected` is for its message.
+  std::uint32_t await(const std::uint64_t& word, const Epoch& epoch, int peer, std::uint64_t expected);
+  /// The peer has left this operation, in time or not.
+  bool has_released(int peer, std::uint64_t epoch) const;
+  /// Waits for the peer's announcement and checks that its call is the same as ours. Throws if it refused, or differs.
+  void await_announcement(const Epoch& epoch, int peer, const Signature& ours);
+  void check_announcement(const Epoch& epoch, int peer, const Signature& ours, std::uint32_t value);
+  /// Ranks that take part: all but the masked ones.
+  std::vector<int> active_ranks() const;
+  void refuse(Operation operation, const std::string& why);
+  static constexpr std::uint32_t kRefused = 0xffffffff;  // value of `announced` or `arrived` where the peer refused
+
+  // Memory
+  // ------------------------------------------------------------------------------------------------------------------------
+  Arena& arena() { return *arena_; }
+  /// Keeps a block until every peer has left the operation: after a timeout one may still write or read it.
+  void quarantine(const Epoch& epoch, std::shared_ptr<void> block);
+
+  // Work
+  // --------------------------------------------------------------------------------------------------------------------------
+  Workers& workers() { return *workers_; }
+
+  void set_masked(int rank, bool masked);
+  bool masked(int rank) const;
+  /// The peer has masked this rank: what we write there is not read, and may be in the way.
+  bool excluded_by(int peer) const;
+
+  Statistics statistics() const;
+  void reset_statistics();
+  template <typename Change>
+  void count(const Change& change) {
+    std::lock_guard lock(mutex_);
+    change(statistics_);
+  }
+
+ private:
+  struct Pending {
+    Epoch epoch;
+    enum { kOpen, kAbandoned, kDone } state = kOpen;
+  };
+  Doorbell& doorbell(int of) const { return *reinterpret_cast<Doorbell*>(window(of) + layout_.doorbell_at); }
+  std::uint64_t& released_word(int owner, int writer) const {
+    return *reinterpret_cast<std::uint64_t*>(window(owner) + layout_.released(writer));
+  }
+  std::uint64_t& excluded_word(int owner, int writer) const {
+    return *reinterpret_cast<std::uint64_t*>(window(owner) + layout_.excluded(writer));
+  }
+  void await_room(const Epoch& epoch, int peer, std::uint64_t needed);
+  void await_own_room(const Epoch& epoch, std::uint64_t needed);
+  void advance_released();
+  bool all_arrived(const Epoch& epoch) const;
+  void sweep_quarantine();
+  template <typename Ready>
+  bool wait(const Epoch& epoch, int peer, bool& peer_gone, const Ready& ready);
+  [[noreturn]] void throw_timeout(const Epoch& epoch, int peer, std::uint64_t expected, std::uint64_t seen, bool gone);
+
+  plan::WindowLayout layout_;
+  std::vector<std::shared_ptr<Window>> windows_;
+  std::vector<ProcessWatch> processes_;
+  std::shared_ptr<Arena> arena_;
+  std::unique_ptr<Workers> workers_;
+  int spins_ = 0;
+
+  mutable std::mutex mutex_;  // guards everything below: tickets may be received on any thread
+  std::uint64_t last_epoch_ = 0;
+  std::uint64_t released_ = 0;                // every operation up to this one is finished here
+  std::map<std::uint64_t, Pending> pending_;  // the others, by number
+  std::vector<std::uint64_t> ticket_epoch_;   // the operation that used each ticket last
+  std::uint64_t num_low_latency_ = 0;
+  std::map<std::uint64_t, std::vector<std::shared_ptr<void>>> quarantine_;
+  std::vector<char> masked_;
+  Statistics statistics_;
+};
+
+/// Ends an operation that needs no data after its call, however the call ends.
+class FinishAtExit {
+ public:
+  FinishAtExit(Context& context, const Epoch& epoch) : context_(context), epoch_(epoch) {}
+  ~FinishAtExit() { context_.finish(epoch_); }
+  FinishAtExit(const FinishAtExit&) = delete;
+  FinishAtExit& operator=(const FinishAtExit&) = delete;
+
+ private:
+  Context& context_;
+  const Epoch& epoch_;
+};
+
+}  // namespace deep_ep::host

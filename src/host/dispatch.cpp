@@ -1,0 +1,354 @@
+// SPDX-License-Identifier: MIT
+// High-throughput dispatch: counts go first, the receiver answers where each source's rows begin, and sources write
+// rows at their final place. Phases: announce, reply, send, receive. docs/protocol.md lists the flags.
+#include "host/operations.h"
+#include "host/rows_of_token.h"
+#include "plan/routing.h"
+#include "plan/rows.h"
+
+#include <fmt/format.h>
+
+#include "check.h"
+
+namespace deep_ep::host {
+
+namespace {
+
+// Where one destination's output lies, seen from here.
+struct Destination {
+  std::byte* block = nullptr;
+  plan::OutputBlock at;
+};
+
+class Dispatch {
+ public:
+  Dispatch(Context& context, const DispatchCall& call)
+      : context_(context),
+        call_(call),
+        cached_(call.in.handle != nullptr),
+        num_slots_(call.placement->num_slots(context.rank)),
+        epoch_(context.begin(call.operation, call.timeout)),
+        active_(context.active_ranks()),
+        destinations_(context.num_ranks) {}
+
+  DispatchOutput run() {
+    const FinishAtExit finish(context_, epoch_);
+    announce();
+    make_row_plan();
+    try {
+      reply();
+      await_replies();
+      send();
+      receive();
+    } catch (...) {
+      // Peers may already write, or still be writing, into the block that we offered.
+      if (block_.owner) context_.quarantine(epoch_, std::move(block_.owner));
+      throw;
+    }
+    return output();
+  }
+
+ private:
+  // Tells every rank how many tokens and rows it will get, and what kind of call this is.
+  void announce() {
+    if (!cached_) {
+      const plan::PlacementView placement = view_of(*call_.placement, context_.topology);
+      routes_ = plan::make_routes(call_.in.topk_idx, placement, context_.num_ranks, call_.placement->max_slots(),
+                                  context_.rank);
+    }
+    Announcement mine;
+    mine.signature = call_.signature;
+    for (int peer : active_) {
+      context_.announcement(peer, epoch_.number, context_.rank) = mine;
+      if (!cached_) {
+        std::copy(routes_.tokens_to.begin(), routes_.tokens_to.end(),
+                  context_.announced_tokens(peer, epoch_.number, context_.rank));
+        std::copy_n(routes_.rows_to_rank(peer), call_.placement->num_slots(peer),
+                    context_.announced_rows(peer, epoch_.number, context_.rank));
+      }
+      context_.publish(peer, context_.words(peer, epoch_.number, context_.rank).announced, epoch_, 0);
+    }
+  }
+
+  // Where every row that comes will lie, from all sources' counts.
+  void make_row_plan() {
+    // All announcements before any reply: a call that some rank refused or made differently ends here, on every rank
+    // alike.
+    for (int peer : active_) context_.await_announcement(epoch_, peer, call_.signature);
+    if (cached_) return;
+    plan::RowCounts counts;
+    counts.layout = call_.layout;
+    counts.num_ranks = context_.num_ranks;
+    counts.num_slots = num_slots_;
+    counts.expert_alignment = call_.expert_alignment;
+    counts.max_tokens_per_rank = call_.max_tokens_per_rank;
+    counts.tokens_from.assign(context_.num_ranks, 0);
+    counts.rows_from.assign(static_cast<std::size_t>(context_.num_ranks) * num_slots_, 0);
+    tokens_between_ = Tensor::allocate(DType::kI32, {context_.num_ranks, context_.num_ranks});
+    std::fill_n(tokens_between_.as<std::int32_t>(), tokens_between_.numel(), 0);
+    for (int src : active_) {
+      const std::int32_t* tokens = context_.announced_tokens(context_.rank, epoch_.number, src);
+      const std::int32_t* rows = context_.announced_rows(context_.rank, epoch_.number, src);
+      counts.tokens_from[src] = tokens[context_.rank];
+      std::copy_n(rows, num_slots_, counts.rows_from.begin() + static_cast<std::ptrdiff_t>(src) * num_slots_);
+      std::copy_n(tokens, context_.num_ranks,
+                  tokens_between_.as<std::int32_t>() + static_cast<std::ptrdiff_t>(src) * context_.num_ranks);
+    }
+    rows_ = plan::make_row_plan(counts);
+  }
+
+  // Makes room and says where each source's rows begin, or that there is no room.
+  void reply() {
+    Reply answer;
+    answer.rows = cached_ ? call_.in.handle->num_rows : rows_.num_rows;
+    answer.arrivals = cached_ ? call_.in.handle->num_arrivals : rows_.num_arrivals;
+    if (!cached_ && call_.in.max_rows > 0) {
+      if (rows_.num_rows > call_.in.max_rows) {
+        answer.verdict = Reply::kMoreThanMaxRows;
+        answer.needed = static_cast<std::uint64_t>(rows_.num_rows);
+        answer.there = static_cast<std::uint64_t>(call_.in.max_rows);
+      }
+      answer.rows = answer.arrivals = call_.in.max_rows;
+    }
+    at_ = plan::OutputBlock::place(call_.shape, call_.layout, answer.rows, answer.arrivals);
+    if (answer.verdict == Reply::kAccepted) {
+      block_ = context_.arena().allocate(at_.total_bytes, false);
+      if (!block_.owner) block_ = context_.arena().allocate(at_.total_bytes, true);
+      if (!block_.owner) {
+        answer.verdict = Reply::kArenaTooSmall;
+        answer.needed = at_.total_bytes;
+        answer.there = context_.arena().largest_free();
+      }
+      answer.block_at = block_.at;
+    }
+    num_rows_ = answer.rows;
+    num_arrivals_ = answer.arrivals;
+    for (int src : active_) {
+      if (!cached_) {
+        answer.first_arrival = rows_.first_arrival[src];
+        std::copy_n(rows_.first_row.begin() + static_cast<std::ptrdiff_t>(src) * num_slots_, num_slots_,
+                    context_.reply_first_rows(src, epoch_.number, context_.rank));
+      }
+      context_.reply(src, epoch_.number, context_.rank) = answer;
+      context_.publish(src, context_.words(src, epoch_.number, context_.rank).replied, epoch_, 0);
+    }
+  }
+
+  // All replies before any row: where one rank has no room, every rank learns it and no byte moves.
+  void await_replies() {
+    for (int dst : active_) {
+      context_.await(context_.words(context_.rank, epoch_.number, dst).replied, epoch_, dst, 1);
+      const Reply& answer = context_.reply(context_.rank, epoch_.number, dst);
+      require(answer.verdict != Reply::kMoreThanMaxRows,
+              "max_rows: rank {} would receive {} rows, max_rows there is {}", dst, answer.needed, answer.there);
+      require(answer.verdict != Reply::kArenaTooSmall,
+              "arena_bytes: rank {} needs {} bytes of arena for this dispatch, {} are free there", dst, answer.needed,
+              answer.there);
+      destinations_[dst].block = context_.window(dst) + answer.block_at;
+      destinations_[dst].at = plan::OutputBlock::place(call_.shape, call_.layout, answer.rows, answer.arrivals);
+    }
+    if (!cached_) settle_routes();
+  }
+
+  // Relative rows become rows: the receivers' first ones are known now.
+  void settle_routes() {
+    const bool by_rank = call_.layout == OutputLayout::kByRank;
+    for (std::size_t i = 0; i < routes_.rank.size(); ++i) {
+      const std::int32_t dst = routes_.rank[i];
+      if (dst < 0) continue;
+      if (destinations_[dst].block == nullptr) {  // masked
+        routes_.rank[i] = routes_.row[i] = routes_.arrival[i] = -1;
+        continue;
+      }
+      routes_.arrival[i] += static_cast<std::int32_t>(context_.reply(context_.rank, epoch_.number, dst).first_arrival);
+      routes_.row[i] =
+          by_rank ? routes_.arrival[i]
+                  : routes_.row[i] + context_.reply_first_rows(context_.rank, epoch_.number, dst)[routes_.slot[i]];
+    }
+  }
+
+  void send() {
+    const Handle* handle = call_.in.handle.get();
+    dst_rank_ = cached_ ? handle->dst_rank.as<const std::int32_t>() : routes_.rank.data();
+    dst_row_ = cached_ ? handle->dst_row.as<const std::int32_t>() : routes_.row.data();
+    dst_arrival_ = cached_ ? handle->dst_arrival.as<const std::int32_t>() : routes_.arrival.data();
+    const RowOps& ops = row_ops();
+    context_.workers().for_range(
+        call_.num_tokens, kTokensPerPiece, call_.num_workers, [&](std::int64_t begin, std::int64_t end) {
+          TokenReader reader(call_, ops);
+          for (std::int64_t token = begin; token < end; ++token) send_token(reader, static_cast<int>(token), ops);
+          ops.flush();  // streamed rows come before the flag that publish() stores after the loop
+        });
+    std::vector<std::uint64_t> bytes_to(context_.num_ranks);
+    count_bytes(bytes_to);
+    for (int dst : active_) context_.publish(dst, context_.words(dst, epoch_.number, context_.rank).arrived, epoch_, 1);
+    context_.count([&](Statistics& statistics) {
+      for (int dst : active_) statistics.peers[dst].bytes_sent += bytes_to[dst];
+    });
+  }
+
+  // Writes a token once to each rank it goes to; grouped by expert: once for each selection there.
+  void send_token(TokenReader& reader, int token, const RowOps& ops) {
+    const std::size_t first = static_cast<std::size_t>(token) * call_.num_topk;
+    const std::int32_t* rank = dst_rank_ + first;
+    const bool by_rank = call_.layout == OutputLayout::kByRank;
+    bool read = false;
+    for (int k = 0; k < call_.num_topk; ++k) {
+      if (rank[k] < 0 || destinations_[rank[k]].block == nullptr) continue;
+      if (!std::exchange(read, true)) reader.read(token);
+      const Destination& to = destinations_[rank[k]];
+      const bool first_there = std::find(rank, rank + k, rank[k]) == rank + k;
+      if (first_there) write_arrival(reader, to, token, k);
+      if (first_there || !by_rank) write_row(reader, to, first + k, ops);
+    }
+  }
+
+  void write_row(const TokenReader& reader, const Destination& to, std::size_t selection, const RowOps& ops) const {
+    const std::size_t row = static_cast<std::size_t>(dst_row_[selection]);
+    ops.copy(to.block + to.at.x_at + row * call_.shape.row_bytes, reader.row(), call_.shape.row_bytes);
+    auto* scales = reinterpret_cast<std::int32_t*>(to.block + to.at.scales_at);
+    reader.write_scales(scales + to.at.first_scale(static_cast<std::int64_t>(row)), to.at.scale_column_stride);
+    if (call_.shape.topk_weights && call_.layout != OutputLayout::kByRank)
+      reinterpret_cast<float*>(to.block + to.at.topk_weights_at)[row] =
+          reader.weight(static_cast<int>(selection % call_.num_topk));
+  }
+
+  // What is told of a token once per rank: ids, weights, where it came from, side tensors.
+  void write_arrival(const TokenReader& reader, const Destination& to, int token, int first_k) const {
+    const int topk = call_.num_topk;
+    const std::size_t first = static_cast<std::size_t>(token) * topk;
+    const std::int32_t* rank = dst_rank_ + first;
+    const std::int32_t dst = rank[first_k];
+    const std::size_t arrival = static_cast<std::size_t>(dst_arrival_[first + first_k]);
+    const bool by_rank = call_.layout == OutputLayout::kByRank;
+    if (!cached_) {
+      for (int k = 0; k < topk; ++k) {
+        const std::int32_t slot = rank[k] == dst ? routes_.slot[first + k] : -1;
+        std::byte* idx = to.block + to.at.topk_idx_at + (arrival * topk + k) * call_.shape.topk_idx_bytes;
+        if (call_.shape.topk_idx_bytes == 8) {
+          *reinterpret_cast<std::int64_t*>(idx) = slot;
+        } else {
+          *reinterpret_cast<std::int32_t*>(idx) = slot;
+        }
+      }
+      reinterpret_cast<std::int32_t*>(to.block + to.at.src_token_at)[arrival] = token;
+      auto* rows = reinterpret_cast<std::int32_t*>(to.block + to.at.arrival_row_at) + arrival * topk;
+      for (int k = 0; k < topk && !by_rank; ++k) rows[k] = rank[k] == dst ? dst_row_[first + k] : -1;
+    }
+    if (call_.shape.topk_weights && by_rank) {
+      auto* weights = reinterpret_cast<float*>(to.block + to.at.topk_weights_at) + arrival * topk;
+      for (int k = 0; k < topk; ++k)
+        weights[k] = rank[k] == dst || !call_.in.mask_topk_weights ? reader.weight(k) : 0.0f;
+    }
+    for (int i = 0; i < call_.shape.num_side; ++i)
+      reader.write_side(i, to.block + to.at.side_at[i] + arrival * call_.shape.side_bytes[i]);
+  }
+
+  void count_bytes(std::vector<std::uint64_t>& bytes_to) const {
+    const plan::RowShape& shape = call_.shape;
+    std::uint64_t row = shape.row_bytes + 4 * static_cast<std::uint64_t>(shape.num_scales), arrival = 0;
+    const bool by_rank = call_.layout == OutputLayout::kByRank;
+    if (shape.topk_weights) (by_rank ? arrival : row) += 4 * static_cast<std::uint64_t>(by_rank ? shape.num_topk : 1);
+    if (!cached_)
+      arrival += 4 + static_cast<std::uint64_t>(shape.num_topk) * (shape.topk_idx_bytes + (by_rank ? 0 : 4));
+    for (int i = 0; i < shape.num_side; ++i) arrival += shape.side_bytes[i];
+    for (int token = 0; token < call_.num_tokens; ++token) {
+      const std::int32_t* rank = dst_rank_ + static_cast<std::size_t>(token) * call_.num_topk;
+      for (int k = 0; k < call_.num_topk; ++k) {
+        if (rank[k] < 0) continue;
+        const bool first_there = std::find(rank, rank + k, rank[k]) == rank + k;
+        if (first_there) bytes_to[rank[k]] += arrival;
+        if (first_there || !by_rank) bytes_to[rank[k]] += row;
+      }
+    }
+  }
+
+  void receive() {
+    clear_unwritten_rows();
+    for (int src : active_) context_.await(context_.words(context_.rank, epoch_.number, src).arrived, epoch_, src, 1);
+  }
+
+  // Rows that no source writes: padding between experts is zero, ids behind a bounded output's rows say "nobody".
+  void clear_unwritten_rows() {
+    std::byte* block = context_.window(context_.rank) + block_.at;
+    if (call_.layout == OutputLayout::kByExpert) {
+      const Handle* handle = call_.in.handle.get();
+      const std::int32_t* real = cached_ ? handle->slot_rows.as<const std::int32_t>() : rows_.slot_rows.data();
+      const std::int32_t* first =
+          cached_ ? handle->slot_first_row.as<const std::int32_t>() : rows_.slot_first_row.data();
+      for (int slot = 0; slot < num_slots_; ++slot)
+        for (std::int64_t row = first[slot] + real[slot]; row < first[slot + 1]; ++row)
+          clear_row(call_.shape, at_, block, row);
+    }
+    if (!cached_ && num_arrivals_ > rows_.num_arrivals) {
+      const std::size_t bytes = static_cast<std::size_t>(call_.num_topk) * call_.shape.topk_idx_bytes;
+      std::memset(block + at_.topk_idx_at + bytes * rows_.num_arrivals, 0xff,
+                  bytes * (num_arrivals_ - rows_.num_arrivals));
+    }
+  }
+
+  DispatchOutput output() {
+    std::byte* base = context_.window(context_.rank) + block_.at;
+    std::shared_ptr<void> owner = std::move(block_.owner);
+    if (block_.landing) {  // the arena is at its budget: the next exchange needs this room
+      Tensor copy = Tensor::allocate(DType::kU8, {static_cast<std::int64_t>(at_.total_bytes)});
+      std::memcpy(copy.data, base, at_.total_bytes);
+      base = copy.as<std::byte>();
+      owner = copy.owner;
+      context_.count([&](Statistics& statistics) { statistics.copied_out_bytes += at_.total_bytes; });
+    }
+    const OutputTensors tensors{call_, at_, num_rows_, num_arrivals_, num_slots_, context_.num_ranks};
+    DispatchOutput out = tensors.make(base, owner);
+    out.handle = cached_ ? call_.in.handle : make_handle(base);
+    const std::int32_t* rows = out.handle->slot_rows.as<const std::int32_t>();
+    context_.count([&](Statistics& statistics) { add_rows(statistics, rows, num_slots_); });
+    return out;
+  }
+
+  std::shared_ptr<const Handle> make_handle(const std::byte* base) {
+    auto handle = std::make_shared<Handle>(handle_for(call_, context_.num_ranks));
+    handle->num_rows = num_rows_;
+    handle->num_arrivals = num_arrivals_;
+    const auto selections = {std::int64_t{call_.num_tokens}, std::int64_t{call_.num_topk}};
+    handle->dst_rank = tensor_of(std::move(routes_.rank), selections);
+    handle->dst_row = tensor_of(std::move(routes_.row), selections);
+    handle->dst_arrival = tensor_of(std::move(routes_.arrival), selections);
+    handle->first_arrival = tensor_of(std::move(rows_.first_arrival), {context_.num_ranks + 1});
+    handle->slot_rows = tensor_of(std::move(rows_.slot_rows), {num_slots_});
+    handle->slot_first_row = tensor_of(std::move(rows_.slot_first_row), {num_slots_ + 1});
+    handle->tokens_between = tokens_between_;
+    // Small, but kept as long as the handle: copied, so that a kept handle does not hold the rows' block.
+    const auto* src_token = reinterpret_cast<const std::int32_t*>(base + at_.src_token_at);
+    handle->src_token = tensor_of(std::vector<std::int32_t>(src_token, src_token + num_arrivals_), {num_arrivals_});
+    if (call_.layout != OutputLayout::kByRank) {
+      const auto* rows = reinterpret_cast<const std::int32_t*>(base + at_.arrival_row_at);
+      handle->arrival_row = tensor_of(std::vector<std::int32_t>(rows, rows + num_arrivals_ * call_.num_topk),
+                                      {num_arrivals_, call_.num_topk});
+    }
+    return handle;
+  }
+
+  Context& context_;
+  const DispatchCall& call_;
+  const bool cached_;
+  const int num_slots_;
+  const Epoch epoch_;
+  const std::vector<int> active_;
+
+  plan::Routes routes_;
+  plan::RowPlan rows_;
+  Tensor tokens_between_;
+  plan::OutputBlock at_;
+  Arena::Block block_;
+  std::int64_t num_rows_ = 0, num_arrivals_ = 0;
+  std::vector<Destination> destinations_;
+  const std::int32_t* dst_rank_ = nullptr;
+  const std::int32_t* dst_row_ = nullptr;
+  const std::int32_t* dst_arrival_ = nullptr;
+};
+
+}  // namespace
+
+DispatchOutput dispatch(Context& context, const DispatchCall& call) { return Dispatch(context, call).run(); }
+
+}  // namespace deep_ep::host

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: MIT
+// Low-latency combine: every row goes back to its token's home, into the slot of its selection; receive() adds a
+// token's slots in the plan's order. Phases: send | receive, sum.
+#include <algorithm>
+
+#include "host/operations.h"
+#include "host/row_sum.h"
+#include "host/rows_of_token.h"
+#include "plan/message.h"
+
+namespace deep_ep::host {
+
+namespace {
+
+// Slots of one ticket in an owner's window:  [ rows: max_tokens x topk | weights: f32, max_tokens x topk ]
+struct Slots {
+  std::byte* base = nullptr;
+  std::size_t row_stride = 0;
+  std::size_t num_slots = 0;
+
+  Slots(const Context& context, const Epoch& epoch, const CombineCall& call, int owner)
+      : base(context.window(owner) + context.layout().low_latency(epoch.ticket)),
+        row_stride(plan::align_up(call.row_bytes, plan::MessageLayout::kAlignment)),
+        num_slots(static_cast<std::size_t>(call.in.handle->max_tokens_per_rank) * call.in.handle->num_topk) {}
+
+  std::byte* row(std::size_t slot) const { return base + slot * row_stride; }
+  float& weight(std::size_t slot) const { return reinterpret_cast<float*>(base + num_slots * row_stride)[slot]; }
+};
+
+class Sender {
+ public:
+  Sender(Context& context, const CombineCall& call, const Epoch& epoch)
+      : context_(context), call_(call), handle_(*call.in.handle), epoch_(epoch), active_(context.active_ranks()) {}
+
+  void send() {
+    const RowOps& ops = row_ops();
+    context_.workers().for_range(
+        handle_.num_arrivals, kTokensPerPiece, call_.num_workers, [&](std::int64_t begin, std::int64_t end) {
+          const std::int32_t* first_arrival = handle_.first_arrival.as<const std::int32_t>();
+          int home = 0;
+          for (std::int64_t arrival = begin; arrival < end; ++arrival) {
+            while (arrival >= first_arrival[home + 1]) ++home;
+            if (!context_.excluded_by(home)) send_arrival(arrival, home, ops);
+          }
+          ops.flush();  // streamed rows come before the flag that publish() stores after the loop
+        });
+    Announcement mine;
+    mine.signature = call_.signature;
+    for (int peer : active_) {
+      context_.announcement(peer, epoch_.number, context_.rank) = mine;
+      context_.publish(peer, context_.words(peer, epoch_.number, context_.rank).arrived, epoch_, 1);
+    }
+  }
+
+ private:
+  // One row for each selection; where a rank's rows are joined already, one row in the slot of the highest selection.
+  void send_arrival(std::int64_t arrival, int home, const RowOps& ops) const {
+    const int topk = handle_.num_topk;
+    const std::int32_t* row = handle_.arrival_row.as<const std::int32_t>() + arrival * topk;
+    const std::size_t first = static_cast<std::size_t>(handle_.src_token.as<const std::int32_t>()[arrival]) * topk;
+    const bool by_rank = handle_.layout == OutputLayout::kByRank;
+    const Slots slots(context_, epoch_, call_, home);
+    bool row_sent = false;
+    for (int k = topk - 1; k >= 0; --k) {
+      if (row[k] < 0) continue;
+      if (call_.in.topk_weights.given())
+        slots.weight(first + k) = call_.in.topk_weights.as<const float>()[by_rank ? arrival * topk + k : row[k]];
+      if (call_.hidden == 0 || (by_rank && std::exchange(row_sent, true))) continue;
+      ops.copy(slots.row(first + k), call_.in.x.as<const std::byte>() + row[k] * call_.row_bytes, call_.row_bytes);
+    }
+  }
+
+  Context& context_;
+  const CombineCall& call_;
+  const Handle& handle_;
+  const Epoch& epoch_;
+  const std::vector<int> active_;
+};
+
+class Receiver final : public Ticket<CombineOutput>::Receiver {
+ public:
+  Receiver(std::shared_ptr<Context> context, const CombineCall& call, const Epoch& epoch)
+      : context_(std::move(context)), call_(call), epoch_(epoch), active_(context_->active_ranks()) {}
+
+  ~Receiver() override {
+    if (!finished_) context_->abandon(epoch_);
+  }
+  Receiver(const Receiver&) = delete;
+  Receiver& operator=(const Receiver&) = delete;
+
+  CombineOutput receive() override {
+    Epoch epoch = epoch_;
+    epoch.deadline = Clock::now() + call_.timeout;  // the time between send and receive is the caller's
+    for (int peer : active_) {
+      const std::uint32_t value =
+          context_->await(context_->words(context_->rank, epoch.number, peer).arrived, epoch, peer, 1);
+      context_->check_announcement(epoch, peer, call_.signature, value);
+    }
+    CombineOutput out = sum();
+    finished_ = true;
+    context_->finish(epoch);
+    return out;
+  }
+
+ private:
+  CombineOutput sum() const {
+    const Handle& handle = *call_.in.handle;
+    CombineOutput out;
+    if (call_.hidden > 0)
+      out.x = call_.in.out.given() ? Tensor(call_.in.out, nullptr)
+                                   : Tensor::allocate(call_.dtype, {handle.num_tokens, call_.hidden});
+    if (call_.in.topk_weights.given())
+      out.topk_weights = Tensor::allocate(DType::kFp32, {handle.num_tokens, handle.num_topk});
+    const RowOps& ops = row_ops();
+    const Slots slots(*context_, epoch_, call_, context_->rank);
+    context_->workers().for_range(
+        handle.num_tokens, kTokensPerPiece, call_.num_workers, [&](std::int64_t begin, std::int64_t end) {
+          RowSum rows(call_, context_->topology, ops);
+          std::vector<std::int32_t> dst_rank(handle.num_topk);
+          for (std::int64_t token = begin; token < end; ++token) {
+            const std::size_t first = static_cast<std::size_t>(token) * handle.num_topk;
+            routes_of(token, dst_rank.data());
+            const auto row_of = [&](int k, int) { return slots.row(first + k); };
+            if (call_.hidden > 0)
+              rows.sum(static_cast<int>(token), dst_rank.data(), row_of,
+                       out.x.as<std::byte>() + token * static_cast<std::int64_t>(call_.row_bytes));
+            for (int k = 0; k < handle.num_topk && call_.in.topk_weights.given(); ++k)
+              out.topk_weights.as<float>()[first + k] = dst_rank[k] >= 0 ? slots.weight(first + k) : 0.0f;
+          }
+        });
+    return out;
+  }
+
+  // The token's ranks, without those that are left out of this operation.
+  void routes_of(std::int64_t token, std::int32_t* dst_rank) const {
+    const int topk = call_.in.handle->num_topk;
+    const std::int32_t* routed = call_.in.handle->dst_rank.as<const std::int32_t>() + token * topk;
+    for (int k = 0; k < topk; ++k)
+      dst_rank[k] = std::find(active_.begin(), active_.end(), routed[k]) != active_.end() ? routed[k] : -1;
+  }
+
+  const std::shared_ptr<Context> context_;
+  const CombineCall call_;
+  const Epoch epoch_;
+  const std::vector<int> active_;
+  bool finished_ = false;
+};
+
+}  // namespace
+
+Ticket<CombineOutput> low_latency_combine(const std::shared_ptr<Context>& context, const CombineCall& call) {
+  const Epoch epoch = context->begin(call.operation, call.timeout);
+  auto receiver = std::make_unique<Receiver>(context, call, epoch);
+  Sender(*context, call, epoch).send();
+  return Ticket<CombineOutput>(std::move(receiver));
+}
+
+}  // namespace deep_ep::host

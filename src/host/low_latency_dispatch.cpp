@@ -1,0 +1,293 @@
+// SPDX-License-Identifier: MIT
+// Low-latency dispatch: every (token, rank) pair is one message in a fixed slot of the destination's window, written
+// without asking. receive() counts what came and places it. Phases: send | receive, place.
+#include <algorithm>
+#include <optional>
+
+#include "host/operations.h"
+#include "host/rows_of_token.h"
+#include "plan/message.h"
+#include "plan/routing.h"
+#include "plan/rows.h"
+
+namespace deep_ep::host {
+
+namespace {
+
+// What receive() needs once the caller's tensors are gone.
+struct Sent {
+  std::shared_ptr<Context> context;
+  DispatchCall call;
+  Epoch epoch;
+  std::vector<int> active;
+  plan::MessageLayout message;
+  std::vector<std::int32_t> dst_rank;
+
+  // A source's messages in an owner's window.
+  std::byte* messages(int owner, int source) const {
+    const std::size_t per_source = static_cast<std::size_t>(call.max_tokens_per_rank) * message.bytes;
+    return context->window(owner) + context->layout().low_latency(epoch.ticket) + per_source * source;
+  }
+};
+
+class Sender {
+ public:
+  Sender(const Sent& sent, const plan::Routes& routes) : sent_(sent), routes_(routes) {}
+
+  void send() const {
+    const DispatchCall& call = sent_.call;
+    Context& context = *sent_.context;
+    const RowOps& ops = row_ops();
+    context.workers().for_range(
+        call.num_tokens, kTokensPerPiece, call.num_workers, [&](std::int64_t begin, std::int64_t end) {
+          TokenReader reader(call, ops);
+          for (std::int64_t token = begin; token < end; ++token) send_token(reader, static_cast<int>(token), ops);
+          ops.flush();  // streamed rows come before the flag that publish() stores after the loop
+        });
+    Announcement mine;
+    mine.signature = call.signature;
+    for (int dst : sent_.active) {
+      context.announcement(dst, sent_.epoch.number, context.rank) = mine;
+      const auto messages = static_cast<std::uint32_t>(routes_.tokens_to[dst]);
+      context.publish(dst, context.words(dst, sent_.epoch.number, context.rank).arrived, sent_.epoch, messages);
+    }
+    context.count([&](Statistics& statistics) {
+      for (int dst : sent_.active) statistics.peers[dst].bytes_sent += routes_.tokens_to[dst] * sent_.message.bytes;
+    });
+  }
+
+ private:
+  void send_token(TokenReader& reader, int token, const RowOps& ops) const {
+    const int topk = sent_.call.num_topk;
+    const std::size_t first = static_cast<std::size_t>(token) * topk;
+    const std::int32_t* rank = sent_.dst_rank.data() + first;
+    bool read = false;
+    for (int k = 0; k < topk; ++k) {
+      if (rank[k] < 0 || std::find(rank, rank + k, rank[k]) != rank + k) continue;
+      if (!std::exchange(read, true)) reader.read(token);
+      std::byte* message =
+          sent_.messages(rank[k], sent_.context->rank) + routes_.arrival[first + k] * sent_.message.bytes;
+      write(reader, token, rank[k], message, ops);
+    }
+  }
+
+  void write(const TokenReader& reader, int token, int dst, std::byte* message, const RowOps& ops) const {
+    const DispatchCall& call = sent_.call;
+    const plan::MessageLayout& at = sent_.message;
+    const std::size_t first = static_cast<std::size_t>(token) * call.num_topk;
+    *reinterpret_cast<std::int32_t*>(message + at.src_token_at) = token;
+    auto* slots = reinterpret_cast<std::int32_t*>(message + at.slots_at);
+    for (int k = 0; k < call.num_topk; ++k) slots[k] = sent_.dst_rank[first + k] == dst ? routes_.slot[first + k] : -1;
+    if (call.shape.topk_weights) {
+      auto* weights = reinterpret_cast<float*>(message + at.weights_at);
+      for (int k = 0; k < call.num_topk; ++k)
+        weights[k] = slots[k] >= 0 || !call.in.mask_topk_weights ? reader.weight(k) : 0.0f;
+    }
+    ops.copy(message + at.row_at, reader.row(), call.shape.row_bytes);
+    reader.write_scales(reinterpret_cast<std::int32_t*>(message + at.scales_at), 1);
+    for (int i = 0; i < call.shape.num_side; ++i) reader.write_side(i, message + at.side_at[i]);
+  }
+
+  const Sent& sent_;
+  const plan::Routes& routes_;
+};
+
+// Counts the messages of all sources, then puts each part of each message at its place.
+class Placer {
+ public:
+  Placer(const Sent& sent, const std::vector<std::int32_t>& messages_from)
+      : sent_(sent), call_(sent.call), context_(*sent.context), num_slots_(call_.placement->num_slots(context_.rank)) {
+    counts_.layout = call_.layout;
+    counts_.num_ranks = context_.num_ranks;
+    counts_.num_slots = num_slots_;
+    counts_.expert_alignment = call_.expert_alignment;
+    counts_.max_tokens_per_rank = call_.max_tokens_per_rank;
+    counts_.tokens_from = messages_from;
+  }
+
+  DispatchOutput place() {
+    count_rows();
+    number_rows();
+    std::byte* block = allocate();
+    clear_padding(block);
+    const RowOps& ops = row_ops();
+    context_.workers().for_range(
+        rows_.num_arrivals, kTokensPerPiece, call_.num_workers, [&](std::int64_t begin, std::int64_t end) {
+          int src = 0;
+          for (std::int64_t arrival = begin; arrival < end; ++arrival) {
+            while (arrival >= rows_.first_arrival[src + 1]) ++src;
+            place_message(message(src, static_cast<int>(arrival - rows_.first_arrival[src])), arrival, block, ops);
+          }
+          ops.flush();
+        });
+    const OutputTensors tensors{call_, at_, rows_.num_rows, rows_.num_arrivals, num_slots_, context_.num_ranks};
+    DispatchOutput out = tensors.make(block, owner_);
+    context_.count([&](Statistics& statistics) { add_rows(statistics, rows_.slot_rows.data(), num_slots_); });
+    out.handle = make_handle();
+    return out;
+  }
+
+ private:
+  const std::byte* message(int src, int number) const {
+    return sent_.messages(context_.rank, src) + static_cast<std::size_t>(number) * sent_.message.bytes;
+  }
+  const std::int32_t* slots_of(const std::byte* message) const {
+    return reinterpret_cast<const std::int32_t*>(message + sent_.message.slots_at);
+  }
+
+  void count_rows() {
+    counts_.rows_from.assign(static_cast<std::size_t>(context_.num_ranks) * num_slots_, 0);
+    for (int src = 0; src < context_.num_ranks; ++src)
+      for (int i = 0; i < counts_.tokens_from[src]; ++i)
+        for (int k = 0; k < call_.num_topk; ++k)
+          if (const std::int32_t slot = slots_of(message(src, i))[k]; slot >= 0)
+            ++counts_.rows_from[static_cast<std::size_t>(src) * num_slots_ + slot];
+    rows_ = plan::make_row_plan(counts_);
+  }
+
+  // The row of each selection, in order (source rank, source token, selection) inside its slot.
+  void number_rows() {
+    std::vector<std::int32_t> next = rows_.first_row;
+    const bool by_rank = call_.layout == OutputLayout::kByRank;
+    arrival_row_.reserve(static_cast<std::size_t>(rows_.num_arrivals) * call_.num_topk);
+    std::int32_t arrival = 0;
+    for (int src = 0; src < context_.num_ranks; ++src)
+      for (int i = 0; i < counts_.tokens_from[src]; ++i, ++arrival)
+        for (int k = 0; k < call_.num_topk; ++k) {
+          const std::int32_t slot = slots_of(message(src, i))[k];
+          std::int32_t row = -1;
+          if (slot >= 0) row = by_rank ? arrival : next[static_cast<std::size_t>(src) * num_slots_ + slot]++;
+          arrival_row_.push_back(row);
+        }
+  }
+
+  // The arena's pages are warm; ordinary memory serves as well where it is full.
+  std::byte* allocate() {
+    at_ = plan::OutputBlock::place(call_.shape, call_.layout, rows_.num_rows, rows_.num_arrivals);
+    Arena::Block block = context_.arena().allocate(at_.total_bytes, false);
+    if (block.owner) {
+      owner_ = std::move(block.owner);
+      return context_.window(context_.rank) + block.at;
+    }
+    Tensor memory = Tensor::allocate(DType::kU8, {static_cast<std::int64_t>(at_.total_bytes)});
+    owner_ = memory.owner;
+    return memory.as<std::byte>();
+  }
+
+  void clear_padding(std::byte* block) const {
+    if (call_.layout != OutputLayout::kByExpert) return;
+    for (int slot = 0; slot < num_slots_; ++slot)
+      for (std::int64_t row = rows_.slot_first_row[slot] + rows_.slot_rows[slot]; row < rows_.slot_first_row[slot + 1];
+           ++row)
+        clear_row(call_.shape, at_, block, row);
+  }
+
+  void place_message(const std::byte* message, std::int64_t arrival, std::byte* block, const RowOps& ops) const {
+    const plan::MessageLayout& from = sent_.message;
+    const int topk = call_.num_topk;
+    const bool by_rank = call_.layout == OutputLayout::kByRank;
+    const std::int32_t* slots = slots_of(message);
+    const auto* weights = reinterpret_cast<const float*>(message + from.weights_at);
+    bool row_written = false;
+    for (int k = 0; k < topk; ++k) {
+      if (call_.shape.topk_idx_bytes == 8) {
+        reinterpret_cast<std::int64_t*>(block + at_.topk_idx_at)[arrival * topk + k] = slots[k];
+      } else {
+        reinterpret_cast<std::int32_t*>(block + at_.topk_idx_at)[arrival * topk + k] = slots[k];
+      }
+      if (call_.shape.topk_weights && by_rank)
+        reinterpret_cast<float*>(block + at_.topk_weights_at)[arrival * topk + k] = weights[k];
+      const std::int32_t row = arrival_row_[static_cast<std::size_t>(arrival) * topk + k];
+      if (row < 0 || (by_rank && std::exchange(row_written, true))) continue;
+      ops.copy(block + at_.x_at + row * call_.shape.row_bytes, message + from.row_at, call_.shape.row_bytes);
+      const auto* scales = reinterpret_cast<const std::int32_t*>(message + from.scales_at);
+      std::int32_t* to = reinterpret_cast<std::int32_t*>(block + at_.scales_at) + at_.first_scale(row);
+      for (int i = 0; i < call_.shape.num_scales; ++i) to[i * at_.scale_column_stride] = scales[i];
+      if (call_.shape.topk_weights && !by_rank) reinterpret_cast<float*>(block + at_.topk_weights_at)[row] = weights[k];
+    }
+    for (int i = 0; i < call_.shape.num_side; ++i)
+      std::memcpy(block + at_.side_at[i] + arrival * call_.shape.side_bytes[i], message + from.side_at[i],
+                  call_.shape.side_bytes[i]);
+  }
+
+  std::shared_ptr<const Handle> make_handle() {
+    auto handle = std::make_shared<Handle>(handle_for(call_, context_.num_ranks));
+    handle->num_rows = rows_.num_rows;
+    handle->num_arrivals = rows_.num_arrivals;
+    handle->dst_rank = tensor_of(sent_.dst_rank, {call_.num_tokens, call_.num_topk});
+    std::vector<std::int32_t> src_token, between(static_cast<std::size_t>(context_.num_ranks) * context_.num_ranks, 0);
+    for (int src = 0; src < context_.num_ranks; ++src) {
+      between[static_cast<std::size_t>(src) * context_.num_ranks + context_.rank] = counts_.tokens_from[src];
+      for (int i = 0; i < counts_.tokens_from[src]; ++i)
+        src_token.push_back(*reinterpret_cast<const std::int32_t*>(message(src, i) + sent_.message.src_token_at));
+    }
+    handle->src_token = tensor_of(std::move(src_token), {rows_.num_arrivals});
+    handle->tokens_between = tensor_of(std::move(between), {context_.num_ranks, context_.num_ranks});
+    handle->arrival_row = tensor_of(std::move(arrival_row_), {rows_.num_arrivals, call_.num_topk});
+    handle->first_arrival = tensor_of(std::move(rows_.first_arrival), {context_.num_ranks + 1});
+    handle->slot_rows = tensor_of(std::move(rows_.slot_rows), {num_slots_});
+    handle->slot_first_row = tensor_of(std::move(rows_.slot_first_row), {num_slots_ + 1});
+    return handle;
+  }
+
+  const Sent& sent_;
+  const DispatchCall& call_;
+  Context& context_;
+  const int num_slots_;
+  plan::RowCounts counts_;
+  plan::RowPlan rows_;
+  std::vector<std::int32_t> arrival_row_;
+  plan::OutputBlock at_;
+  std::shared_ptr<void> owner_;
+};
+
+class Receiver final : public Ticket<DispatchOutput>::Receiver {
+ public:
+  explicit Receiver(Sent sent) : sent_(std::move(sent)) {}
+
+  ~Receiver() override {
+    if (!finished_) sent_->context->abandon(sent_->epoch);
+  }
+  Receiver(const Receiver&) = delete;
+  Receiver& operator=(const Receiver&) = delete;
+
+  DispatchOutput receive() override {
+    Context& context = *sent_->context;
+    Epoch epoch = sent_->epoch;
+    epoch.deadline = Clock::now() + sent_->call.timeout;  // the time between send and receive is the caller's
+    std::vector<std::int32_t> messages_from(context.num_ranks, 0);
+    for (int src : sent_->active) {
+      const std::uint32_t value = context.await(context.words(context.rank, epoch.number, src).arrived, epoch, src, 1);
+      context.check_announcement(epoch, src, sent_->call.signature, value);
+      messages_from[src] = static_cast<std::int32_t>(value);
+    }
+    DispatchOutput out = Placer(*sent_, messages_from).place();
+    finished_ = true;
+    context.finish(epoch);
+    return out;
+  }
+
+ private:
+  std::optional<Sent> sent_;
+  bool finished_ = false;
+};
+
+}  // namespace
+
+Ticket<DispatchOutput> low_latency_dispatch(const std::shared_ptr<Context>& context, const DispatchCall& call) {
+  Sent sent{context,
+            call,
+            context->begin(call.operation, call.timeout),
+            context->active_ranks(),
+            plan::MessageLayout::place(call.shape),
+            {}};
+  plan::Routes routes = plan::make_routes(call.in.topk_idx, view_of(*call.placement, context->topology),
+                                          context->num_ranks, call.placement->max_slots(), context->rank);
+  for (std::int32_t& rank : routes.rank)
+    if (rank >= 0 && std::find(sent.active.begin(), sent.active.end(), rank) == sent.active.end()) rank = -1;
+  sent.dst_rank = routes.rank;
+  Sender(sent, routes).send();
+  return Ticket<DispatchOutput>(std::make_unique<Receiver>(std::move(sent)));
+}
+
+}  // namespace deep_ep::host

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: MIT
+// What the host backend does to one row: copy, add, round, convert, quantise. Compiled for more than one instruction
+// set and chosen once; every choice gives the same bits (a NaN in FP32 as some NaN).
+//
+// Rows may have any number of elements, zero included. They are aligned as their type wants; 16 bytes and more is
+// fastest. Source and destination do not overlap. "A number type" is bf16, fp16 or fp32; any other DType throws
+// kInvalidArgument.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "deep_ep/tensor.h"
+#include "plan/fp8.h"
+
+namespace deep_ep::host {
+
+struct QuantizeRow {
+  const void* src = nullptr;  // [hidden], a number type
+  DType dtype = DType::kBf16;
+  std::int64_t hidden = 0;
+  std::uint8_t* codes = nullptr;  // [hidden], e4m3
+  void* scales = nullptr;  // [num_scales(hidden, kind)]: float, or int32 for kUe8m0 (unused bytes of the last word: 0)
+  std::ptrdiff_t scale_stride = 1;  // in scales
+  plan::Fp8Scale kind = plan::Fp8Scale::kExact;
+};
+
+struct DequantizeRow {
+  const std::uint8_t* codes = nullptr;  // [hidden], e4m3
+  std::int64_t hidden = 0;
+  const void* scales = nullptr;  // as in QuantizeRow
+  std::ptrdiff_t scale_stride = 1;
+  plan::Fp8Scale kind = plan::Fp8Scale::kExact;
+  void* dst = nullptr;  // [hidden], a number type: code * scale in FP32, then rounded
+  DType dtype = DType::kFp32;
+};
+
+struct RowOps {
+  const char* isa;  // as EP_HOST_ISA names it
+
+  /// Large rows are written past the caches, for a reader on another core: call flush() before telling it.
+  void (*copy)(void* dst, const void* src, std::size_t bytes);
+  /// Orders what copy() wrote before any later store of this thread, a release store in particular.
+  void (*flush)();
+  void (*zero)(void* dst, std::size_t bytes);
+
+  void (*quantize)(const QuantizeRow& row);
+  void (*dequantize)(const DequantizeRow& row);
+
+  /// acc[i] = acc[i] + row[i]
+  void (*add)(float* acc, const void* row, DType dtype, std::int64_t n);
+  /// acc[i] = fma(weight, row[i], acc[i]), rounded once
+  void (*fma)(float* acc, const void* row, float weight, DType dtype, std::int64_t n);
+  /// dst[i] = acc[i], to nearest, ties to even
+  void (*round)(void* dst, const float* acc, DType dtype, std::int64_t n);
+  /// dst[i] = src[i], between number types, each value rounded at most once
+  void (*cast)(void* dst, DType dst_dtype, const void* src, DType src_dtype, std::int64_t n);
+  /// The sum of a[i] * b[i] in FP32, in this order everywhere: lane l of 16 takes the elements i = l, l + 16, l + 32,
+  /// ... in turn by lane = fma(a[i], b[i], lane), from 0; then the lanes are added 0 to 15: ((lane0 + lane1) + lane2) +
+  /// ...
+  float (*dot)(const void* a, const void* b, DType dtype, std::int64_t n);
+};
+
+/// The best table that this CPU can run, or the one that EP_HOST_ISA (baseline | v3) asks for. Chosen at the first
+/// call. Throws kInvalidArgument where EP_HOST_ISA has another value, kUnsupported where this machine cannot run what
+/// it asks for.
+const RowOps& row_ops();
+
+/// The choice itself; wanted may be null. For row_ops() and for tests.
+const RowOps& choose_row_ops(const char* wanted);
+
+/// The tables. v3 (x86-64 with AVX2, FMA and F16C) is null where the build or this CPU has none.
+const RowOps& baseline_row_ops();
+const RowOps* v3_row_ops();
+
+}  // namespace deep_ep::host

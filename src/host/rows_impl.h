@@ -1,0 +1,334 @@
+// SPDX-License-Identifier: MIT
+// The row operations, written once. rows_baseline.cpp and rows_v3.cpp include this file and are compiled for different
+// instruction sets.
+//
+// Everything here has internal linkage or is EP_ALWAYS_INLINE, and no inline function of the standard library is
+// called: an object file for AVX2 must define no weak function, because the linker may keep that copy for the whole
+// program. `nm rows_v3.cpp.o | grep ' [WV] '` is empty.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "host/rows.h"
+#include "plan/fp8.h"
+#include "plan/macros.h"
+#include "plan/number.h"
+
+// The sanitizers do not follow streaming stores, so under them a copy is memcpy.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define EP_ROWS_SANITIZED 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) || __has_feature(memory_sanitizer)
+#define EP_ROWS_SANITIZED 1
+#endif
+#endif
+#if defined(__x86_64__) && !defined(EP_ROWS_SANITIZED)
+#define EP_ROWS_STREAM 1
+#include <immintrin.h>
+#endif
+#ifdef __AVX2__
+#include "host/rows_avx2.h"
+#endif
+
+namespace deep_ep::host {
+
+[[noreturn]] void throw_not_a_number_type(DType dtype);  // rows.cpp
+
+namespace {
+
+// A number type of rows: one element, and with AVX2 a block of eight.
+struct Bf16 {
+  using Code = std::uint16_t;
+  static EP_ALWAYS_INLINE float load(Code code) { return plan::from_bf16(code); }
+  static EP_ALWAYS_INLINE Code store(float x) { return plan::to_bf16(x); }
+#ifdef __AVX2__
+  static EP_ALWAYS_INLINE __m256 load_block(const Code* from) { return from_bf16_8(from); }
+  static EP_ALWAYS_INLINE void store_block(Code* to, __m256 x) { to_bf16_8(to, x); }
+#endif
+};
+
+struct Fp16 {
+  using Code = std::uint16_t;
+  static EP_ALWAYS_INLINE float load(Code code) { return plan::from_fp16(code); }
+  static EP_ALWAYS_INLINE Code store(float x) { return plan::to_fp16(x); }
+#ifdef __AVX2__
+  static EP_ALWAYS_INLINE __m256 load_block(const Code* from) { return from_fp16_8(from); }
+  static EP_ALWAYS_INLINE void store_block(Code* to, __m256 x) { to_fp16_8(to, x); }
+#endif
+};
+
+struct Fp32 {
+  using Code = float;
+  static EP_ALWAYS_INLINE float load(Code code) { return code; }
+  static EP_ALWAYS_INLINE Code store(float x) { return x; }
+#ifdef __AVX2__
+  static EP_ALWAYS_INLINE __m256 load_block(const Code* from) { return _mm256_loadu_ps(from); }
+  static EP_ALWAYS_INLINE void store_block(Code* to, __m256 x) { _mm256_storeu_ps(to, x); }
+#endif
+};
+
+// Calls f with the number type that dtype names.
+template <class F>
+EP_ALWAYS_INLINE auto with_number_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kBf16: return f(Bf16{});
+    case DType::kFp16: return f(Fp16{});
+    case DType::kFp32: return f(Fp32{});
+    case DType::kU8:
+    case DType::kFp8E4m3:
+    case DType::kI32:
+    case DType::kI64:
+    case DType::kBool: break;
+  }
+  throw_not_a_number_type(dtype);
+}
+
+#ifdef EP_ROWS_STREAM
+
+constexpr std::size_t kLine = 64;
+
+// Rows of this size and more are streamed. Measured on a Xeon (Sapphire Rapids, one core, rows of 2 to 32 KiB): into
+// 512 MiB that is not in any cache 19 to 22 GB/s streamed against 6 to 9 with memcpy, which reads each line before
+// writing it; into 8 MiB written over and over both reach 20 to 24. Below 2 KiB the partial lines at the ends eat the
+// gain.
+constexpr std::size_t kStreamFrom = 2048;
+
+void copy(void* dst, const void* src, std::size_t bytes) {
+  char* to = static_cast<char*>(dst);
+  const char* from = static_cast<const char*>(src);
+  if (bytes < kStreamFrom) {
+    if (bytes > 0) std::memcpy(to, from, bytes);
+    return;
+  }
+  const std::size_t head = (kLine - reinterpret_cast<std::uintptr_t>(dst) % kLine) % kLine;
+  // Only whole lines are streamed: a line written in part costs a read and two writes of memory.
+  std::memcpy(to, from, head);
+  std::size_t at = head;
+  for (; at + kLine <= bytes; at += kLine) {
+#ifdef __AVX__
+    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + at));
+    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + at + 32));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + at), a);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + at + 32), b);
+#else
+    for (std::size_t part = 0; part < kLine; part += 16) {
+      const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at + part));
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + at + part), a);
+    }
+#endif
+  }
+  std::memcpy(to + at, from + at, bytes - at);
+}
+
+// Streaming stores wait in write-combining buffers outside the order of ordinary x86 stores, so a release store alone
+// (a plain mov) could become visible before them. sfence empties the buffers first; from then on the release covers
+// them as it does any store.
+void flush() { _mm_sfence(); }
+
+#else
+
+void copy(void* dst, const void* src, std::size_t bytes) {
+  if (bytes > 0) std::memcpy(dst, src, bytes);
+}
+
+// Ordinary stores only: a release store already orders them.
+void flush() {}
+
+#endif
+
+void zero(void* dst, std::size_t bytes) {
+  if (bytes > 0) std::memset(dst, 0, bytes);
+}
+
+// In each loop below the blocks come first and single elements finish; without AVX2 the second loop does it all.
+
+void add(float* acc, const void* row, DType dtype, std::int64_t n) {
+  with_number_type(dtype, [=](auto number) {
+    using Number = decltype(number);
+    float* __restrict sum = acc;
+    const typename Number::Code* __restrict x = static_cast<const typename Number::Code*>(row);
+    std::int64_t i = 0;
+#ifdef __AVX2__
+    for (; i + kBlock <= n; i += kBlock) {
+      _mm256_storeu_ps(sum + i, _mm256_add_ps(_mm256_loadu_ps(sum + i), Number::load_block(x + i)));
+    }
+#endif
+    for (; i < n; ++i) sum[i] = plan::add_rn(sum[i], Number::load(x[i]));
+  });
+}
+
+void fma(float* acc, const void* row, float weight, DType dtype, std::int64_t n) {
+  with_number_type(dtype, [=](auto number) {
+    using Number = decltype(number);
+    float* __restrict sum = acc;
+    const typename Number::Code* __restrict x = static_cast<const typename Number::Code*>(row);
+    std::int64_t i = 0;
+#ifdef __AVX2__
+    const __m256 weights = _mm256_set1_ps(weight);
+    for (; i + kBlock <= n; i += kBlock) {
+      _mm256_storeu_ps(sum + i, _mm256_fmadd_ps(weights, Number::load_block(x + i), _mm256_loadu_ps(sum + i)));
+    }
+#endif
+    for (; i < n; ++i) sum[i] = plan::fma_rn(weight, Number::load(x[i]), sum[i]);
+  });
+}
+
+template <class To, class From>
+void cast_row(void* dst, const void* src, std::int64_t n) {
+  typename To::Code* __restrict to = static_cast<typename To::Code*>(dst);
+  const typename From::Code* __restrict from = static_cast<const typename From::Code*>(src);
+  std::int64_t i = 0;
+#ifdef __AVX2__
+  for (; i + kBlock <= n; i += kBlock) {
+    __m256 x = From::load_block(from + i);
+    if constexpr (sizeof(typename From::Code) < sizeof(typename To::Code)) x = quiet8(x);
+    To::store_block(to + i, x);
+  }
+#endif
+  for (; i < n; ++i) to[i] = To::store(From::load(from[i]));
+}
+
+void cast(void* dst, DType dst_dtype, const void* src, DType src_dtype, std::int64_t n) {
+  with_number_type(dst_dtype, [=](auto to) {
+    with_number_type(src_dtype, [=](auto from) { cast_row<decltype(to), decltype(from)>(dst, src, n); });
+  });
+}
+
+void round(void* dst, const float* acc, DType dtype, std::int64_t n) {
+  with_number_type(dtype, [=](auto number) { cast_row<decltype(number), Fp32>(dst, acc, n); });
+}
+
+constexpr int kDotLanes = 16;
+
+template <class Number>
+float dot_row(const typename Number::Code* a, const typename Number::Code* b, std::int64_t n) {
+  float lanes[kDotLanes] = {};
+  std::int64_t i = 0;
+#ifdef __AVX2__
+  __m256 low = _mm256_setzero_ps();
+  __m256 high = _mm256_setzero_ps();
+  for (; i + kDotLanes <= n; i += kDotLanes) {
+    low = _mm256_fmadd_ps(Number::load_block(a + i), Number::load_block(b + i), low);
+    high = _mm256_fmadd_ps(Number::load_block(a + i + kBlock), Number::load_block(b + i + kBlock), high);
+  }
+  _mm256_storeu_ps(lanes, low);
+  _mm256_storeu_ps(lanes + kBlock, high);
+#endif
+  for (; i < n; ++i) {
+    float& lane = lanes[i % kDotLanes];
+    lane = plan::fma_rn(Number::load(a[i]), Number::load(b[i]), lane);
+  }
+  float sum = lanes[0];
+  for (int lane = 1; lane < kDotLanes; ++lane) sum = plan::add_rn(sum, lanes[lane]);
+  return sum;
+}
+
+float dot(const void* a, const void* b, DType dtype, std::int64_t n) {
+  return with_number_type(dtype, [=](auto number) {
+    using Code = typename decltype(number)::Code;
+    return dot_row<decltype(number)>(static_cast<const Code*>(a), static_cast<const Code*>(b), n);
+  });
+}
+
+// Encodes one group and returns its scale.
+template <class Number>
+EP_ALWAYS_INLINE float quantize_group(const typename Number::Code* __restrict src, std::uint8_t* __restrict codes,
+                                      int channels, plan::Fp8Scale kind) {
+  float x[plan::kFp8Group];
+  std::int32_t largest = 0;
+  for (int i = 0; i < channels; ++i) x[i] = Number::load(src[i]);
+  for (int i = 0; i < channels; ++i) {
+    const std::int32_t magnitude = plan::fp8_magnitude(x[i]);
+    largest = largest > magnitude ? largest : magnitude;
+  }
+  const plan::Fp8Scaling scaling = plan::fp8_scaling(largest, kind);
+  for (int i = 0; i < channels; ++i) codes[i] = plan::fp8_encode(x[i], scaling.factor);
+  return scaling.scale;
+}
+
+template <class Number>
+EP_ALWAYS_INLINE float quantize_full_group(const typename Number::Code* __restrict src, std::uint8_t* __restrict codes,
+                                           plan::Fp8Scale kind) {
+#ifdef __AVX2__
+  float x[plan::kFp8Group];
+  __m256i largest_of_8 = _mm256_setzero_si256();
+  for (int i = 0; i < plan::kFp8Group; i += kBlock) {
+    const __m256 block = Number::load_block(src + i);
+    _mm256_storeu_ps(x + i, block);
+    largest_of_8 = _mm256_max_epi32(largest_of_8, fp8_magnitude8(block));
+  }
+  const plan::Fp8Scaling scaling = plan::fp8_scaling(largest_lane(largest_of_8), kind);
+  const __m256 factor = _mm256_set1_ps(scaling.factor);
+  for (int i = 0; i < plan::kFp8Group; i += 4 * kBlock) fp8_encode32(codes + i, x + i, factor);
+  return scaling.scale;
+#else
+  return quantize_group<Number>(src, codes, plan::kFp8Group, kind);
+#endif
+}
+
+void store_scale(const QuantizeRow& row, std::int64_t group_idx, float scale) {
+  switch (row.kind) {
+    case plan::Fp8Scale::kExact:
+    case plan::Fp8Scale::kPowerOfTwo: static_cast<float*>(row.scales)[group_idx * row.scale_stride] = scale; return;
+    case plan::Fp8Scale::kUe8m0: break;
+  }
+  std::int32_t& word = static_cast<std::int32_t*>(row.scales)[group_idx / plan::kUe8m0PerWord * row.scale_stride];
+  const std::uint32_t before = group_idx % plan::kUe8m0PerWord == 0 ? 0u : static_cast<std::uint32_t>(word);
+  word = static_cast<std::int32_t>(before | plan::ue8m0_in_word(scale, group_idx));
+}
+
+void quantize(const QuantizeRow& row) {
+  with_number_type(row.dtype, [&row](auto number) {
+    using Number = decltype(number);
+    const typename Number::Code* src = static_cast<const typename Number::Code*>(row.src);
+    const std::int64_t full_groups = row.hidden / plan::kFp8Group;
+    for (std::int64_t group_idx = 0; group_idx < full_groups; ++group_idx) {
+      const std::int64_t at = group_idx * plan::kFp8Group;
+      store_scale(row, group_idx, quantize_full_group<Number>(src + at, row.codes + at, row.kind));
+    }
+    const std::int64_t at = full_groups * plan::kFp8Group;
+    if (at == row.hidden) return;
+    const int rest = static_cast<int>(row.hidden - at);
+    store_scale(row, full_groups, quantize_group<Number>(src + at, row.codes + at, rest, row.kind));
+  });
+}
+
+float load_scale(const DequantizeRow& row, std::int64_t group_idx) {
+  switch (row.kind) {
+    case plan::Fp8Scale::kExact:
+    case plan::Fp8Scale::kPowerOfTwo: return static_cast<const float*>(row.scales)[group_idx * row.scale_stride];
+    case plan::Fp8Scale::kUe8m0: break;
+  }
+  const std::int32_t word =
+      static_cast<const std::int32_t*>(row.scales)[group_idx / plan::kUe8m0PerWord * row.scale_stride];
+  return plan::ue8m0_from_word(static_cast<std::uint32_t>(word), group_idx);
+}
+
+void dequantize(const DequantizeRow& row) {
+  with_number_type(row.dtype, [&row](auto number) {
+    using Number = decltype(number);
+    for (std::int64_t at = 0; at < row.hidden; at += plan::kFp8Group) {
+      const std::int64_t rest = row.hidden - at;
+      const int channels = rest < plan::kFp8Group ? static_cast<int>(rest) : plan::kFp8Group;
+      const float scale = load_scale(row, at / plan::kFp8Group);
+      const std::uint8_t* __restrict codes = row.codes + at;
+      typename Number::Code* __restrict dst = static_cast<typename Number::Code*>(row.dst) + at;
+      int i = 0;
+#ifdef __AVX2__
+      const __m256 scales = _mm256_set1_ps(scale);
+      for (; i + kBlock <= channels; i += kBlock)
+        Number::store_block(dst + i, _mm256_mul_ps(from_e4m3_8(codes + i), scales));
+#endif
+      for (; i < channels; ++i) dst[i] = Number::store(plan::fp8_decode(codes[i], scale));
+    }
+  });
+}
+
+constexpr RowOps row_ops_named(const char* isa) {
+  return {isa, copy, flush, zero, quantize, dequantize, add, fma, round, cast, dot};
+}
+
+}  // namespace
+}  // namespace deep_ep::host

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: MIT
+// What is written of one source token: its row as it travels, with scales, weights and side tensors. Both kinds of
+// dispatch send these.
+#pragma once
+
+#include <cstring>
+#include <memory>
+
+#include "backend.h"
+#include "host/rows.h"
+
+namespace deep_ep::host {
+
+/// Reads tokens for one worker: quantises a row once, however many ranks it goes to.
+class TokenReader {
+ public:
+  TokenReader(const DispatchCall& call, const RowOps& ops) : call_(call), ops_(ops) {
+    if (call.quantize) {
+      codes_ = std::make_unique<std::uint8_t[]>(call.shape.row_bytes);
+      scales_ = std::make_unique<std::int32_t[]>(call.shape.num_scales);
+    }
+  }
+
+  /// Turns to a token; row() and scales are of that one until the next call.
+  void read(int token) {
+    token_ = token;
+    const TensorView& x = call_.in.x;
+    const auto* source =
+        x.as<const std::byte>() + token * call_.hidden * static_cast<std::int64_t>(item_bytes(x.dtype));
+    if (!call_.quantize) {
+      row_ = source;
+      return;
+    }
+    ops_.quantize({.src = source,
+                   .dtype = x.dtype,
+                   .hidden = call_.hidden,
+                   .codes = codes_.get(),
+                   .scales = scales_.get(),
+                   .scale_stride = 1,
+                   .kind = call_.scale_kind});
+    row_ = codes_.get();
+  }
+
+  const void* row() const { return row_; }
+
+  void write_scales(std::int32_t* dst, std::int64_t stride) const {
+    const TensorView& given = call_.in.scales;
+    for (int i = 0; i < call_.shape.num_scales; ++i)
+      dst[i * stride] = call_.quantize
+                            ? scales_[i]
+                            : given.as<const std::int32_t>()[token_ * given.strides[0] + i * given.strides[1]];
+  }
+
+  float weight(int k) const {
+    return call_.in.topk_weights.as<const float>()[static_cast<std::int64_t>(token_) * call_.num_topk + k];
+  }
+
+  void write_side(int i, std::byte* dst) const {
+    const std::size_t bytes = call_.shape.side_bytes[i];
+    std::memcpy(dst, call_.in.side[i].as<const std::byte>() + token_ * bytes, bytes);
+  }
+
+ private:
+  const DispatchCall& call_;
+  const RowOps& ops_;
+  int token_ = 0;
+  const void* row_ = nullptr;
+  std::unique_ptr<std::uint8_t[]> codes_;
+  std::unique_ptr<std::int32_t[]> scales_;  // words: float or packed exponents
+};
+
+/// Tokens that one worker takes at a time: enough to hide the hand-over, few enough to share evenly.
+inline constexpr std::int64_t kTokensPerPiece = 32;
+
+}  // namespace deep_ep::host

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: MIT
+// Low-latency slots: one message per (token, destination rank), at a fixed place in the destination's window.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "deep_ep/config.h"
+#include "plan/output.h"
+
+namespace deep_ep::plan {
+
+//   [ src_token: i32, slot of each selection: i32 x topk, weights: f32 x topk | row | scales | side 0 | ... ]   each
+//   16-byte aligned
+struct MessageLayout {
+  static constexpr std::size_t kAlignment = 16;
+
+  std::size_t src_token_at = 0;
+  std::size_t slots_at = 0;
+  std::size_t weights_at = 0;
+  std::size_t row_at = 0;
+  std::size_t scales_at = 0;
+  std::size_t side_at[kMaxSide] = {};
+  std::size_t bytes = 0;
+
+  static MessageLayout place(const RowShape& shape) {
+    const std::size_t topk = static_cast<std::size_t>(shape.num_topk);
+    MessageLayout message;
+    std::size_t end = 0;
+    message.src_token_at = take(end, 4, kAlignment);
+    message.slots_at = take(end, 4 * topk, 4);
+    message.weights_at = take(end, shape.topk_weights ? 4 * topk : 0, 4);
+    message.row_at = take(end, shape.row_bytes, kAlignment);
+    message.scales_at = take(end, 4 * static_cast<std::size_t>(shape.num_scales), kAlignment);
+    for (int i = 0; i < shape.num_side; ++i) message.side_at[i] = take(end, shape.side_bytes[i], kAlignment);
+    message.bytes = align_up(end, kRegionAlignment);
+    return message;
+  }
+};
+
+/// Bytes of one ticket's slots for dispatch: a message from every token of every source.
+inline std::size_t dispatch_slot_bytes(int num_ranks, int max_tokens_per_rank, std::size_t message_bytes) {
+  return static_cast<std::size_t>(num_ranks) * max_tokens_per_rank * message_bytes;
+}
+
+/// Bytes of one ticket's slots for combine: a row for every selection, and the weights that come home beside them.
+inline std::size_t combine_slot_bytes(int max_tokens_per_rank, int num_topk, std::size_t row_bytes) {
+  return static_cast<std::size_t>(max_tokens_per_rank) * num_topk *
+         (align_up(row_bytes, MessageLayout::kAlignment) + 4);
+}
+
+/// Bytes that one ticket needs to serve every call within `capacity`.
+inline std::size_t low_latency_ticket_bytes(const LowLatencyCapacity& capacity, int num_ranks) {
+  RowShape shape;
+  shape.row_bytes = capacity.row_bytes;
+  shape.num_topk = capacity.num_topk;
+  shape.topk_weights = true;
+  shape.num_side = 1;
+  // Scales and several side tensors are aligned one by one: 16 bytes more for each at most.
+  shape.side_bytes[0] = capacity.side_bytes + (kMaxSide + 1) * MessageLayout::kAlignment;
+  const std::size_t dispatch =
+      dispatch_slot_bytes(num_ranks, capacity.max_tokens_per_rank, MessageLayout::place(shape).bytes);
+  const std::size_t combine = combine_slot_bytes(capacity.max_tokens_per_rank, capacity.num_topk, capacity.row_bytes);
+  return align_up(dispatch > combine ? dispatch : combine, kRegionAlignment);
+}
+
+}  // namespace deep_ep::plan
