@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: MIT
+# Thin targets over CMake's presets. `make help` lists them; ./do installs the packages they need and calls this file.
+SHELL := /bin/sh
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# What `make build` and `make demo` use, and what `make test` goes through.
+PRESET ?= host
+PRESETS ?= host host-asan host-tsan
+# More arguments for the demo or the benchmark: make demo ARGS="--file book.txt"
+ARGS ?=
+
+.PHONY: build demo test bench lint asan tsan format clean help
+.DEFAULT_GOAL := build
+
+build:  ## build the library and all programs (PRESET=host)
+	cmake --preset $(PRESET)
+	cmake --build --preset $(PRESET) -j $(JOBS)
+
+demo:  ## eight ranks run an MoE layer over real text; report in out/demo (ARGS=...)
+	cmake --preset $(PRESET)
+	cmake --build --preset $(PRESET) -j $(JOBS) --target moe_layer
+	mkdir -p out/demo
+	cd out/demo && ../../build/$(PRESET)/examples/moe_layer $(ARGS)
+
+test:  ## all presets' tests, lint, Python tests, one summary line (PRESETS="host host-asan host-tsan")
+	@python3 tools/run_tests.py --jobs $(JOBS) $(PRESETS)
+
+asan:  ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@python3 tools/run_tests.py --jobs $(JOBS) --no-lint host-asan
+
+tsan:  ## the tests under ThreadSanitizer
+	@python3 tools/run_tests.py --jobs $(JOBS) --no-lint host-tsan
+
+bench:  ## measure, beside memcpy and Open MPI; report in out/bench (ARGS=...)
+	cmake --preset release
+	cmake --build --preset release -j $(JOBS)
+	mkdir -p out/bench
+	python3 bench/run.py --build build/release --out out/bench $(ARGS)
+
+lint:  ## includes, documents, format, clang-tidy
+	cmake --preset host
+	@JOBS=$(JOBS) tools/lint.sh
+
+format:  ## run clang-format over the tree
+	@tools/lint.sh --format
+
+clean:  ## remove build/ and out/
+	rm -rf build out
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):  *## /\1 - /p' Makefile | awk -F' - ' '{ printf "  make %-7s %s\n", $$1, $$2 }'

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: MIT
+# The target deep_ep.
+
+find_package(fmt REQUIRED)
+find_package(Threads REQUIRED)
+
+# Globbed, so that a new file is a new file and nothing else; CONFIGURE_DEPENDS looks again at each build.
+file(GLOB_RECURSE ep_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/src/*.cpp")
+list(FILTER ep_sources EXCLUDE REGEX "/src/cuda/")
+
+# The row loops are compiled twice, and rows.cpp chooses at run time: for every CPU, and for x86-64 with AVX2, FMA and F16C.
+# Only the extensions that it asks the CPU for, and only in that file. -O3 because these loops must be vectorised.
+set(ep_rows_baseline "${PROJECT_SOURCE_DIR}/src/host/rows_baseline.cpp")
+set(ep_rows_v3 "${PROJECT_SOURCE_DIR}/src/host/rows_v3.cpp")
+set(ep_rows_flags "$<$<NOT:$<CONFIG:Debug>>:-O3>")
+set_source_files_properties("${ep_rows_baseline}" PROPERTIES COMPILE_OPTIONS "${ep_rows_flags}")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$" AND CMAKE_SIZEOF_VOID_P EQUAL 8)
+  set_source_files_properties("${ep_rows_v3}" PROPERTIES COMPILE_OPTIONS "${ep_rows_flags};-mavx2;-mfma;-mf16c")
+else()
+  list(REMOVE_ITEM ep_sources "${ep_rows_v3}")
+endif()
+
+add_library(deep_ep ${ep_sources})
+add_library(deep_ep::deep_ep ALIAS deep_ep)
+set_target_properties(deep_ep PROPERTIES VERSION "${PROJECT_VERSION}" SOVERSION "${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR}")
+target_compile_features(deep_ep PUBLIC cxx_std_20)
+target_include_directories(
+  deep_ep
+  PUBLIC "$<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include>" "$<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>"
+  PRIVATE "${PROJECT_SOURCE_DIR}/src")
+# rt holds shm_open in C libraries older than glibc 2.34.
+target_link_libraries(deep_ep PRIVATE fmt::fmt Threads::Threads $<$<PLATFORM_ID:Linux>:rt>)

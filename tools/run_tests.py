@@ -1,0 +1,143 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""Builds and tests presets one after the other, then lint and the Python tests; the last line sums up what happened.
+
+A step that fails does not stop the others. Logs and JUnit files lie in out/test. Exit code 0 only if everything passed.
+"""
+import argparse
+import os
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as xml
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "out" / "test"
+
+
+def run(*command, **more):
+    """True if the command succeeded; it prints as it goes."""
+    print("+", " ".join(map(str, command)), flush=True)
+    try:
+        return subprocess.run(command, cwd=ROOT, **more).returncode == 0
+    except FileNotFoundError:
+        print(f"{command[0]}: not installed", flush=True)
+        return False
+
+
+class Tally:
+    """Tests counted from JUnit files, and the steps that failed by themselves."""
+
+    def __init__(self):
+        self.passed = self.failed = self.skipped = 0
+        self.broken = []
+
+    def add(self, junit, step):
+        """Counts a file's tests; a file that is not there or names no test is a broken step."""
+        try:
+            cases = list(xml.parse(junit).iter("testcase"))
+        except (OSError, xml.ParseError):
+            cases = []
+        if not cases:
+            self.broken.append(f"{step}: no tests ran")
+        failures = 0
+        for case in cases:
+            skip = case.find("skipped")
+            # ctest calls a test that it could not start "notrun" and skipped; a test that skips itself says SKIP_....
+            absent = case.get("status") == "notrun" and not (skip is not None and skip.get("message", "").startswith("SKIP_"))
+            if absent or any(case.find(tag) is not None for tag in ("failure", "error")):
+                failures += 1
+            elif skip is not None or case.get("status") == "disabled":
+                self.skipped += 1
+            else:
+                self.passed += 1
+        self.failed += failures
+        return failures
+
+
+def wrapper_for(preset):
+    """GCC's ThreadSanitizer cannot start where the kernel randomises addresses by more bits than it expects."""
+    bits = Path("/proc/sys/vm/mmap_rnd_bits")
+    if "tsan" not in preset or not bits.is_file() or int(bits.read_text()) <= 28:
+        return []
+    fixed = ["setarch", os.uname().machine, "-R"]
+    return fixed if subprocess.run([*fixed, "true"], capture_output=True).returncode == 0 else []
+
+
+def test_preset(preset, jobs, tally):
+    # Without GoogleTest a plain build leaves the tests out; here that is an error.
+    if not run("cmake", "--preset", preset, "-DCMAKE_REQUIRE_FIND_PACKAGE_GTest=ON"):
+        tally.broken.append(f"{preset}: configure failed")
+        return
+    if not run("cmake", "--build", "--preset", preset, "-j", str(jobs)):
+        tally.broken.append(f"{preset}: build failed")
+        return
+    junit = OUT / f"{preset}.xml"
+    finished = run(*wrapper_for(preset), "ctest", "--preset", preset, "-j", str(jobs), "--output-junit", str(junit))
+    failures = tally.add(junit, preset)
+    if not finished and not failures:
+        tally.broken.append(f"{preset}: ctest failed")
+
+
+def test_python(tally):
+    tests = sorted((ROOT / "tests" / "python").glob("*test*.py"))
+    if not tests:
+        return []
+    junit = OUT / "python.xml"
+    finished = run(sys.executable, "-m", "pytest", "-q", f"--junitxml={junit}", *map(str, tests))
+    if not tally.add(junit, "python") and not finished:
+        tally.broken.append("python: pytest failed")
+    return ["python"]
+
+
+def lint(jobs):
+    """Runs tools/lint.sh; what its last line says after "lint: "."""
+    print("+ tools/lint.sh", flush=True)
+    last = "lint: FAILED: it did not start"
+    with subprocess.Popen(["tools/lint.sh"], cwd=ROOT, env={**os.environ, "JOBS": str(jobs)}, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        for last in process.stdout:
+            print(last, end="", flush=True)
+    return last.strip().removeprefix("lint: ") if process.returncode == 0 or "FAILED" in last else "FAILED"
+
+
+def good(tally, lint_says):
+    return not tally.failed and not tally.broken and lint_says in ("", "clean")
+
+
+def summary(tally, parts, lint_says, seconds):
+    counts = f"{tally.passed} tests passed, {tally.failed} failed, {tally.skipped} skipped ({', '.join(parts)})"
+    notes = ([f"lint {lint_says}"] if lint_says else []) + tally.broken
+    return f"deep_ep test: {'' if good(tally, lint_says) else 'FAILED: '}{', '.join([counts, *notes])}, {seconds:.0f} s"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("presets", nargs="*", default=["host", "host-asan", "host-tsan"])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--no-lint", action="store_true", help="only build and test")
+    args = parser.parse_args()
+
+    start, tally, lint_says, parts = time.monotonic(), Tally(), "", list(args.presets)
+    OUT.mkdir(parents=True, exist_ok=True)
+    for old in [*OUT.glob("*.xml"), *OUT.glob("summary.txt")]:
+        old.unlink()  # a step that fails must not find its last result
+    try:
+        for preset in args.presets:
+            test_preset(preset, args.jobs, tally)
+        if not args.no_lint:
+            # clang-tidy reads the compile commands of the preset host.
+            ready = "host" in args.presets or run("cmake", "--preset", "host")
+            lint_says = lint(args.jobs) if ready else "FAILED: no preset host"
+            parts += test_python(tally)
+    except KeyboardInterrupt:
+        tally.broken.append("interrupted")
+    line = summary(tally, parts, lint_says, time.monotonic() - start)
+    (OUT / "summary.txt").write_text(line + "\n")
+    print(line, flush=True)
+    return 0 if good(tally, lint_says) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
