@@ -40,5 +40,6 @@ set_target_properties(deep_ep PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED
 target_sources(deep_ep PRIVATE ${ep_cuda_sources})
 target_compile_definitions(deep_ep PRIVATE EP_WITH_CUDA=1)
 # As on the host: no contraction, so that both backends give the same bits.
-target_compile_options(deep_ep PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:--fmad=false;-Xcompiler=-Wall,-Wextra,-ffp-contract=off>")
+target_compile_options(deep_ep PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:--fmad=false;--expt-relaxed-constexpr;-Xcompiler=-Wall,-Wextra,-ffp-contract=off>")
 target_link_libraries(deep_ep PRIVATE CUDA::cudart_static)
+target_include_directories(deep_ep PRIVATE ${CUDAToolkit_INCLUDE_DIRS})

@@ -122,7 +122,7 @@ void check_routes(DispatchCall& call, const CallScope& scope, const std::shared_
     call.num_topk = handle.num_topk;
     return;
   }
-  check_topk_idx(in.topk_idx, in.num_experts);
+  check_topk_idx(in.topk_idx, in.num_experts, scope.on_device);
   require_eq(in.topk_idx.size(0), in.x.size(0), "topk_idx rows == x rows");
   call.placement = in.placement ? in.placement : even;
   check_placement(*call.placement, in.num_experts, scope);
@@ -241,7 +241,7 @@ void check_home(const CombineCall& call) {
 
 }  // namespace
 
-void check_topk_idx(const TensorView& topk_idx, int num_experts) {
+void check_topk_idx(const TensorView& topk_idx, int num_experts, bool on_device) {
   require(topk_idx.given(), "topk_idx must be given");
   require_matrix(topk_idx, "topk_idx");
   require(topk_idx.dtype == DType::kI32 || topk_idx.dtype == DType::kI64, "topk_idx must be i32 or i64: it is {}",
@@ -251,6 +251,7 @@ void check_topk_idx(const TensorView& topk_idx, int num_experts) {
   require(topk_idx.size(1) >= 1 && topk_idx.size(1) <= kMaxTopk, "topk_idx: top-k must be 1 .. {}: {}", kMaxTopk,
           topk_idx.size(1));
   require(num_experts >= 1, "num_experts must be at least 1: {}", num_experts);
+  if (on_device) return;
   const std::int64_t topk = topk_idx.size(1), selections = topk_idx.numel();
   for (std::int64_t i = 0; i < selections; ++i) {
     const std::int64_t expert =

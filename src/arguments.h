@@ -15,6 +15,7 @@ struct CallScope {
   int num_ranks = 1;
   const Config& config;
   const plan::WindowLayout& layout;
+  bool on_device = false;  // tensors are device pointers: what they hold is checked there
 };
 
 /// Each throws kInvalidArgument or kUnsupported naming the argument and both values. `even` is the placement to use
@@ -23,8 +24,8 @@ DispatchCall check_dispatch(Operation operation, const DispatchInput& in, const 
                             const std::shared_ptr<const Placement>& even);
 CombineCall check_combine(Operation operation, const CombineInput& in, const CallScope& scope);
 
-/// Ids are a contiguous matrix of numbers below num_experts, or negative.
-void check_topk_idx(const TensorView& topk_idx, int num_experts);
+/// Ids are a contiguous matrix of numbers below num_experts, or negative. On a device only the matrix is looked at.
+void check_topk_idx(const TensorView& topk_idx, int num_experts, bool on_device = false);
 
 /// A placement fits the group and the buffer.
 void check_placement(const Placement& placement, int num_experts, const CallScope& scope);

@@ -53,4 +53,54 @@ void Signature::require_same(const Signature& theirs, int my_rank, int their_ran
             value_of(field, theirs.fields[field]));
 }
 
+DispatchOutput OutputTensors::make(std::byte* block, const std::shared_ptr<void>& owner) const {
+  const plan::RowShape& shape = call.shape;
+  const bool padded = call.layout == OutputLayout::kPadded;
+  const std::int64_t slot_rows = padded ? std::int64_t{num_ranks} * call.max_tokens_per_rank : 0;
+  const auto tensor = [&](std::size_t offset, DType dtype, std::initializer_list<std::int64_t> sizes) {
+    return Tensor(TensorView(static_cast<void*>(block + offset), dtype, sizes), owner);
+  };
+  const auto per_row = [&](std::size_t offset, DType dtype, std::int64_t width) {
+    return padded ? tensor(offset, dtype, {num_slots, slot_rows, width}) : tensor(offset, dtype, {num_rows, width});
+  };
+  DispatchOutput out;
+  out.x = per_row(at.x_at, call.wire_dtype, call.hidden);
+  if (shape.num_scales > 0) {
+    out.scales = per_row(at.scales_at, call.scale_dtype, shape.num_scales);
+    const int rows = out.scales.ndim - 2;
+    out.scales.strides[rows] = at.scale_row_stride;
+    out.scales.strides[rows + 1] = at.scale_column_stride;
+    if (padded) out.scales.strides[0] = at.scale_group_stride;
+  }
+  if (shape.topk_idx_bytes > 0)
+    out.topk_idx =
+        tensor(at.topk_idx_at, shape.topk_idx_bytes == 8 ? DType::kI64 : DType::kI32, {num_arrivals, shape.num_topk});
+  if (shape.topk_weights) {
+    if (call.layout == OutputLayout::kByRank) {
+      out.topk_weights = tensor(at.topk_weights_at, DType::kFp32, {num_arrivals, shape.num_topk});
+    } else {
+      out.topk_weights = padded ? tensor(at.topk_weights_at, DType::kFp32, {num_slots, slot_rows})
+                                : tensor(at.topk_weights_at, DType::kFp32, {num_rows});
+    }
+  }
+  for (int i = 0; i < shape.num_side; ++i)
+    out.side.push_back(tensor(at.side_at[i], call.in.side[i].dtype, {num_arrivals, call.in.side[i].size(1)}));
+  return out;
+}
+
+Handle handle_for(const DispatchCall& call, int num_ranks) {
+  Handle handle;
+  handle.layout = call.layout;
+  handle.num_ranks = num_ranks;
+  handle.num_topk = call.num_topk;
+  handle.num_experts = call.num_experts;
+  handle.expert_alignment = call.expert_alignment;
+  handle.max_tokens_per_rank = call.max_tokens_per_rank;
+  handle.low_latency = call.operation == Operation::kLowLatencyDispatch;
+  handle.topk_idx_64 = call.in.topk_idx.dtype == DType::kI64;
+  handle.placement = call.placement;
+  handle.num_tokens = call.num_tokens;
+  return handle;
+}
+
 }  // namespace deep_ep

@@ -97,9 +97,29 @@ class Backend {
   virtual Tensor allocate(const TensorView& shape) = 0;
   virtual void set_masked(int rank, bool masked) = 0;
   virtual bool masked(int rank) const = 0;
+  /// Raises what enqueued calls found out late.
+  virtual void check() {}
+  /// A tensor of this backend's memory for host code to read, and back. Ordinary memory is both already.
+  virtual Tensor to_host(const TensorView& tensor) { return Tensor(tensor, nullptr); }
+  virtual Tensor from_host(Tensor tensor) { return tensor; }
   virtual Statistics statistics() const = 0;
   virtual void reset_statistics() = 0;
 };
+
+/// The views of a dispatch's outputs inside one block.
+struct OutputTensors {
+  const DispatchCall& call;
+  const plan::OutputBlock& at;
+  std::int64_t num_rows;
+  std::int64_t num_arrivals;
+  int num_slots;
+  int num_ranks;
+
+  DispatchOutput make(std::byte* block, const std::shared_ptr<void>& owner) const;
+};
+
+/// A handle with the fields that follow from the call.
+Handle handle_for(const DispatchCall& call, int num_ranks);
 
 /// What every backend needs to open.
 struct BackendInput {
@@ -110,6 +130,10 @@ struct BackendInput {
 };
 
 namespace host {
+std::unique_ptr<Backend> open_backend(const BackendInput& input);
+}
+namespace cuda {
+/// Only in a library that was built with CUDA (EP_WITH_CUDA).
 std::unique_ptr<Backend> open_backend(const BackendInput& input);
 }
 

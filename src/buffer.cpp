@@ -18,10 +18,11 @@ struct Buffer::State {
   Config config;
   plan::Topology topology;
   plan::WindowLayout layout;
+  bool on_device = false;
   std::unique_ptr<Backend> backend;                      // none: closed
   std::map<int, std::shared_ptr<const Placement>> even;  // by number of experts: built once
 
-  CallScope scope() const { return {rank, topology.num_ranks, config, layout}; }
+  CallScope scope() const { return {rank, topology.num_ranks, config, layout, on_device}; }
 
   Backend& open() const {
     require(backend != nullptr, "the buffer is closed");
@@ -62,6 +63,19 @@ struct Buffer::State {
 Buffer::Buffer(std::unique_ptr<State> state) : state_(std::move(state)) {}
 Buffer::~Buffer() { close(); }
 
+namespace {
+
+std::unique_ptr<Backend> open_backend(const BackendInput& input) {
+  if (input.options.backend == BackendKind::kHost) return host::open_backend(input);
+#ifdef EP_WITH_CUDA
+  return cuda::open_backend(input);
+#else
+  throw Error(ErrorCode::kUnsupported, "backend: this library was built without CUDA (DEEP_EP_CUDA=OFF)");
+#endif
+}
+
+}  // namespace
+
 std::unique_ptr<Buffer> Buffer::open(std::shared_ptr<Bootstrap> group, const Config& config, const Options& options) {
   require(group != nullptr, "group must be given");
   require(options.num_workers >= 0, "num_workers must not be negative: {}", options.num_workers);
@@ -72,7 +86,8 @@ std::unique_ptr<Buffer> Buffer::open(std::shared_ptr<Bootstrap> group, const Con
   state->topology = plan::Topology::from(config.ranks_per_node, num_ranks);
   state->layout =
       plan::WindowLayout::place(config, num_ranks, plan::arena_bytes_of(config, num_ranks, plan::machine_bytes()));
-  state->backend = host::open_backend({std::move(group), config, options, state->topology});
+  state->on_device = options.backend == BackendKind::kCuda;
+  state->backend = open_backend({std::move(group), config, options, state->topology});
   return std::unique_ptr<Buffer>(new Buffer(std::move(state)));
 }
 
@@ -86,8 +101,10 @@ int Buffer::node_of(int rank) const {
   return state_->topology.node_of_rank[rank];
 }
 
-DispatchLayout Buffer::dispatch_layout(const TensorView& topk_idx, int num_experts,
+DispatchLayout Buffer::dispatch_layout(const TensorView& given_idx, int num_experts,
                                        const std::shared_ptr<const Placement>& placement) const {
+  check_topk_idx(given_idx, num_experts, true);
+  const Tensor topk_idx = state_->open().to_host(given_idx);
   check_topk_idx(topk_idx, num_experts);
   const auto placed = placement ? placement : Placement::even(num_experts, num_ranks());
   check_placement(*placed, num_experts, state_->scope());
@@ -112,6 +129,9 @@ DispatchLayout Buffer::dispatch_layout(const TensorView& topk_idx, int num_exper
     layout.is_token_in_rank.as<std::uint8_t>()[token * num_ranks() + routes.rank[i]] = 1;
     if (std::exchange(last_token[node], token) != token) ++layout.tokens_per_node.as<std::int32_t>()[node];
   }
+  for (Tensor* tensor :
+       {&layout.tokens_per_rank, &layout.tokens_per_node, &layout.tokens_per_expert, &layout.is_token_in_rank})
+    *tensor = state_->open().from_host(std::move(*tensor));
   return layout;
 }
 
@@ -152,6 +172,7 @@ bool Buffer::masked(int rank) const {
 
 Support Buffer::supports(const CallShape& shape) const { return check_support(shape, state_->scope()); }
 Statistics Buffer::statistics() const { return state_->open().statistics(); }
+void Buffer::check() { state_->open().check(); }
 void Buffer::reset_statistics() { state_->open().reset_statistics(); }
 void Buffer::close() { state_->backend.reset(); }
 

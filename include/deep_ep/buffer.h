@@ -104,7 +104,11 @@ struct DispatchInput {
   std::shared_ptr<const Handle> handle;
 
   std::chrono::milliseconds timeout{0};  // 0: the buffer's
-  int num_workers = 0;                   // at most this many threads for this call; 0: the buffer's
+  int num_workers = 0;                   // at most this many threads (CUDA: SMs) for this call; 0: the buffer's
+
+  /// CUDA buffers: the call is enqueued here and its results are there in the order of this stream. Null: it runs on
+  /// the buffer's own stream and is complete when the call returns.
+  Stream stream = nullptr;
 };
 
 /// Result of a dispatch. The tensors live in the buffer's arena until the last copy is dropped, also beyond close();
@@ -165,6 +169,7 @@ struct CombineInput {
 
   std::chrono::milliseconds timeout{0};
   int num_workers = 0;
+  Stream stream = nullptr;  // as in DispatchInput
 };
 
 /// Result of a combine.
@@ -296,6 +301,11 @@ class Buffer {
 
   /// Whether such a call can be made on this buffer, and if not, why.
   Support supports(const CallShape& shape) const;
+
+  /// CUDA buffers: waits for everything that was enqueued, then throws what an enqueued call found out after it had
+  /// returned (a timeout, another rank's refusal). The next call throws the same, and is refused to the peers, where
+  /// nobody asked. Host buffers: nothing is ever late.
+  void check();
 
   Statistics statistics() const;
   void reset_statistics();

@@ -106,11 +106,19 @@ struct Config {
   std::string to_string() const;
 };
 
-/// What one rank may choose for itself.
+/// Which memory a buffer moves, and with what.
+enum class BackendKind : std::uint8_t {
+  kHost,  // ordinary memory, by threads
+  kCuda,  // tensors are device pointers of one GPU; by kernels. Only where the library was built with CUDA
+};
+
+/// What one rank may choose for itself. The backend is the same on all ranks.
 struct Options {
   int num_workers =
       0;  // threads that move data for one operation, the caller's included; 0: cores / ranks of this machine
   bool pin_workers = false;  // bind worker threads to cores
+  BackendKind backend = BackendKind::kHost;
+  int cuda_device = -1;  // kCuda: the GPU of this rank; -1: the calling thread's current one. num_workers counts SMs
 };
 
 /// One high-throughput exchange, for sizing an arena.

@@ -11,6 +11,9 @@
 
 namespace deep_ep {
 
+/// A CUDA stream (cudaStream_t) without CUDA's headers; null: the buffer's own.
+using Stream = void*;
+
 enum class DType : std::uint8_t {
   kU8,       // opaque bytes
   kFp8E4m3,  // OCP FP8 E4M3 "fn": largest 448, no infinity, NaN 0x7f

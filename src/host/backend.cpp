@@ -25,8 +25,8 @@ class HostBackend final : public Backend {
   void refuse(Operation operation, const std::string& why) override { context_->refuse(operation, why); }
 
   Tensor allocate(const TensorView& shape) override {
-    Arena& arena = context_->arena();
-    Arena::Block block = arena.allocate(shape.bytes(), false);
+    plan::Arena& arena = context_->arena();
+    plan::Arena::Block block = arena.allocate(shape.bytes(), false);
     require(block.owner != nullptr, "arena_bytes: {} bytes are needed, {} are free in one piece", shape.bytes(),
             arena.largest_free());
     Tensor tensor(shape, std::move(block.owner));

@@ -73,9 +73,9 @@ class Combine {
 
   std::uint64_t readable(const TensorView& tensor) {
     const std::size_t bytes = tensor.bytes();
-    Arena& arena = context_.arena();
+    plan::Arena& arena = context_.arena();
     if (arena.contains(tensor.data, bytes)) return arena.offset_of(tensor.data);
-    Arena::Block block = arena.allocate(bytes, true);
+    plan::Arena::Block block = arena.allocate(bytes, true);
     require(block.owner != nullptr,
             "arena_bytes: rank {} needs {} bytes of arena to stage combine's input, {} are free there", context_.rank,
             bytes, arena.largest_free());

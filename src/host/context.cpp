@@ -94,7 +94,7 @@ Context::Context(const BackendInput& input)
       layout_(
           plan::WindowLayout::place(config, num_ranks, plan::arena_bytes_of(config, num_ranks, plan::machine_bytes()))),
       windows_(open_windows(input, layout_.total_bytes)),
-      arena_(std::make_shared<Arena>(windows_[rank], layout_.arena_at, layout_.arena_bytes)),
+      arena_(std::make_shared<plan::Arena>(windows_[rank], windows_[rank]->base(), layout_.arena_at, layout_.arena_bytes)),
       ticket_epoch_(config.num_tickets, 0),
       masked_(num_ranks, 0) {
   const int count = workers_of(input.options, num_ranks);

@@ -12,10 +12,10 @@
 #include <vector>
 
 #include "backend.h"
-#include "host/arena.h"
 #include "host/doorbell.h"
 #include "host/window.h"
 #include "host/workers.h"
+#include "plan/arena.h"
 #include "plan/window.h"
 
 namespace deep_ep::host {
@@ -111,7 +111,7 @@ class Context {
 
   // Memory
   // ------------------------------------------------------------------------------------------------------------------------
-  Arena& arena() { return *arena_; }
+  plan::Arena& arena() { return *arena_; }
   /// Keeps a block until every peer has left the operation: after a timeout one may still write or read it.
   void quarantine(const Epoch& epoch, std::shared_ptr<void> block);
 
@@ -156,7 +156,7 @@ class Context {
   plan::WindowLayout layout_;
   std::vector<std::shared_ptr<Window>> windows_;
   std::vector<ProcessWatch> processes_;
-  std::shared_ptr<Arena> arena_;
+  std::shared_ptr<plan::Arena> arena_;
   std::unique_ptr<Workers> workers_;
   int spins_ = 0;
 

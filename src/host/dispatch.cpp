@@ -339,7 +339,7 @@ class Dispatch {
   plan::RowPlan rows_;
   Tensor tokens_between_;
   plan::OutputBlock at_;
-  Arena::Block block_;
+  plan::Arena::Block block_;
   std::int64_t num_rows_ = 0, num_arrivals_ = 0;
   std::vector<Destination> destinations_;
   const std::int32_t* dst_rank_ = nullptr;

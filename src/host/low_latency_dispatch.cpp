@@ -164,7 +164,7 @@ class Placer {
   // The arena's pages are warm; ordinary memory serves as well where it is full.
   std::byte* allocate() {
     at_ = plan::OutputBlock::place(call_.shape, call_.layout, rows_.num_rows, rows_.num_arrivals);
-    Arena::Block block = context_.arena().allocate(at_.total_bytes, false);
+    plan::Arena::Block block = context_.arena().allocate(at_.total_bytes, false);
     if (block.owner) {
       owner_ = std::move(block.owner);
       return context_.window(context_.rank) + block.at;

@@ -19,25 +19,10 @@ CombineOutput combine(Context& context, const CombineCall& call);
 Ticket<DispatchOutput> low_latency_dispatch(const std::shared_ptr<Context>& context, const DispatchCall& call);
 Ticket<CombineOutput> low_latency_combine(const std::shared_ptr<Context>& context, const CombineCall& call);
 
-/// The views of a dispatch's outputs inside one block.
-struct OutputTensors {
-  const DispatchCall& call;
-  const plan::OutputBlock& at;
-  std::int64_t num_rows;
-  std::int64_t num_arrivals;
-  int num_slots;
-  int num_ranks;
-
-  DispatchOutput make(std::byte* block, const std::shared_ptr<void>& owner) const;
-};
-
 /// Zeroes a row that no source writes: its values, scales and weight.
 void clear_row(const plan::RowShape& shape, const plan::OutputBlock& at, std::byte* block, std::int64_t row);
 
 plan::PlacementView view_of(const Placement& placement, const plan::Topology& topology);
-
-/// A handle with the fields that follow from the call.
-Handle handle_for(const DispatchCall& call, int num_ranks);
 
 /// Takes over a vector.
 Tensor tensor_of(std::vector<std::int32_t> values, std::initializer_list<std::int64_t> shape);

@@ -8,6 +8,7 @@
 
 #include "deep_ep/config.h"
 #include "plan/align.h"
+#include "plan/macros.h"
 
 namespace deep_ep::plan {
 
@@ -55,17 +56,17 @@ struct WindowLayout {
 
   static WindowLayout place(const Config& config, int num_ranks, std::size_t arena_bytes);
 
-  std::size_t released(int peer) const { return released_at + kLine * peer; }
-  std::size_t excluded(int peer) const { return excluded_at + kLine * peer; }
-  std::size_t words(std::uint64_t epoch, int peer) const { return words_at + kLine * pair(epoch, peer); }
-  std::size_t announcement(std::uint64_t epoch, int peer) const {
+  EP_HOST_DEVICE std::size_t released(int peer) const { return released_at + kLine * peer; }
+  EP_HOST_DEVICE std::size_t excluded(int peer) const { return excluded_at + kLine * peer; }
+  EP_HOST_DEVICE std::size_t words(std::uint64_t epoch, int peer) const { return words_at + kLine * pair(epoch, peer); }
+  EP_HOST_DEVICE std::size_t announcement(std::uint64_t epoch, int peer) const {
     return announcements_at + announcement_bytes * pair(epoch, peer);
   }
-  std::size_t reply(std::uint64_t epoch, int peer) const { return replies_at + reply_bytes * pair(epoch, peer); }
-  std::size_t low_latency(int ticket) const { return low_latency_at + low_latency_ticket_bytes * ticket; }
+  EP_HOST_DEVICE std::size_t reply(std::uint64_t epoch, int peer) const { return replies_at + reply_bytes * pair(epoch, peer); }
+  EP_HOST_DEVICE std::size_t low_latency(int ticket) const { return low_latency_at + low_latency_ticket_bytes * ticket; }
 
  private:
-  std::size_t pair(std::uint64_t epoch, int peer) const { return epoch % kOperationsInFlight * num_ranks + peer; }
+  EP_HOST_DEVICE std::size_t pair(std::uint64_t epoch, int peer) const { return epoch % kOperationsInFlight * num_ranks + peer; }
 };
 static_assert(sizeof(Words) <= WindowLayout::kLine);
 

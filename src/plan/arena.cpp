@@ -1,23 +1,24 @@
 // SPDX-License-Identifier: MIT
-#include "host/arena.h"
+#include "plan/arena.h"
 
 #include <algorithm>
 #include <iterator>
 
 #include "plan/align.h"
 
-namespace deep_ep::host {
+namespace deep_ep::plan {
 
-Arena::Arena(std::shared_ptr<Window> window, std::size_t at, std::size_t bytes)
-    : window_(std::move(window)),
+Arena::Arena(std::shared_ptr<void> memory, std::byte* base, std::size_t at, std::size_t bytes)
+    : memory_(std::move(memory)),
+      base_(base),
       at_(at),
       bytes_(bytes),
-      landing_at_(at + plan::align_up(bytes / 4 * 3, plan::kRegionAlignment)) {
+      landing_at_(at + align_up(bytes / 4 * 3, kRegionAlignment)) {
   if (bytes > 0) free_[at_] = bytes_;
 }
 
 Arena::Block Arena::allocate(std::size_t wanted, bool anywhere) {
-  const std::size_t bytes = plan::align_up(std::max<std::size_t>(wanted, 1), plan::kRegionAlignment);
+  const std::size_t bytes = align_up(std::max<std::size_t>(wanted, 1), kRegionAlignment);
   std::lock_guard lock(mutex_);
   for (auto hole = free_.begin(); hole != free_.end(); ++hole) {
     const auto [at, size] = *hole;
@@ -29,7 +30,7 @@ Arena::Block Arena::allocate(std::size_t wanted, bool anywhere) {
     in_use_ += bytes;
     high_water_ = std::max(high_water_, in_use_);
     auto give_back = [arena = shared_from_this(), at = at, bytes](void*) { arena->release(at, bytes); };
-    return {std::shared_ptr<void>(window_->base() + at, std::move(give_back)), at, bytes, landing};
+    return {std::shared_ptr<void>(base_ + at, std::move(give_back)), at, bytes, landing};
   }
   return {};
 }
@@ -53,7 +54,7 @@ void Arena::release(std::size_t at, std::size_t bytes) {
 
 bool Arena::contains(const void* data, std::size_t bytes) const {
   const auto* first = static_cast<const std::byte*>(data);
-  const std::byte* begin = window_->base() + at_;
+  const std::byte* begin = base_ + at_;
   return first >= begin && first + bytes <= begin + bytes_;
 }
 
@@ -74,4 +75,4 @@ std::size_t Arena::high_water() const {
   return high_water_;
 }
 
-}  // namespace deep_ep::host
+}  // namespace deep_ep::plan

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Packed outputs and staged inputs: blocks of a rank's own window, handed out by that rank alone, read or written by
-// its peers.
+// its peers. Only addresses are computed here: the memory may be a host's or a GPU's.
 #pragma once
 
 #include <cstddef>
@@ -8,9 +8,7 @@
 #include <memory>
 #include <mutex>
 
-#include "host/window.h"
-
-namespace deep_ep::host {
+namespace deep_ep::plan {
 
 /// First-fit over the arena region. A block goes back when its last owner drops it, on any thread, also after the
 /// buffer closed. The last quarter is the landing zone: outputs take it only to be copied out at once, so that a caller
@@ -23,14 +21,15 @@ class Arena : public std::enable_shared_from_this<Arena> {
     std::size_t bytes = 0;
     bool landing = false;
   };
-  Arena(std::shared_ptr<Window> window, std::size_t at, std::size_t bytes);
+  /// The region `at` .. `at + bytes` of the memory that begins at `base`; `memory` keeps it alive.
+  Arena(std::shared_ptr<void> memory, std::byte* base, std::size_t at, std::size_t bytes);
 
   /// A block outside the landing zone, or with `anywhere` also in it. Never throws for want of room.
   Block allocate(std::size_t bytes, bool anywhere);
 
   bool contains(const void* data, std::size_t bytes) const;
   std::size_t offset_of(const void* data) const {
-    return static_cast<std::size_t>(static_cast<const std::byte*>(data) - window_->base());
+    return static_cast<std::size_t>(static_cast<const std::byte*>(data) - base_);
   }
 
   std::size_t capacity() const { return bytes_; }
@@ -41,11 +40,12 @@ class Arena : public std::enable_shared_from_this<Arena> {
  private:
   void release(std::size_t at, std::size_t bytes);
 
-  const std::shared_ptr<Window> window_;
+  const std::shared_ptr<void> memory_;
+  std::byte* const base_;
   const std::size_t at_, bytes_, landing_at_;
   mutable std::mutex mutex_;
   std::map<std::size_t, std::size_t> free_;  // offset -> bytes, neighbours joined
   std::size_t in_use_ = 0, high_water_ = 0;
 };
 
-}  // namespace deep_ep::host
+}  // namespace deep_ep::plan

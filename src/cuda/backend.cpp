@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: MIT
+// The CUDA backend's front: hands each call to its operation.
+#include "backend.h"
+
+#include "check.h"
+#include "cuda/operations.h"
+
+namespace deep_ep::cuda {
+
+namespace {
+
+class CudaBackend final : public Backend {
+ public:
+  explicit CudaBackend(const BackendInput& input) : context_(input) {}
+
+  DispatchOutput dispatch(const DispatchCall& call) override { return cuda::dispatch(context_, call); }
+  CombineOutput combine(const CombineCall& call) override { return cuda::combine(context_, call); }
+  Ticket<DispatchOutput> low_latency_dispatch(const DispatchCall&) override { no_low_latency(); }
+  Ticket<CombineOutput> low_latency_combine(const CombineCall&) override { no_low_latency(); }
+  void refuse(Operation operation, const std::string& why) override { context_.refuse(operation, why); }
+  void check() override { context_.check(); }
+
+  Tensor allocate(const TensorView& shape) override {
+    plan::Arena& arena = context_.arena();
+    plan::Arena::Block block = arena.allocate(shape.bytes(), false);
+    require(block.owner != nullptr, "arena_bytes: {} bytes are needed, {} are free in one piece", shape.bytes(),
+            arena.largest_free());
+    Tensor tensor(shape, std::move(block.owner));
+    tensor.data = context_.window() + block.at;
+    return tensor;
+  }
+  Tensor to_host(const TensorView& tensor) override {
+    Tensor copy = Tensor::allocate(tensor.dtype, {tensor.numel()});
+    TensorView view = tensor;
+    view.data = copy.data;
+    if (tensor.bytes() > 0) context_.copy(copy.data, tensor.data, tensor.bytes(), cudaMemcpyDeviceToHost);
+    return Tensor(view, copy.owner);
+  }
+  Tensor from_host(Tensor tensor) override {
+    TensorView view = tensor;
+    auto owner = context_.local(tensor.bytes());
+    view.data = owner.get();
+    if (tensor.bytes() > 0) context_.copy(view.data, tensor.data, tensor.bytes(), cudaMemcpyHostToDevice);
+    return Tensor(view, std::move(owner));
+  }
+
+  void set_masked(int rank, bool masked) override { context_.set_masked(rank, masked); }
+  bool masked(int rank) const override { return context_.masked(rank); }
+  Statistics statistics() const override { return context_.statistics(); }
+  void reset_statistics() override { context_.reset_statistics(); }
+
+ private:
+  [[noreturn]] static void no_low_latency() {
+    throw Error(ErrorCode::kUnsupported, "the CUDA backend has no low-latency calls yet: use dispatch and combine");
+  }
+  Context context_;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> open_backend(const BackendInput& input) { return std::make_unique<CudaBackend>(input); }
+
+}  // namespace deep_ep::cuda

@@ -1,0 +1,449 @@
+// SPDX-License-Identifier: MIT
+#include "cuda/context.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <sstream>
+#include <thread>
+
+#include "check.h"
+#include "cuda/failure.h"
+
+namespace deep_ep::cuda {
+
+namespace {
+
+using Bytes = Bootstrap::Blob;
+using Clock = std::chrono::steady_clock;
+
+constexpr std::size_t kFirstSlab = std::size_t{32} << 20;
+constexpr int kDefaultBlocks = 24;  // what fills a link with something to spare
+constexpr std::size_t kMaxDefaultArena = std::size_t{16} << 30;
+
+// Allocations and copies of set-up are no part of a capture that the calling thread may be in.
+class OutsideCapture {
+ public:
+  OutsideCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~OutsideCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+int device_of(const Options& options) {
+  int device = options.cuda_device;
+  if (device < 0) cuda::check(cudaGetDevice(&device), "cudaGetDevice");
+  cuda::check(cudaSetDevice(device), fmt::format("cudaSetDevice({})", device));
+  return device;
+}
+
+// Half of what one rank's share of the GPU has free, so that there is room for the model.
+std::size_t arena_bytes(const Config& config, int ranks_here) {
+  if (config.arena_bytes > 0) return config.arena_bytes;
+  std::size_t free = 0, total = 0;
+  cuda::check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+  return std::min(kMaxDefaultArena, total / 8 / static_cast<std::size_t>(ranks_here));
+}
+
+Bytes pack(const WindowAddress& address, const std::string& config) {
+  Bytes blob(sizeof address + config.size());
+  std::memcpy(blob.data(), &address, sizeof address);
+  std::memcpy(blob.data() + sizeof address, config.data(), config.size());
+  return blob;
+}
+
+void require_same_config(const std::string& ours, const Bytes& blob, int our_rank, int their_rank) {
+  require(blob.size() >= sizeof(WindowAddress), "rank {} sent {} bytes of introduction, {} are needed: do all ranks "
+          "open a CUDA buffer?", their_rank, blob.size(), sizeof(WindowAddress));
+  std::istringstream a(ours);
+  std::istringstream b(std::string(reinterpret_cast<const char*>(blob.data()) + sizeof(WindowAddress),
+                                   blob.size() - sizeof(WindowAddress)));
+  for (std::string line_a, line_b; std::getline(a, line_a) && std::getline(b, line_b);)
+    require(line_a == line_b, "config differs: rank {} has {}, rank {} has {}", our_rank, line_a, their_rank, line_b);
+}
+
+}  // namespace
+
+// Opening
+// ---------------------------------------------------------------------------------------------------------------------
+
+Context::Context(const BackendInput& input)
+    : rank(input.group->rank()),
+      num_ranks(input.group->num_ranks()),
+      device(device_of(input.options)),
+      topology(input.topology),
+      config(input.config),
+      peers_(num_ranks) {
+  cudaDeviceProp info;
+  cuda::check(cudaGetDeviceProperties(&info, device), "cudaGetDeviceProperties");
+  // What meets first: who shares a GPU with us. It decides how much of it we take.
+  Bytes uuid(sizeof info.uuid.bytes);
+  std::memcpy(uuid.data(), info.uuid.bytes, uuid.size());
+  const auto uuids = input.group->all_gather(uuid, config.open_timeout);
+  const int ranks_here = static_cast<int>(std::count(uuids.begin(), uuids.end(), uuid));
+  all_on_one_device_ = ranks_here == num_ranks;
+  most_blocks_ = std::max(1, info.multiProcessorCount / ranks_here);
+  default_blocks_ = std::min(most_blocks_, input.options.num_workers > 0 ? input.options.num_workers : kDefaultBlocks);
+  layout_ = plan::WindowLayout::place(config, num_ranks, arena_bytes(config, ranks_here));
+
+  cuda::check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
+  cuda::check(cudaStreamCreateWithFlags(&copies_, cudaStreamNonBlocking), "cudaStreamCreate");
+  cuda::check(cudaEventCreateWithFlags(&last_done_, cudaEventDisableTiming), "cudaEventCreate");
+  cuda::check(cudaHostAlloc(reinterpret_cast<void**>(&mailbox_), sizeof(Mailbox), cudaHostAllocMapped | cudaHostAllocPortable),
+        "cudaHostAlloc");
+  std::memset(static_cast<void*>(mailbox_), 0, sizeof(Mailbox));
+  cuda::check(cudaHostGetDevicePointer(reinterpret_cast<void**>(&device_mailbox_), mailbox_, 0), "cudaHostGetDevicePointer");
+  cuda::check(cudaMalloc(reinterpret_cast<void**>(&state_), sizeof(State)), "cudaMalloc");
+  cuda::check(cudaMemset(state_, 0, sizeof(State)), "cudaMemset");
+  cuda::check(cudaMalloc(reinterpret_cast<void**>(&device_peers_), sizeof(Peer) * num_ranks), "cudaMalloc");
+  cuda::check(cudaMalloc(reinterpret_cast<void**>(&nodes_), sizeof(std::int32_t) * num_ranks), "cudaMalloc");
+  copy(nodes_, topology.node_of_rank.data(), sizeof(std::int32_t) * num_ranks, cudaMemcpyHostToDevice);
+  local(1);  // the first slab
+  prepare_kernels();
+  statistics_.peers.resize(num_ranks);
+  open_windows(input);
+}
+
+void Context::open_windows(const BackendInput& input) {
+  Bootstrap& group = *input.group;
+  auto own = Window::create(device, layout_.total_bytes);
+  // Everything before the arena; on the device before any peer is told of it.
+  cuda::check(cudaMemset(own->base(), 0, layout_.arena_at), "cudaMemset of a window");
+  cuda::check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  own->offer();
+  const std::string text = config.to_string();
+  const auto blobs = group.all_gather(pack(own->address(), text), config.open_timeout);
+  windows_.resize(num_ranks);
+  std::string failure;
+  try {
+    for (int peer = 0; peer < num_ranks; ++peer) {
+      require_same_config(text, blobs[peer], rank, peer);
+      WindowAddress address;
+      std::memcpy(&address, blobs[peer].data(), sizeof address);
+      windows_[peer] = peer == rank ? own : Window::open(address, device, config.open_timeout);
+      const bool same = std::memcmp(address.device_uuid, own->address().device_uuid, sizeof address.device_uuid) == 0;
+      peers_[peer] = {windows_[peer]->base(), 1, same};
+    }
+    upload_peers();
+  } catch (const Error& error) {
+    if (error.code() == ErrorCode::kInvalidArgument) throw;
+    failure = error.what();
+  }
+  const auto failures = group.all_gather({reinterpret_cast<const std::byte*>(failure.data()), failure.size()}, config.open_timeout);
+  own->seal();
+  for (int peer = 0; peer < num_ranks; ++peer)
+    if (!failures[peer].empty())
+      throw Error(ErrorCode::kSystem, fmt::format("rank {} could not open the buffer: {}", peer,
+                                                  std::string(reinterpret_cast<const char*>(failures[peer].data()),
+                                                              failures[peer].size())));
+  arena_ = std::make_shared<plan::Arena>(own, own->base(), layout_.arena_at, layout_.arena_bytes);
+}
+
+// Loads every kernel now: a load while another rank's kernel spins would wait for it.
+void Context::prepare_kernels() {
+  int most = 0;
+  cuda::check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  shared_limit_ = most - 4096;  // what kernels declare themselves, and what CUDA keeps
+  const auto prepare = [&](const void* kernel) {
+    cudaFuncAttributes attributes;
+    cuda::check(cudaFuncGetAttributes(&attributes, kernel), "loading a kernel for this GPU");
+    cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               most - static_cast<int>(attributes.sharedSizeBytes)),
+          "cudaFuncSetAttribute");
+  };
+  prepare(notify_kernel());
+  prepare(refuse_kernel());
+  prepare(dispatch_kernel(false, DType::kU8));
+  for (DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
+    prepare(dispatch_kernel(true, dtype));
+    prepare(combine_kernel(dtype, false));
+    prepare(combine_kernel(dtype, true));
+  }
+}
+
+Context::~Context() {
+  // Enqueued calls have deadlines: this ends.
+  cudaSetDevice(device);
+  if (last_stream_ != nullptr) cudaEventSynchronize(last_done_);
+  for (cudaStream_t stream : {stream_, copies_})
+    if (stream != nullptr) cudaStreamSynchronize(stream), cudaStreamDestroy(stream);
+  if (last_done_ != nullptr) cudaEventDestroy(last_done_);
+  cudaFree(state_);
+  cudaFree(device_peers_);
+  cudaFree(nodes_);
+  cudaFreeHost(mailbox_);
+}
+
+void Context::copy(void* dst, const void* src, std::size_t bytes, cudaMemcpyKind kind) {
+  const OutsideCapture outside;
+  cuda::check(cudaMemcpyAsync(dst, src, bytes, kind, copies_), "cudaMemcpyAsync");
+  cuda::check(cudaStreamSynchronize(copies_), "cudaStreamSynchronize");
+}
+
+void Context::upload_peers() { copy(device_peers_, peers_.data(), sizeof(Peer) * num_ranks, cudaMemcpyHostToDevice); }
+
+// Calls
+// ---------------------------------------------------------------------------------------------------------------------
+
+Call Context::plain_call(Operation operation, Stream stream, std::chrono::milliseconds timeout, int num_workers) {
+  cuda::check(cudaSetDevice(device), "cudaSetDevice");
+  Call call;
+  call.operation = operation;
+  call.wait = stream == nullptr;
+  call.stream = call.wait ? stream_ : static_cast<cudaStream_t>(stream);
+  call.timeout = timeout;
+  call.blocks = num_workers > 0 ? std::min(num_workers, most_blocks_) : default_blocks_;
+  call.serial = ++serial_;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cuda::check(cudaStreamIsCapturing(call.stream, &status), "cudaStreamIsCapturing");
+  call.capturing = status != cudaStreamCaptureStatusNone;
+  // Calls of one buffer run one after the other, whatever streams they come on.
+  if (!call.capturing && last_stream_ != nullptr && last_stream_ != call.stream)
+    cuda::check(cudaStreamWaitEvent(call.stream, last_done_), "cudaStreamWaitEvent");
+  return call;
+}
+
+Call Context::begin(Operation operation, Stream stream, std::chrono::milliseconds timeout, int num_workers) {
+  count([](Statistics& statistics) { ++statistics.operations; });
+  Call call = plain_call(operation, stream, timeout, num_workers);
+  Fault fault;
+  if (!call.capturing && take_fault(fault)) {
+    launch_refusal(call, fmt::format("an earlier call of rank {} had failed", rank));
+    end(call);
+    raise(fault);
+  }
+  sweep();
+  return call;
+}
+
+Common Context::common(const Call& call, const Signature& signature) const {
+  Common common{};
+  common.state = state_;
+  common.mailbox = device_mailbox_;
+  common.peers = device_peers_;
+  common.layout = layout_;
+  common.rank = rank;
+  common.num_ranks = num_ranks;
+  common.operation = call.operation;
+  common.timeout_ns = static_cast<std::uint64_t>(std::chrono::nanoseconds(call.timeout).count());
+  common.serial = call.serial;
+  std::copy(signature.fields.begin(), signature.fields.end(), common.signature);
+  return common;
+}
+
+void Context::end(const Call& call) {
+  cuda::check(cudaGetLastError(), fmt::format("launching {}", name(call.operation)));
+  if (call.capturing) return;
+  cuda::check(cudaEventRecord(last_done_, call.stream), "cudaEventRecord");
+  last_stream_ = call.stream;
+  if (!call.wait) return;
+  cuda::check(cudaStreamSynchronize(call.stream), name(call.operation));
+  raise_fault();
+}
+
+void Context::await_counts(const Call& call) {
+  cuda::check(cudaGetLastError(), fmt::format("launching {}", name(call.operation)));
+  // The kernel has the deadline; the host's is a net below it, for a GPU that does not answer at all.
+  const auto deadline = Clock::now() + 2 * call.timeout + std::chrono::seconds(10);
+  const std::atomic_ref<std::uint64_t> counted(mailbox_->counted);
+  while (counted.load(std::memory_order_acquire) != call.serial) {
+    if (Clock::now() < deadline) continue;
+    cuda::check(cudaStreamQuery(call.stream), name(call.operation));
+    throw Error(ErrorCode::kSystem, fmt::format("{}: the GPU did not answer", name(call.operation)));
+  }
+  raise_fault();
+}
+
+void Context::launch_refusal(const Call& call, const std::string& why) {
+  RefuseParams params{};
+  params.common = common(call, Signature{});
+  why.copy(params.text, sizeof params.text - 1);
+  launch_refuse(params, call.stream);
+}
+
+void Context::refuse(Operation operation, const std::string& why) {
+  count([](Statistics& statistics) { ++statistics.refused; });
+  const Call call = plain_call(operation, nullptr, config.timeout, 1);
+  launch_refusal(call, why);
+  end(call);
+}
+
+void Context::check() {
+  cuda::check(cudaSetDevice(device), "cudaSetDevice");
+  if (last_stream_ != nullptr) cuda::check(cudaEventSynchronize(last_done_), "cudaEventSynchronize");
+  raise_fault();
+}
+
+// Faults
+// ---------------------------------------------------------------------------------------------------------------------
+
+bool Context::take_fault(Fault& fault) {
+  const std::atomic_ref<std::uint32_t> kind(mailbox_->fault.kind);
+  // Acquire: the kernel wrote the record, fenced, then set the kind.
+  if (kind.load(std::memory_order_acquire) == Fault::kNone) return false;
+  fault = mailbox_->fault;
+  // A peer may still write where we offered room in that operation: kept until all have left it.
+  while (!in_doubt_.empty()) {
+    quarantine_.emplace_back(fault.epoch, std::move(in_doubt_.front().block));
+    in_doubt_.pop_front();
+  }
+  kind.store(Fault::kNone, std::memory_order_release);
+  return true;
+}
+
+void Context::raise_fault() {
+  Fault fault;
+  if (take_fault(fault)) raise(fault);
+}
+
+void Context::raise(const Fault& fault) {
+  const auto operation = static_cast<Operation>(fault.phase);
+  const bool late = fault.kind == Fault::kTimeout || fault.kind == Fault::kGaveUp;
+  count([&](Statistics& statistics) { ++(late ? statistics.timeouts : statistics.refused); });
+  switch (static_cast<Fault::Kind>(fault.kind)) {
+    case Fault::kTimeout:
+      throw Error(WaitRecord{rank, name(operation), fault.peer, fault.epoch, static_cast<std::uint64_t>(fault.expected),
+                             static_cast<std::uint64_t>(fault.seen), false});
+    case Fault::kGaveUp:
+      throw Error(WaitRecord{rank, "combine (that rank gave up first)", fault.peer, fault.epoch, 1, 0, false});
+    case Fault::kDiffers: {
+      Signature ours, theirs;
+      ours.fields[fault.field] = fault.expected;
+      theirs.fields[fault.field] = fault.seen;
+      ours.require_same(theirs, rank, fault.peer);
+      break;
+    }
+    case Fault::kBadId:
+      require(false, "rank {} refused this {}: topk_idx: selection {} is expert {}, which does not exist", fault.peer,
+              name(operation), fault.expected, fault.seen);
+      break;
+    case Fault::kRefused: require(false, "rank {} refused this {}: {}", fault.peer, name(operation), fault.refusal); break;
+    case Fault::kNoRoom:
+      require(false, "arena_bytes: rank {} needs {} bytes of arena for this dispatch, {} are free there", fault.peer,
+              fault.expected, fault.seen);
+      break;
+    case Fault::kTooManyRows:
+      require(false, "max_rows: rank {} would receive {} rows, max_rows there is {}", fault.peer, fault.expected, fault.seen);
+      break;
+    case Fault::kNone: break;
+  }
+  throw Error(ErrorCode::kSystem, "a fault of unknown kind was reported");
+}
+
+// Memory
+// ---------------------------------------------------------------------------------------------------------------------
+
+std::uint64_t Context::completed() const {
+  return std::atomic_ref<std::uint64_t>(mailbox_->completed).load(std::memory_order_acquire);
+}
+
+// Blocks whose call ended well go; quarantined ones once every peer has left their operation.
+void Context::sweep() {
+  const std::uint64_t done = completed();
+  while (!in_doubt_.empty() && in_doubt_.front().serial <= done) in_doubt_.pop_front();
+  if (quarantine_.empty()) return;
+  const std::size_t line = plan::WindowLayout::kLine;
+  std::vector<std::byte> words(line * num_ranks);
+  copy(words.data(), window() + layout_.released(0), words.size(), cudaMemcpyDeviceToHost);
+  std::uint64_t left = UINT64_MAX;
+  for (int peer = 0; peer < num_ranks; ++peer) {
+    std::uint64_t released = 0;
+    std::memcpy(&released, words.data() + line * peer, sizeof released);
+    left = std::min(left, released);
+  }
+  std::erase_if(quarantine_, [&](const auto& entry) { return entry.first <= left; });
+}
+
+plan::Arena::Block Context::arena_block(std::size_t bytes, bool anywhere, const Call& call) {
+  auto take = [&] {
+    plan::Arena::Block block = arena_->allocate(bytes, false);
+    return block.owner || !anywhere ? block : arena_->allocate(bytes, true);
+  };
+  plan::Arena::Block block = take();
+  if (block.owner || call.capturing || in_doubt_.empty()) return block;
+  if (last_stream_ != nullptr) cuda::check(cudaEventSynchronize(last_done_), "cudaEventSynchronize");
+  sweep();
+  return take();
+}
+
+void Context::keep_in_doubt(const Call& call, std::shared_ptr<void> block) {
+  if (!call.capturing) in_doubt_.push_back({call.serial, std::move(block)});
+}
+
+std::shared_ptr<void> Context::local(std::size_t bytes) {
+  const OutsideCapture outside;
+  for (const auto& slab : slabs_)
+    if (plan::Arena::Block block = slab->allocate(bytes, true); block.owner) return block.owner;
+  const std::size_t size = std::max(kFirstSlab << slabs_.size(), 2 * bytes);
+  void* memory = nullptr;
+  cuda::check(cudaMalloc(&memory, size), fmt::format("cudaMalloc of {} bytes", size));
+  std::shared_ptr<void> owner(memory, [](void* p) { cudaFree(p); });
+  slabs_.push_back(std::make_shared<plan::Arena>(std::move(owner), static_cast<std::byte*>(memory), 0, size));
+  return slabs_.back()->allocate(bytes, true).owner;
+}
+
+Tensor Context::local_tensor(DType dtype, std::initializer_list<std::int64_t> shape) {
+  TensorView view(static_cast<void*>(nullptr), dtype, shape);
+  auto owner = local(std::max<std::size_t>(view.bytes(), 1));
+  view.data = owner.get();
+  return Tensor(view, std::move(owner));
+}
+
+const DevicePlacement& Context::on_device(const std::shared_ptr<const Placement>& placement) {
+  DevicePlacement& entry = placements_[placement.get()];
+  if (entry.placement) return entry;
+  const auto first = placement->first_replica();
+  const auto replicas = placement->all_replicas();
+  std::vector<std::int32_t> words(first.begin(), first.end());
+  for (const Placement::Replica& replica : replicas) words.push_back(replica.rank), words.push_back(replica.slot);
+  const std::size_t copies_at = words.size();
+  words.push_back(0);
+  for (int r = 0; r < num_ranks; ++r) words.push_back(words.back() + placement->num_slots(r));
+  entry.memory = local(words.size() * sizeof(std::int32_t));
+  copy(entry.memory.get(), words.data(), words.size() * sizeof(std::int32_t), cudaMemcpyHostToDevice);
+  const auto* at = static_cast<const std::int32_t*>(entry.memory.get());
+  entry.view = {at, reinterpret_cast<const Placement::Replica*>(at + first.size()), nodes_, placement->policy()};
+  entry.first_copy = at + copies_at;
+  entry.num_copies = static_cast<int>(replicas.size());
+  entry.placement = placement;
+  return entry;
+}
+
+// Where rows cross a link and there are SMs enough to fill it: its share of the SMs writes nothing else, because a warp
+// that writes both near and far goes at the pace of the slower (shared/limits: from 16 SMs on).
+int Context::remote_blocks(int blocks) const {
+  constexpr int kSplitFrom = 16, kFillsLink = 10;
+  if (all_on_one_device_ || blocks < kSplitFrom) return 0;
+  const auto near = std::count_if(peers_.begin(), peers_.end(), [](const Peer& peer) { return peer.same_device != 0; });
+  const int far = num_ranks - static_cast<int>(near);
+  return std::clamp(blocks * far / num_ranks, kFillsLink, blocks - 4);
+}
+
+// Masks and statistics
+// ---------------------------------------------------------------------------------------------------------------------
+
+void Context::set_masked(int peer, bool masked) {
+  cuda::check(cudaSetDevice(device), "cudaSetDevice");
+  if (last_stream_ != nullptr) cuda::check(cudaEventSynchronize(last_done_), "cudaEventSynchronize");
+  peers_[peer].active = masked ? 0 : 1;
+  upload_peers();
+}
+
+Statistics Context::statistics() const {
+  std::lock_guard lock(mutex_);
+  Statistics result = statistics_;
+  result.arena_bytes_in_use = arena_->in_use();
+  result.arena_bytes_high_water = arena_->high_water();
+  return result;
+}
+
+void Context::reset_statistics() {
+  std::lock_guard lock(mutex_);
+  statistics_ = {};
+  statistics_.peers.resize(num_ranks);
+}
+
+}  // namespace deep_ep::cuda

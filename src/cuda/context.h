@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: MIT
+// One rank's end of a CUDA buffer: windows, device memory, what kernels are told, and what they report.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "backend.h"
+#include "cuda/kernels.h"
+#include "cuda/window.h"
+#include "plan/arena.h"
+
+namespace deep_ep::cuda {
+
+/// A placement's tables in device memory.
+struct DevicePlacement {
+  std::shared_ptr<const Placement> placement;  // the key, kept so that its address is not reused
+  std::shared_ptr<void> memory;
+  plan::PlacementView view;
+  const std::int32_t* first_copy = nullptr;  // [num_ranks + 1]
+  int num_copies = 0;
+};
+
+/// One call as the host sees it.
+struct Call {
+  Operation operation = Operation::kDispatch;
+  cudaStream_t stream = nullptr;
+  bool wait = false;       // the caller gave no stream: complete before returning
+  bool capturing = false;  // into a graph: nothing may be waited for
+  int blocks = 1;
+  std::uint64_t serial = 0;
+  std::chrono::milliseconds timeout{0};
+};
+
+class Context {
+ public:
+  explicit Context(const BackendInput& input);
+  ~Context();
+
+  const int rank;
+  const int num_ranks;
+  const int device;
+  const plan::Topology topology;
+  const Config config;
+
+  /// Begins a call: raises what an earlier one found out late (told to the peers as a refusal), orders the stream.
+  Call begin(Operation operation, Stream stream, std::chrono::milliseconds timeout, int num_workers);
+  Common common(const Call& call, const Signature& signature) const;
+  /// After the last kernel of a call. Throws launch errors; where the call waits, what its kernels reported.
+  void end(const Call& call);
+  /// Waits until the kernel has counted what comes; throws what it reported.
+  void await_counts(const Call& call);
+  void refuse(Operation operation, const std::string& why);
+  void check();
+
+  std::byte* window() const { return windows_[rank]->base(); }
+  plan::Arena& arena() { return *arena_; }
+  /// A block of the arena; after what is in doubt was settled, if that is what it takes.
+  plan::Arena::Block arena_block(std::size_t bytes, bool anywhere, const Call& call);
+  /// Keeps a block until the call that uses it is known to have ended well.
+  void keep_in_doubt(const Call& call, std::shared_ptr<void> block);
+  /// Memory of this device that only this rank uses; ordered as the buffer's calls are.
+  std::shared_ptr<void> local(std::size_t bytes);
+  Tensor local_tensor(DType dtype, std::initializer_list<std::int64_t> shape);
+
+  const DevicePlacement& on_device(const std::shared_ptr<const Placement>& placement);
+  const std::int32_t* node_of_rank() const { return nodes_; }
+  std::int64_t counted_rows() const { return mailbox_->rows; }
+  std::int64_t counted_arrivals() const { return mailbox_->arrivals; }
+  int shared_limit() const { return shared_limit_; }
+  /// Of `blocks`, how many write to other devices only; 0: all write everywhere.
+  int remote_blocks(int blocks) const;
+  void copy(void* dst, const void* src, std::size_t bytes, cudaMemcpyKind kind);
+
+  void set_masked(int peer, bool masked);
+  bool masked(int peer) const { return peers_[peer].active == 0; }
+  Statistics statistics() const;
+  void reset_statistics();
+  template <typename Change>
+  void count(const Change& change) {
+    std::lock_guard lock(mutex_);
+    change(statistics_);
+  }
+
+ private:
+  struct Doubt {
+    std::uint64_t serial;
+    std::shared_ptr<void> block;
+  };
+  void open_windows(const BackendInput& input);
+  void prepare_kernels();
+  void upload_peers();
+  std::uint64_t completed() const;
+  bool take_fault(Fault& fault);
+  [[noreturn]] void raise(const Fault& fault);
+  void raise_fault();
+  void sweep();
+  Call plain_call(Operation operation, Stream stream, std::chrono::milliseconds timeout, int num_workers);
+  void launch_refusal(const Call& call, const std::string& why);
+
+  plan::WindowLayout layout_;
+  std::vector<std::shared_ptr<Window>> windows_;
+  std::shared_ptr<plan::Arena> arena_;
+  std::vector<std::shared_ptr<plan::Arena>> slabs_;  // local memory
+  std::map<const Placement*, DevicePlacement> placements_;
+  std::vector<Peer> peers_;
+  Peer* device_peers_ = nullptr;
+  std::int32_t* nodes_ = nullptr;
+  State* state_ = nullptr;
+  Mailbox* mailbox_ = nullptr;         // pinned
+  Mailbox* device_mailbox_ = nullptr;  // the same, as kernels see it
+  cudaStream_t stream_ = nullptr;      // of calls that bring none
+  cudaStream_t copies_ = nullptr;      // set-up copies, never part of a capture
+  cudaEvent_t last_done_ = nullptr;
+  cudaStream_t last_stream_ = nullptr;
+  int default_blocks_ = 1, most_blocks_ = 1;
+  int shared_limit_ = 0;
+  bool all_on_one_device_ = true;
+  std::uint64_t serial_ = 0;
+  std::deque<Doubt> in_doubt_;
+  std::deque<std::pair<std::uint64_t, std::shared_ptr<void>>> quarantine_;  // epoch, block
+
+  mutable std::mutex mutex_;
+  Statistics statistics_;
+};
+
+}  // namespace deep_ep::cuda

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: MIT
+// What host code and kernels of the CUDA backend share: the structs in a window, in a rank's own device memory, in
+// pinned host memory, and what every kernel is told. docs/protocol.md lists who writes what when.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "backend.h"
+#include "plan/output.h"
+#include "plan/window.h"
+
+namespace deep_ep::cuda {
+
+inline constexpr int kRefusalBytes = 256;
+
+/// A call as its peers see it; counts follow at kAnnouncementHead: i32 tokens to each rank, i32 rows for each of the
+/// receiver's slots.
+struct Announcement {
+  std::int64_t signature[Signature::kNumFields];
+  std::uint64_t x_at, weights_at;  // combine: where rows and weights lie in the sender's window
+  std::int64_t bad_selection;      // dispatch refused on the device: which entry of topk_idx, and what it holds
+  std::int64_t bad_expert;
+  char refusal[kRefusalBytes];
+};
+static_assert(sizeof(Announcement) <= plan::WindowLayout::kAnnouncementHead);
+
+/// Values of the word `announced`.
+enum Announced : std::uint32_t { kSame = 0, kBadExpert = 1, kRefusedByHost = 2 };
+
+/// Where a receiver's output begins; first rows of the sender's selections in each slot follow at kReplyHead.
+struct Reply {
+  enum Verdict : std::uint64_t { kAccepted, kArenaTooSmall, kMoreThanMaxRows };
+  std::uint64_t verdict;
+  std::uint64_t needed, there;
+  std::uint64_t block_at;
+  std::int64_t rows, arrivals;
+  std::int64_t first_arrival;
+};
+static_assert(sizeof(Reply) <= plan::WindowLayout::kReplyHead);
+
+/// What went wrong first. Written by a kernel into pinned memory, read by the host once `kind` is set.
+struct Fault {
+  enum Kind : std::uint32_t { kNone, kTimeout, kDiffers, kBadId, kRefused, kNoRoom, kTooManyRows, kGaveUp };
+  std::uint32_t kind;
+  std::int32_t phase;  // Operation
+  std::int32_t peer;
+  std::int32_t field;  // kDiffers: of the signature
+  std::uint64_t epoch;
+  std::int64_t expected, seen;  // kDiffers: ours, theirs. kNoRoom, kTooManyRows: needed, there. kBadId: at, expert
+  char refusal[kRefusalBytes];
+};
+
+/// Pinned host memory that kernels write and the host polls.
+struct Mailbox {
+  std::uint64_t counted;  // serial number of the last call whose rows are counted
+  std::int64_t rows, arrivals;
+  std::uint64_t completed;  // serial number of the last call whose last kernel has ended
+  Fault fault;
+};
+
+/// A rank's own words in device memory. Kernels of one buffer run one after the other, so only blocks of one kernel
+/// meet here; the last block of an operation leaves everything but `epoch` at zero.
+struct State {
+  std::uint64_t epoch;        // operations completed; advanced on the device, so that graphs replay
+  std::uint64_t fault_epoch;  // the last operation that reported a fault: one record per operation
+  std::uint32_t failed;       // this operation
+  std::uint32_t barriers[2];
+  std::uint32_t blocks_done;
+  std::uint64_t bad_selection;  // 0: none, else 1 + lowest index in topk_idx
+  std::int64_t rows, arrivals;  // notify -> dispatch
+};
+
+struct Peer {
+  std::byte* window;          // as this rank maps it
+  std::int32_t active;        // not masked
+  std::int32_t same_device;   // writes there do not cross a link
+};
+
+/// What every kernel is told.
+struct Common {
+  State* state;
+  Mailbox* mailbox;
+  const Peer* peers;  // [num_ranks]
+  plan::WindowLayout layout;
+  int rank;
+  int num_ranks;
+  Operation operation;
+  std::uint64_t timeout_ns;
+  std::uint64_t serial;
+  std::int64_t signature[Signature::kNumFields];
+};
+
+}  // namespace deep_ep::cuda

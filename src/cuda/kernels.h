@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: MIT
+// The kernels' arguments and launchers, for host code.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cuda/exchange.h"
+#include "plan/fp8.h"
+#include "plan/placement.h"
+
+namespace deep_ep::cuda {
+
+/// Where this rank's tokens go. notify writes numbers relative to what the receivers will say; dispatch makes them final.
+struct Routes {
+  std::int32_t* dst_rank;     // [tokens, topk], of the handle
+  std::int32_t* dst_row;      // likewise
+  std::int32_t* dst_arrival;  // likewise
+  std::int32_t* slot;         // scratch, as are the next two
+  std::int32_t* relative_row;
+  std::int32_t* relative_arrival;
+};
+
+struct NotifyParams {
+  Common common;
+  Routes routes;
+  const void* topk_idx;
+  bool topk_idx_64;
+  int num_tokens, num_topk, num_experts;
+  plan::PlacementView placement;     // on the device
+  const std::int32_t* first_copy;    // [num_ranks + 1]: slots of all ranks, one after the other
+  int num_copies;
+  std::int32_t* segment_counts;  // [segments][num_ranks + num_copies]; a segment is one warp's tokens
+  std::int32_t* totals;          // [num_ranks + num_copies]
+  int segment_tokens;
+  bool counters_in_shared;
+  OutputLayout layout;
+  int expert_alignment, max_tokens_per_rank, num_slots;
+  std::int32_t *first_arrival, *slot_rows, *slot_first_row, *tokens_between;  // of the handle
+  std::int32_t* first_row;  // [num_ranks][num_slots]
+  bool alone;               // no dispatch kernel follows if this fails
+};
+
+struct DispatchParams {
+  Common common;
+  Routes routes;
+  plan::RowShape shape;
+  OutputLayout layout;
+  bool cached;
+  int num_tokens, num_topk, num_slots;
+  std::int64_t hidden;
+  const std::byte* x;
+  DType x_dtype;
+  plan::Fp8Scale scale_kind;
+  const std::int32_t* scales;  // the caller's
+  std::int64_t scale_strides[2];
+  const float* topk_weights;
+  bool mask_topk_weights;
+  const std::byte* side[plan::kMaxSide];
+  // As receiver.
+  std::uint64_t verdict, needed, there;
+  std::uint64_t block_at;
+  std::int64_t rows, arrivals, max_rows;
+  const std::int32_t *first_arrival, *first_row, *slot_rows, *slot_first_row;
+  // How the blocks share the work.
+  int remote_blocks;  // so many write to other devices only, the rest to this one; 0: all write everywhere
+  int mover_warps;
+  int piece_bytes, stage_bytes;  // of the wire row
+};
+
+struct CombineParams {
+  Common common;
+  OutputLayout layout;
+  SumOrder order;
+  DType dtype;
+  int num_tokens, num_topk;
+  std::int64_t hidden;
+  const std::int32_t *dst_rank, *dst_row;
+  const std::int32_t* node_of_rank;
+  const float* weights;
+  const std::byte* bias[2];
+  std::byte* out;
+  std::uint64_t x_at, weights_at;
+  float* weights_out;
+  WeightsHome weights_home;
+  void* steps;            // plan::SumStep [tokens, topk]
+  std::int32_t* num_steps;  // [tokens]
+};
+
+void launch_notify(const NotifyParams& params, int blocks, cudaStream_t stream);
+/// `shared_limit`: bytes of shared memory that a block of this device may take for stages.
+void launch_dispatch(DispatchParams params, bool quantize, int blocks, cudaStream_t stream, int shared_limit);
+void launch_combine(const CombineParams& params, int blocks, cudaStream_t stream);
+struct RefuseParams {
+  Common common;
+  char text[kRefusalBytes];
+};
+void launch_refuse(const RefuseParams& params, cudaStream_t stream);
+
+/// The kernels themselves, to be loaded and configured before any of them runs.
+const void* notify_kernel();
+const void* refuse_kernel();
+const void* dispatch_kernel(bool quantize, DType dtype);
+const void* combine_kernel(DType dtype, bool levels);
+inline constexpr int kNotifyWarps = 16;
+
+}  // namespace deep_ep::cuda

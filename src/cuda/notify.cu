@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: MIT
+// Before any row moves: routes and counts of our tokens, in token order and the same on every run; announcements to all
+// peers; and, as receiver, where each source's rows begin. Phases: route, prefix, announce, number, plan.
+#include "cuda/kernels.h"
+#include "cuda/wait.cuh"
+
+namespace deep_ep::cuda {
+
+namespace {
+
+constexpr int kThreads = kNotifyWarps * 32;
+constexpr unsigned kAll = 0xffffffffu;
+
+struct Segment {
+  std::int64_t first, end;  // selections
+};
+
+__device__ Segment segment_of(const NotifyParams& p, int number) {
+  const std::int64_t tokens = p.num_tokens;
+  const std::int64_t first = std::int64_t{number} * p.segment_tokens;
+  const std::int64_t end = first + p.segment_tokens;
+  return {(first < tokens ? first : tokens) * p.num_topk, (end < tokens ? end : tokens) * p.num_topk};
+}
+
+// The earlier selection of the same token that goes to the same rank, or -1: then the token is counted here.
+__device__ std::int64_t earlier_selection(const NotifyParams& p, std::int64_t at, int rank) {
+  for (std::int64_t i = at / p.num_topk * p.num_topk; i < at; ++i)
+    if (p.routes.dst_rank[i] == rank) return i;
+  return -1;
+}
+
+__device__ void route_selection(const NotifyParams& p, std::int64_t at, int& rank, int& slot) {
+  const std::int64_t expert = p.topk_idx_64 ? static_cast<const std::int64_t*>(p.topk_idx)[at]
+                                            : static_cast<const std::int32_t*>(p.topk_idx)[at];
+  rank = slot = -1;
+  if (expert >= p.num_experts) {
+    auto* lowest = reinterpret_cast<unsigned long long*>(&p.common.state->bad_selection);
+    // Kept as the complement, so that zero stands for none and the largest is the first.
+    atomicMax(lowest, ~static_cast<unsigned long long>(at));
+  } else if (expert >= 0) {
+    const Placement::Replica to =
+        plan::route(p.placement, static_cast<int>(expert), p.common.rank, at / p.num_topk);
+    if (p.common.peers[to.rank].active) {
+      rank = to.rank;
+      slot = to.slot;
+    }
+  }
+  p.routes.dst_rank[at] = rank;
+  p.routes.slot[at] = slot;
+}
+
+// Adds to a counter for each group of lanes with the same key; gives each lane the counter before it.
+__device__ std::int32_t take_numbers(std::int32_t* counters, int key, int lane) {
+  const unsigned same = __match_any_sync(kAll, key >= 0 ? key : -1 - lane);
+  const std::int32_t before = key >= 0 ? counters[key] + __popc(same & ((1u << lane) - 1)) : -1;
+  __syncwarp();
+  if (key >= 0 && lane == __ffs(same) - 1) counters[key] += __popc(same);
+  __syncwarp();
+  return before;
+}
+
+__device__ int row_key(const NotifyParams& p, int rank, int slot) {
+  return rank < 0 ? -1 : p.common.num_ranks + p.first_copy[rank] + slot;
+}
+
+// Phase route: one warp's tokens, and how many of them go where.
+__device__ void route_segment(const NotifyParams& p, const Segment& segment, std::int32_t* counters, int lane) {
+  for (std::int64_t base = segment.first; base < segment.end; base += 32) {
+    const std::int64_t at = base + lane;
+    int rank = -1, slot = -1;
+    if (at < segment.end) route_selection(p, at, rank, slot);
+    __syncwarp();
+    const bool counted = rank >= 0 && earlier_selection(p, at, rank) < 0;
+    take_numbers(counters, counted ? rank : -1, lane);
+    take_numbers(counters, row_key(p, rank, slot), lane);
+  }
+}
+
+// Phase number: the same walk again, now that each segment knows how many came before it.
+__device__ void number_segment(const NotifyParams& p, const Segment& segment, std::int32_t* counters, int lane) {
+  for (std::int64_t base = segment.first; base < segment.end; base += 32) {
+    const std::int64_t at = base + lane;
+    const int rank = at < segment.end ? p.routes.dst_rank[at] : -1;
+    const int slot = at < segment.end ? p.routes.slot[at] : -1;
+    const std::int64_t earlier = rank >= 0 ? earlier_selection(p, at, rank) : -1;
+    const std::int32_t arrival = take_numbers(counters, rank >= 0 && earlier < 0 ? rank : -1, lane);
+    const std::int32_t row = take_numbers(counters, row_key(p, rank, slot), lane);
+    if (at < segment.end && earlier < 0) p.routes.relative_arrival[at] = arrival;
+    __syncwarp();
+    if (at >= segment.end) continue;
+    if (earlier >= 0) p.routes.relative_arrival[at] = p.routes.relative_arrival[earlier];
+    p.routes.relative_row[at] = row;
+  }
+}
+
+// Phase prefix: counts of the segments become what lies before each of them.
+__device__ void prefix(const NotifyParams& p, int num_segments) {
+  const int keys = p.common.num_ranks + p.num_copies;
+  constexpr int kAhead = 8;  // loads in flight
+  for (int key = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); key < keys;
+       key += static_cast<int>(gridDim.x * blockDim.x)) {
+    std::int32_t sum = 0;
+    for (int first = 0; first < num_segments; first += kAhead) {
+      std::int32_t count[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        count[i] = first + i < num_segments ? p.segment_counts[std::int64_t{first + i} * keys + key] : 0;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (first + i < num_segments) p.segment_counts[std::int64_t{first + i} * keys + key] = sum;
+        sum += count[i];
+      }
+    }
+    p.totals[key] = sum;
+  }
+}
+
+// Phase announce: a warp per peer.
+__device__ void announce(const Now& now, const NotifyParams& p, int warp, int lane) {
+  const std::uint64_t bad = p.common.state->bad_selection;
+  for (int peer = warp; peer < p.common.num_ranks; peer += kNotifyWarps) {
+    if (!now.active(peer)) continue;
+    if (lane == 0) await_room(now, peer);  // after the deadline nobody waits for what we would have overwritten
+    __syncwarp();
+    Announcement& mine = now.announcement(peer, p.common.rank);
+    for (int field = lane; field < Signature::kNumFields; field += 32) mine.signature[field] = p.common.signature[field];
+    for (int r = lane; r < p.common.num_ranks; r += 32) now.announced_tokens(peer, p.common.rank)[r] = p.totals[r];
+    const std::int32_t* rows = p.totals + p.common.num_ranks + p.first_copy[peer];
+    const int slots = p.first_copy[peer + 1] - p.first_copy[peer];
+    for (int slot = lane; slot < slots; slot += 32) now.announced_rows(peer, p.common.rank)[slot] = rows[slot];
+    if (lane == 0 && bad != 0) {
+      const auto at = static_cast<std::int64_t>(~bad);
+      mine.bad_selection = at;
+      mine.bad_expert = p.topk_idx_64 ? static_cast<const std::int64_t*>(p.topk_idx)[at]
+                                      : static_cast<const std::int32_t*>(p.topk_idx)[at];
+    }
+    __threadfence_system();  // every lane's part, before lane 0's release
+    __syncwarp();
+    if (lane == 0) publish(now, &now.words(peer, p.common.rank).announced, bad != 0 ? kBadExpert : kSame);
+  }
+}
+
+// Sum of value over the threads before this one; total in every thread.
+__device__ std::int32_t block_prefix(std::int32_t value, std::int32_t& total) {
+  __shared__ std::int32_t of_warp[kNotifyWarps + 1];
+  const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+  std::int32_t sum = value;
+  for (int step = 1; step < 32; step *= 2) {
+    const std::int32_t other = __shfl_up_sync(kAll, sum, step);
+    if (lane >= step) sum += other;
+  }
+  __syncthreads();
+  if (lane == 31) of_warp[warp] = sum;
+  __syncthreads();
+  std::int32_t before = 0;
+  total = 0;
+  for (int w = 0; w < kNotifyWarps; ++w) {
+    if (w < warp) before += of_warp[w];
+    total += of_warp[w];
+  }
+  return before + sum - value;
+}
+
+// Phase plan, as plan::make_row_plan: where the rows of each source and slot begin here.
+__device__ void plan_rows(const Now& now, const NotifyParams& p) {
+  const int ranks = p.common.num_ranks, me = p.common.rank;
+  for (int i = static_cast<int>(threadIdx.x); i < ranks * ranks; i += kThreads) {
+    const int src = i / ranks;
+    p.tokens_between[i] = now.active(src) ? now.announced_tokens(me, src)[i % ranks] : 0;
+  }
+  __shared__ std::int64_t num_arrivals;
+  if (threadIdx.x == 0) {
+    std::int32_t sum = 0;
+    for (int src = 0; src < ranks; ++src) {
+      p.first_arrival[src] = sum;
+      if (now.active(src)) sum += now.announced_tokens(me, src)[me];
+    }
+    p.first_arrival[ranks] = sum;
+    num_arrivals = sum;
+  }
+  const std::int64_t padded_rows = std::int64_t{ranks} * p.max_tokens_per_rank;
+  std::int32_t base = 0;
+  for (int first = 0; first < p.num_slots; first += kThreads) {
+    const int slot = first + static_cast<int>(threadIdx.x);
+    const bool mine = slot < p.num_slots;
+    std::int32_t rows = 0;
+    for (int src = 0; mine && src < ranks; ++src) rows += now.active(src) ? now.announced_rows(me, src)[slot] : 0;
+    const std::int32_t aligned = (rows + p.expert_alignment - 1) / p.expert_alignment * p.expert_alignment;
+    const std::int32_t place = p.layout == OutputLayout::kPadded ? static_cast<std::int32_t>(padded_rows) : aligned;
+    std::int32_t total = 0;
+    std::int32_t row = base + block_prefix(mine ? place : 0, total);
+    base += total;
+    if (!mine) continue;
+    p.slot_rows[slot] = rows;
+    p.slot_first_row[slot] = row;
+    for (int src = 0; src < ranks; ++src) {
+      p.first_row[std::int64_t{src} * p.num_slots + slot] = row;
+      row += now.active(src) ? now.announced_rows(me, src)[slot] : 0;
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  p.slot_first_row[p.num_slots] = base;
+  const std::int64_t num_rows = p.layout == OutputLayout::kByRank ? num_arrivals : base;
+  p.common.state->rows = num_rows;
+  p.common.state->arrivals = num_arrivals;
+  volatile Mailbox& mailbox = *p.common.mailbox;
+  mailbox.rows = num_rows;
+  mailbox.arrivals = num_arrivals;
+}
+
+}  // namespace
+
+__global__ void __launch_bounds__(kThreads) notify(const __grid_constant__ NotifyParams p) {
+  extern __shared__ std::int32_t shared_counters[];
+  const Now now(p.common);
+  const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+  const int number = static_cast<int>(blockIdx.x) * kNotifyWarps + warp;
+  const int keys = p.common.num_ranks + p.num_copies;
+  const int num_segments = (p.num_tokens + p.segment_tokens - 1) / p.segment_tokens;
+  const bool working = number < num_segments;
+  const Segment segment = segment_of(p, number);
+  std::int32_t* const in_memory = p.segment_counts + std::int64_t{working ? number : 0} * keys;
+  std::int32_t* const counters = p.counters_in_shared ? shared_counters + warp * keys : in_memory;
+
+  if (working) {
+    for (int key = lane; key < keys; key += 32) counters[key] = 0;
+    __syncwarp();
+    route_segment(p, segment, counters, lane);
+    if (p.counters_in_shared)
+      for (int key = lane; key < keys; key += 32) in_memory[key] = counters[key];
+  }
+  bool good = grid_barrier(now, 0);
+  if (good) {
+    prefix(p, num_segments);
+    good = grid_barrier(now, 1);
+  }
+  if (good) {
+    if (blockIdx.x == 0) announce(now, p, warp, lane);
+    if (working) {
+      if (p.counters_in_shared)
+        for (int key = lane; key < keys; key += 32) counters[key] = in_memory[key];
+      __syncwarp();
+      number_segment(p, segment, counters, lane);
+    }
+  }
+  if (blockIdx.x != 0) {
+    last_block(now);
+    return;
+  }
+  // Announcements of all peers before any reply: a call that some rank refused or made differently ends here, on every
+  // rank alike.
+  for (int peer = static_cast<int>(threadIdx.x); good && peer < p.common.num_ranks; peer += kThreads)
+    if (now.active(peer)) await_same_call(now, peer);
+  __syncthreads();
+  const bool failed = !good || ptx::load_acquire(&p.common.state->failed) != 0;
+  if (!failed) plan_rows(now, p);
+  last_block(now);
+  // The other blocks may still number their tokens; the counters are reset by whoever ends the operation.
+  if (threadIdx.x == 0) {
+    while (ptx::load_acquire(&p.common.state->blocks_done) < gridDim.x) {
+    }
+    p.common.state->blocks_done = p.common.state->barriers[0] = p.common.state->barriers[1] = 0;
+  }
+  if (failed && p.alone) finish(now);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence_system();
+    *static_cast<volatile std::uint64_t*>(&p.common.mailbox->counted) = p.common.serial;
+  }
+}
+
+__global__ void refuse(const __grid_constant__ RefuseParams p) {
+  const Now now(p.common);
+  for (int peer = static_cast<int>(threadIdx.x); peer < p.common.num_ranks; peer += static_cast<int>(blockDim.x)) {
+    if (!now.active(peer)) continue;
+    await_room(now, peer);
+    Announcement& mine = now.announcement(peer, p.common.rank);
+    for (int i = 0; i < kRefusalBytes; ++i) mine.refusal[i] = p.text[i];
+    publish(now, &now.words(peer, p.common.rank).announced, kRefusedByHost);
+  }
+  finish(now);
+}
+
+void launch_notify(const NotifyParams& params, int blocks, cudaStream_t stream) {
+  const int keys = params.common.num_ranks + params.num_copies;
+  const std::size_t shared = params.counters_in_shared ? sizeof(std::int32_t) * kNotifyWarps * keys : 0;
+  notify<<<blocks, kThreads, shared, stream>>>(params);
+}
+
+void launch_refuse(const RefuseParams& params, cudaStream_t stream) { refuse<<<1, 64, 0, stream>>>(params); }
+
+const void* notify_kernel() { return reinterpret_cast<const void*>(&notify); }
+const void* refuse_kernel() { return reinterpret_cast<const void*>(&refuse); }
+
+}  // namespace deep_ep::cuda

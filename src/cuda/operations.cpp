@@ -1,0 +1,297 @@
+// SPDX-License-Identifier: MIT
+#include "cuda/operations.h"
+
+#include <algorithm>
+
+#include "check.h"
+#include "cuda/failure.h"
+
+namespace deep_ep::cuda {
+
+namespace {
+
+template <typename T = std::int32_t>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data);
+}
+
+class Dispatch {
+ public:
+  Dispatch(Context& context, const DispatchCall& call)
+      : context_(context),
+        call_(call),
+        cached_(call.in.handle != nullptr),
+        now_(context.begin(call.operation, call.in.stream, call.timeout, call.num_workers)),
+        num_slots_(call.placement->num_slots(context.rank)) {}
+
+  DispatchOutput run() {
+    require(!now_.capturing || cached_ || call_.in.max_rows > 0,
+            "stream: an exact-size dispatch waits for its counts and cannot be captured: give max_rows");
+    if (!cached_) {
+      make_handle();
+      notify();
+      if (exact()) context_.await_counts(now_);
+    }
+    size_output();
+    send();
+    return output();
+  }
+
+ private:
+  // The number of arrivals of kPadded is known by nobody before the counts either: it waits as an exact call does.
+  bool exact() const { return !cached_ && call_.in.max_rows == 0; }
+
+  void make_handle() {
+    handle_ = std::make_shared<Handle>(handle_for(call_, context_.num_ranks));
+    const std::int64_t tokens = call_.num_tokens, topk = call_.num_topk, ranks = context_.num_ranks;
+    for (Tensor* tensor : {&handle_->dst_rank, &handle_->dst_row, &handle_->dst_arrival})
+      *tensor = context_.local_tensor(DType::kI32, {tokens, topk});
+    handle_->first_arrival = context_.local_tensor(DType::kI32, {ranks + 1});
+    handle_->slot_rows = context_.local_tensor(DType::kI32, {std::int64_t{num_slots_}});
+    handle_->slot_first_row = context_.local_tensor(DType::kI32, {std::int64_t{num_slots_} + 1});
+    handle_->tokens_between = context_.local_tensor(DType::kI32, {ranks, ranks});
+    slot_ = context_.local_tensor(DType::kI32, {tokens, topk});
+    relative_row_ = context_.local_tensor(DType::kI32, {tokens, topk});
+    relative_arrival_ = context_.local_tensor(DType::kI32, {tokens, topk});
+    first_row_ = context_.local_tensor(DType::kI32, {ranks, std::int64_t{num_slots_}});
+  }
+
+  Routes routes(const Handle& handle) const {
+    return {data(handle.dst_rank), data(handle.dst_row),  data(handle.dst_arrival),
+            data(slot_),           data(relative_row_), data(relative_arrival_)};
+  }
+
+  void notify() {
+    const DevicePlacement& placement = context_.on_device(call_.placement);
+    const int segments = now_.blocks * kNotifyWarps;
+    const std::int64_t keys = context_.num_ranks + placement.num_copies;
+    counts_ = context_.local_tensor(DType::kI32, {segments + 1, keys});
+    NotifyParams p{};
+    p.common = context_.common(now_, call_.signature);
+    p.routes = routes(*handle_);
+    p.topk_idx = call_.in.topk_idx.data;
+    p.topk_idx_64 = call_.in.topk_idx.dtype == DType::kI64;
+    p.num_tokens = call_.num_tokens;
+    p.num_topk = call_.num_topk;
+    p.num_experts = call_.num_experts;
+    p.placement = placement.view;
+    p.first_copy = placement.first_copy;
+    p.num_copies = placement.num_copies;
+    p.segment_counts = data(counts_);
+    p.totals = data(counts_) + segments * keys;
+    p.segment_tokens = std::max(1, (call_.num_tokens + segments - 1) / segments);
+    p.counters_in_shared = static_cast<std::size_t>(keys) * kNotifyWarps * sizeof(std::int32_t) <= std::size_t{96} << 10;
+    p.layout = call_.layout;
+    p.expert_alignment = call_.expert_alignment;
+    p.max_tokens_per_rank = call_.max_tokens_per_rank;
+    p.num_slots = num_slots_;
+    p.first_arrival = data(handle_->first_arrival);
+    p.slot_rows = data(handle_->slot_rows);
+    p.slot_first_row = data(handle_->slot_first_row);
+    p.tokens_between = data(handle_->tokens_between);
+    p.first_row = data(first_row_);
+    p.alone = exact();
+    launch_notify(p, now_.blocks, now_.stream);
+  }
+
+  // Makes room for what comes; where there is none the peers are told with the reply, and we raise at the end.
+  void size_output() {
+    const Handle* handle = call_.in.handle.get();
+    if (cached_) {
+      num_rows_ = handle->num_rows, num_arrivals_ = handle->num_arrivals;
+    } else if (exact()) {
+      num_rows_ = context_.counted_rows(), num_arrivals_ = context_.counted_arrivals();
+    } else {
+      num_rows_ = num_arrivals_ = call_.in.max_rows;
+    }
+    at_ = plan::OutputBlock::place(call_.shape, call_.layout, num_rows_, num_arrivals_);
+    block_ = context_.arena_block(at_.total_bytes, true, now_);
+  }
+
+  void send() {
+    DispatchParams p{};
+    const Handle& handle = cached_ ? *call_.in.handle : *handle_;
+    p.common = context_.common(now_, call_.signature);
+    p.routes = routes(handle);
+    p.shape = call_.shape;
+    p.layout = call_.layout;
+    p.cached = cached_;
+    p.num_tokens = call_.num_tokens;
+    p.num_topk = call_.num_topk;
+    p.num_slots = num_slots_;
+    p.hidden = call_.hidden;
+    p.x = static_cast<const std::byte*>(call_.in.x.data);
+    p.x_dtype = call_.in.x.dtype;
+    p.scale_kind = call_.scale_kind;
+    if (call_.in.scales.given()) {
+      p.scales = static_cast<const std::int32_t*>(call_.in.scales.data);
+      p.scale_strides[0] = call_.in.scales.strides[0], p.scale_strides[1] = call_.in.scales.strides[1];
+    }
+    p.topk_weights = static_cast<const float*>(call_.in.topk_weights.data);
+    p.mask_topk_weights = call_.in.mask_topk_weights;
+    for (int i = 0; i < call_.shape.num_side; ++i) p.side[i] = static_cast<const std::byte*>(call_.in.side[i].data);
+    p.verdict = block_.owner ? Reply::kAccepted : Reply::kArenaTooSmall;
+    p.needed = at_.total_bytes;
+    p.there = context_.arena().largest_free();
+    p.block_at = block_.at;
+    p.rows = num_rows_;
+    p.arrivals = num_arrivals_;
+    p.max_rows = cached_ ? 0 : call_.in.max_rows;
+    p.first_arrival = data(handle.first_arrival);
+    p.first_row = data(first_row_);
+    p.slot_rows = data(handle.slot_rows);
+    p.slot_first_row = data(handle.slot_first_row);
+    p.remote_blocks = context_.remote_blocks(now_.blocks);
+    launch_dispatch(p, call_.quantize, now_.blocks, now_.stream, context_.shared_limit());
+    if (block_.owner) return;
+    const auto there = static_cast<std::size_t>(p.there);
+    Call waiting = now_;
+    waiting.wait = !now_.capturing;
+    context_.end(waiting);  // raises the same, found by the kernel
+    require(false, "arena_bytes: rank {} needs {} bytes of arena for this dispatch, {} are free there", context_.rank,
+            at_.total_bytes, there);
+  }
+
+  DispatchOutput output() {
+    std::byte* base = context_.window() + block_.at;
+    std::shared_ptr<void> owner = block_.owner;
+    context_.keep_in_doubt(now_, std::move(block_.owner));
+    if (!cached_) keep_sources(base);
+    if (block_.landing) {  // the arena is at its budget: the next exchange needs this room
+      owner = context_.local(at_.total_bytes);
+      copy_on_stream(owner.get(), base, at_.total_bytes);
+      base = static_cast<std::byte*>(owner.get());
+      context_.count([&](Statistics& statistics) { statistics.copied_out_bytes += at_.total_bytes; });
+    }
+    const OutputTensors tensors{call_, at_, num_rows_, num_arrivals_, num_slots_, context_.num_ranks};
+    DispatchOutput out = tensors.make(base, owner);
+    out.handle = cached_ ? call_.in.handle : std::shared_ptr<const Handle>(handle_);
+    context_.end(now_);
+    return out;
+  }
+
+  // Small, but kept as long as the handle: copied, so that a kept handle does not hold the rows' block.
+  void keep_sources(const std::byte* base) {
+    handle_->num_rows = num_rows_;
+    handle_->num_arrivals = num_arrivals_;
+    handle_->src_token = context_.local_tensor(DType::kI32, {num_arrivals_});
+    copy_on_stream(handle_->src_token.data, base + at_.src_token_at, handle_->src_token.bytes());
+    if (call_.layout == OutputLayout::kByRank) return;
+    handle_->arrival_row = context_.local_tensor(DType::kI32, {num_arrivals_, call_.num_topk});
+    copy_on_stream(handle_->arrival_row.data, base + at_.arrival_row_at, handle_->arrival_row.bytes());
+  }
+
+  void copy_on_stream(void* dst, const void* src, std::size_t bytes) {
+    if (bytes > 0) check(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToDevice, now_.stream), "cudaMemcpyAsync");
+  }
+
+  Context& context_;
+  const DispatchCall& call_;
+  const bool cached_;
+  const Call now_;
+  const int num_slots_;
+  std::shared_ptr<Handle> handle_;
+  // Used by this call's kernels only; whoever takes this memory next runs after them.
+  Tensor slot_, relative_row_, relative_arrival_, first_row_, counts_;
+  plan::OutputBlock at_;
+  plan::Arena::Block block_;
+  std::int64_t num_rows_ = 0, num_arrivals_ = 0;
+};
+
+class Combine {
+ public:
+  Combine(Context& context, const CombineCall& call)
+      : context_(context),
+        call_(call),
+        handle_(*call.in.handle),
+        now_(context.begin(call.operation, call.in.stream, call.timeout, call.num_workers)) {}
+
+  CombineOutput run() {
+    CombineParams p{};
+    p.common = context_.common(now_, call_.signature);
+    if (!stage(p)) return {};
+    p.layout = handle_.layout;
+    p.order = call_.in.order;
+    p.dtype = call_.dtype;
+    p.num_tokens = static_cast<int>(handle_.num_tokens);
+    p.num_topk = handle_.num_topk;
+    p.hidden = call_.hidden;
+    p.dst_rank = data(handle_.dst_rank);
+    p.dst_row = data(handle_.dst_row);
+    p.node_of_rank = context_.node_of_rank();
+    p.weights = static_cast<const float*>(call_.in.weights.data);
+    for (int i = 0; i < 2; ++i)
+      p.bias[i] = call_.in.bias[i].given() ? static_cast<const std::byte*>(call_.in.bias[i].data) : nullptr;
+    CombineOutput out = make_output();
+    p.out = static_cast<std::byte*>(out.x.data);
+    p.weights_out = static_cast<float*>(out.topk_weights.data);
+    p.weights_home = call_.in.weights_home;
+    const Tensor steps = context_.local_tensor(
+        DType::kU8, {std::max<std::int64_t>(handle_.num_tokens, 1), handle_.num_topk, static_cast<std::int64_t>(kStepBytes)});
+    const Tensor num_steps = context_.local_tensor(DType::kI32, {handle_.num_tokens});
+    p.steps = steps.data;
+    p.num_steps = data(num_steps);
+    launch_combine(p, now_.blocks, now_.stream);
+    for (auto& block : staged_) context_.keep_in_doubt(now_, std::move(block));
+    context_.end(now_);
+    return out;
+  }
+
+ private:
+  static constexpr std::size_t kStepBytes = 12;  // plan::SumStep
+
+  // Rows in our arena stay there, others are copied into it once. Where there is no room the peers hear it.
+  bool stage(CombineParams& p) {
+    try {
+      if (call_.in.x.given()) p.x_at = readable(call_.in.x);
+      if (call_.in.topk_weights.given()) p.weights_at = readable(call_.in.topk_weights);
+    } catch (const Error& error) {
+      RefuseParams refusal{};
+      refusal.common = p.common;
+      std::string(error.what()).copy(refusal.text, sizeof refusal.text - 1);
+      launch_refuse(refusal, now_.stream);
+      context_.end(now_);
+      throw;
+    }
+    return true;
+  }
+
+  std::uint64_t readable(const TensorView& tensor) {
+    const std::size_t bytes = tensor.bytes();
+    plan::Arena& arena = context_.arena();
+    if (bytes > 0 && arena.contains(tensor.data, bytes)) return arena.offset_of(tensor.data);
+    plan::Arena::Block block = context_.arena_block(bytes, true, now_);
+    require(block.owner != nullptr,
+            "arena_bytes: rank {} needs {} bytes of arena to stage combine's input, {} are free there", context_.rank,
+            bytes, arena.largest_free());
+    if (bytes > 0)
+      check(cudaMemcpyAsync(context_.window() + block.at, tensor.data, bytes, cudaMemcpyDeviceToDevice, now_.stream),
+            "cudaMemcpyAsync");
+    context_.count([&](Statistics& statistics) { statistics.staged_bytes += bytes; });
+    staged_.push_back(std::move(block.owner));
+    return block.at;
+  }
+
+  CombineOutput make_output() {
+    CombineOutput out;
+    const std::int64_t tokens = handle_.num_tokens;
+    if (call_.hidden > 0)
+      out.x = call_.in.out.given() ? Tensor(call_.in.out, nullptr)
+                                   : context_.local_tensor(call_.dtype, {tokens, call_.hidden});
+    if (call_.in.topk_weights.given()) out.topk_weights = context_.local_tensor(DType::kFp32, {tokens, handle_.num_topk});
+    return out;
+  }
+
+  Context& context_;
+  const CombineCall& call_;
+  const Handle& handle_;
+  const Call now_;
+  std::vector<std::shared_ptr<void>> staged_;
+};
+
+}  // namespace
+
+DispatchOutput dispatch(Context& context, const DispatchCall& call) { return Dispatch(context, call).run(); }
+CombineOutput combine(Context& context, const CombineCall& call) { return Combine(context, call).run(); }
+
+}  // namespace deep_ep::cuda

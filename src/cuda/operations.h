@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: MIT
+// The operations of the CUDA backend: each enqueues its kernels on the call's stream.
+#pragma once
+
+#include "backend.h"
+#include "cuda/context.h"
+
+namespace deep_ep::cuda {
+
+DispatchOutput dispatch(Context& context, const DispatchCall& call);
+CombineOutput combine(Context& context, const CombineCall& call);
+
+}  // namespace deep_ep::cuda

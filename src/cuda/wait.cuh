@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: MIT
+// Waiting on the device: every wait has a deadline, and the first that passes it leaves one record for the host.
+#pragma once
+
+#include "cuda/exchange.h"
+#include "cuda/ptx.cuh"
+
+namespace deep_ep::cuda {
+
+/// One operation as a thread sees it.
+struct Now {
+  const Common& common;
+  std::uint64_t epoch;
+  std::uint64_t deadline;
+
+  __device__ explicit Now(const Common& given)
+      : common(given), epoch(given.state->epoch + 1), deadline(ptx::nanoseconds() + given.timeout_ns) {}
+
+  __device__ std::byte* window(int of) const { return common.peers[of].window; }
+  __device__ bool active(int peer) const { return common.peers[peer].active != 0; }
+  /// Words, announcement and reply that `writer` writes in the window of `owner`.
+  __device__ plan::Words& words(int owner, int writer) const {
+    return *reinterpret_cast<plan::Words*>(window(owner) + common.layout.words(epoch, writer));
+  }
+  __device__ Announcement& announcement(int owner, int writer) const {
+    return *reinterpret_cast<Announcement*>(window(owner) + common.layout.announcement(epoch, writer));
+  }
+  __device__ std::int32_t* announced_tokens(int owner, int writer) const {
+    return reinterpret_cast<std::int32_t*>(window(owner) + common.layout.announcement(epoch, writer) +
+                                           plan::WindowLayout::kAnnouncementHead);
+  }
+  __device__ std::int32_t* announced_rows(int owner, int writer) const {
+    return announced_tokens(owner, writer) + common.num_ranks;
+  }
+  __device__ Reply& reply(int owner, int writer) const {
+    return *reinterpret_cast<Reply*>(window(owner) + common.layout.reply(epoch, writer));
+  }
+  __device__ std::int32_t* reply_first_rows(int owner, int writer) const {
+    return reinterpret_cast<std::int32_t*>(window(owner) + common.layout.reply(epoch, writer) +
+                                           plan::WindowLayout::kReplyHead);
+  }
+  __device__ std::uint64_t* released(int owner, int writer) const {
+    return reinterpret_cast<std::uint64_t*>(window(owner) + common.layout.released(writer));
+  }
+};
+
+/// Marks the operation as failed; the first to say so in an operation writes the record, unless an older one still waits
+/// for the host.
+__device__ inline void report(const Now& now, Fault::Kind kind, int peer, std::int64_t expected, std::int64_t seen,
+                              int field = 0, const char* refusal = nullptr) {
+  atomicExch(&now.common.state->failed, 1u);
+  const auto epoch = static_cast<unsigned long long>(now.epoch);
+  if (atomicExch(reinterpret_cast<unsigned long long*>(&now.common.state->fault_epoch), epoch) == epoch) return;
+  volatile Fault& fault = now.common.mailbox->fault;
+  if (fault.kind != Fault::kNone) return;
+  fault.phase = static_cast<std::int32_t>(now.common.operation);
+  fault.peer = peer;
+  fault.field = field;
+  fault.epoch = now.epoch;
+  fault.expected = expected;
+  fault.seen = seen;
+  for (int i = 0; i < kRefusalBytes; ++i) fault.refusal[i] = refusal != nullptr ? refusal[i] : '\0';
+  __threadfence_system();  // the record, then the mark that it is there
+  fault.kind = kind;
+}
+
+/// Waits until the epoch of a word in our own window has come; its value then, or nothing after the deadline. The
+/// acquire pairs with publish().
+__device__ inline bool await(const Now& now, const std::uint64_t* word, std::uint32_t& value) {
+  std::uint64_t seen = ptx::load_acquire_system(word);
+  while (seen >> 32 < now.epoch) {
+    if (ptx::nanoseconds() > now.deadline) return false;
+    seen = ptx::load_acquire_system(word);
+  }
+  value = static_cast<std::uint32_t>(seen);
+  return true;
+}
+
+/// Writes a word in a peer's window. Release: whoever acquires it sees what this thread wrote and what it acquired.
+__device__ inline void publish(const Now& now, std::uint64_t* word, std::uint32_t value) {
+  ptx::store_release_system(word, now.epoch << 32 | value);
+}
+
+/// One thread: the peer has left the operation that used our places in its window last.
+__device__ inline bool await_room(const Now& now, int peer) {
+  if (now.epoch <= plan::kOperationsInFlight) return true;
+  const std::uint64_t needed = now.epoch - plan::kOperationsInFlight;
+  std::uint64_t seen = 0;
+  while ((seen = ptx::load_acquire_system(now.released(now.common.rank, peer))) < needed) {
+    if (ptx::nanoseconds() > now.deadline) {
+      report(now, Fault::kTimeout, peer, static_cast<std::int64_t>(needed), static_cast<std::int64_t>(seen));
+      return false;
+    }
+  }
+  return true;
+}
+
+/// One thread: the peer's announcement has come and its call is ours.
+__device__ inline bool await_same_call(const Now& now, int peer) {
+  std::uint32_t value = 0;
+  const int me = now.common.rank;
+  if (!await(now, &now.words(me, peer).announced, value)) {
+    report(now, Fault::kTimeout, peer, 1, 0);
+    return false;
+  }
+  const Announcement& theirs = now.announcement(me, peer);
+  if (value == kBadExpert) {
+    report(now, Fault::kBadId, peer, theirs.bad_selection, theirs.bad_expert);
+    return false;
+  }
+  if (value == kRefusedByHost) {
+    report(now, Fault::kRefused, peer, 0, 0, 0, theirs.refusal);
+    return false;
+  }
+  for (int field = 0; field < Signature::kNumFields; ++field) {
+    if (theirs.signature[field] == now.common.signature[field]) continue;
+    report(now, Fault::kDiffers, peer, now.common.signature[field], theirs.signature[field], field);
+    return false;
+  }
+  return true;
+}
+
+/// All blocks of the grid meet. Every thread calls it; false after the deadline. They are resident together (the grid is
+/// at most the SMs that this rank may take), so only a foreign kernel that holds SMs can delay it.
+__device__ inline bool grid_barrier(const Now& now, int which) {
+  __syncthreads();  // orders this block's writes before thread 0's release
+  __shared__ bool met;
+  if (threadIdx.x == 0) {
+    std::uint32_t* count = &now.common.state->barriers[which];
+    ptx::add_acquire_release(count, 1);
+    met = true;
+    while (ptx::load_acquire(count) < gridDim.x) {
+      if (ptx::nanoseconds() <= now.deadline) continue;
+      report(now, Fault::kTimeout, now.common.rank, gridDim.x, 0);
+      met = false;
+      break;
+    }
+  }
+  __syncthreads();
+  return met;
+}
+
+/// Every thread calls it at the end of its block's work; true in the block that is last. What the blocks wrote before is
+/// then released by whatever that block publishes: each block's writes are ordered by the block barrier before thread 0's
+/// system fence and its acquire-release addition, and that chain is transitive.
+__device__ inline bool last_block(const Now& now) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence_system();
+    last = ptx::add_acquire_release(&now.common.state->blocks_done, 1) + 1 == gridDim.x;
+  }
+  __syncthreads();
+  return last;
+}
+
+/// The last block ends the operation: its places may be used again, and the next one counts on.
+__device__ inline void finish(const Now& now) {
+  __syncthreads();
+  for (int peer = static_cast<int>(threadIdx.x); peer < now.common.num_ranks; peer += static_cast<int>(blockDim.x))
+    ptx::store_release_system(now.released(peer, now.common.rank), now.epoch);
+  if (threadIdx.x != 0) return;
+  State& state = *now.common.state;
+  state.failed = state.barriers[0] = state.barriers[1] = state.blocks_done = 0;
+  state.bad_selection = 0;
+  state.epoch = now.epoch;
+  __threadfence_system();
+  *static_cast<volatile std::uint64_t*>(&now.common.mailbox->completed) = now.common.serial;
+}
+
+}  // namespace deep_ep::cuda
