@@ -40,13 +40,16 @@ __device__ void announce(const Now& now, const CombineParams& p) {
 
 // Phase plan steps: a thread per token, while the announcements travel. Same table as on the host.
 __device__ void plan_steps(const CombineParams& p) {
-  auto* const steps = static_cast<plan::SumStep*>(p.steps);
   const int step = static_cast<int>(gridDim.x) * kThreads;
   for (int token = static_cast<int>(blockIdx.x + threadIdx.x * gridDim.x); token < p.num_tokens; token += step) {
     const std::int64_t first = std::int64_t{token} * p.num_topk;
-    p.num_steps[token] =
-        plan::make_sum_steps({p.order, p.layout == OutputLayout::kByRank, p.num_topk, p.dst_rank + first, p.node_of_rank},
-                             steps + first);
+    auto* const steps = static_cast<plan::SumStep*>(p.steps) + first;
+    const int count = plan::make_sum_steps(
+        {p.order, p.layout == OutputLayout::kByRank, p.num_topk, p.dst_rank + first, p.node_of_rank}, steps);
+    for (int i = 0; i < count; ++i)
+      p.terms[first + i] = {p.dst_row[first + steps[i].k], steps[i].rank, steps[i].k,
+                            (steps[i].closes_rank ? 1 : 0) | (steps[i].closes_node ? 2 : 0)};
+    p.num_terms[token] = count;
   }
 }
 
@@ -93,74 +96,166 @@ __device__ void load_piece(const std::byte* row, int fours, typename Number::Fou
   }
 }
 
-// One piece of one token. Rows of peers are read past L1, which does not see what they write.
-template <class Number, bool kLevels>
-__device__ void sum_piece(const CombineParams& p, const Source* sources, int token, int piece, int lane) {
-  constexpr int kElements = kFours * 128;
-  const std::int64_t piece_at = std::int64_t{piece} * kElements, row_bytes = p.hidden * Number::kBytes;
-  const auto fours = static_cast<int>((p.hidden - piece_at < kElements ? p.hidden - piece_at : kElements) / 4);
-  const std::int64_t first = std::int64_t{token} * p.num_topk, home = token * row_bytes + piece_at * Number::kBytes;
-  Sums<Number, kLevels> sums = {};
-  typename Number::Four v[kFours];
-  const auto add_biases = [&] {
-    for (int i = 0; i < 2; ++i) {
-      if (p.bias[i] == nullptr) continue;
-      load_piece<Number>(p.bias[i] + home, fours, v, lane);
-      add_row<Number>(sums.of_all, v, false, 1);
+// The terms of one token as a warp holds them: lane i has term base + i.
+struct Terms {
+  int token, count, base;
+  Term term;
+};
+
+__device__ Terms load_terms(const CombineParams& p, int token, int base, int lane) {
+  Terms t{token, 0, base, {}};
+  if (token >= p.num_tokens) return t;
+  t.count = p.num_terms[token];
+  if (base + lane < p.num_topk) t.term = p.terms[std::int64_t{token} * p.num_topk + base + lane];
+  return t;
+}
+
+template <class Number>
+constexpr int kPieceBytes = kFours * 128 * Number::kBytes;
+constexpr int kRingBytes = 12288;  // of one warp
+template <class Number>
+constexpr int kRingStages = kRingBytes / kPieceBytes<Number>;
+constexpr int kMostStages = kRingBytes / (kFours * 128 * 2);
+
+// A warp's tokens in turn, each in pieces, each piece term by term: one row's piece after the other. With bulk copies a
+// producer runs ahead of the sums by as many as the ring holds; it knows the next token's terms before it gets there.
+template <class Number>
+struct Feed {
+  const CombineParams& p;
+  const Source* sources;
+  int lane, step, pieces;
+  std::byte* ring;
+  std::uint64_t* full;
+
+  Terms now, next;
+  int piece = 0, index = 0;
+  int filling = 0, emptying = 0;
+  std::uint32_t parity = 0;
+
+  __device__ std::int64_t row_bytes() const { return p.hidden * Number::kBytes; }
+  __device__ int bytes_of(int of_piece) const {
+    const std::int64_t left = row_bytes() - std::int64_t{of_piece} * kPieceBytes<Number>;
+    return left < kPieceBytes<Number> ? static_cast<int>(left) : kPieceBytes<Number>;
+  }
+  // Where the lane's own term of this chunk lies; null: its rank takes no part.
+  __device__ const std::byte* row_of(const Terms& t) const {
+    const bool valid = t.base + lane < t.count && sources[t.term.rank].x != nullptr;
+    return valid ? sources[t.term.rank].x + t.term.row * row_bytes() : nullptr;
+  }
+
+#if EP_BULK_COPY
+  __device__ void start(int first) {
+    now = load_terms(p, first, 0, lane);
+    next = load_terms(p, first + step, 0, lane);
+    for (int i = 0; i < kRingStages<Number>; ++i) produce();
+  }
+  // Starts one more load, if there is one. All lanes; the stage must be free.
+  __device__ void produce() {
+    while (now.token < p.num_tokens && (now.count == 0 || piece == pieces)) {
+      piece = index = 0;
+      now = next;
+      next = load_terms(p, now.token + step, 0, lane);
     }
-  };
-  if (p.order.bias_first) add_biases();
-  const int count = p.num_steps[token];
-  for (int base = 0; base < count; base += 32) {
-    plan::SumStep step{};
-    const std::byte* row = nullptr;
-    float weight = 1;
-    if (base + lane < count) {
-      step = static_cast<const plan::SumStep*>(p.steps)[first + base + lane];
-      if (sources[step.rank].x != nullptr)
-        row = sources[step.rank].x + p.dst_row[first + step.k] * row_bytes + piece_at * Number::kBytes;
-      if (p.weights != nullptr) weight = p.weights[first + step.k];
-    }
-    const int here = min(32, count - base);
-    typename Number::Four next[kFours];
-    const auto fetch = [&](int i) {
-      const auto* at =
-          reinterpret_cast<const std::byte*>(__shfl_sync(kAll, reinterpret_cast<unsigned long long>(row), i));
-      load_piece<Number>(at, at != nullptr ? fours : 0, next, lane);
-    };
-    fetch(0);
-    for (int i = 0; i < here; ++i) {
-#pragma unroll
-      for (int j = 0; j < kFours; ++j) v[j] = next[j];
-      if (i + 1 < here) fetch(i + 1);
-      const float w = __shfl_sync(kAll, weight, i);
-      if constexpr (!kLevels) {
-        add_row<Number>(sums.of_all, v, p.weights != nullptr, w);
+    if (now.token >= p.num_tokens) return;
+    if (now.count > 32 && index % 32 == 0) now = load_terms(p, now.token, index, lane);
+    const std::byte* row = row_of(now);
+    row = reinterpret_cast<const std::byte*>(__shfl_sync(kAll, reinterpret_cast<unsigned long long>(row), index % 32));
+    if (lane == 0) {
+      if (row != nullptr) {
+        ptx::bulk_load(ring + filling * kPieceBytes<Number>, row + std::int64_t{piece} * kPieceBytes<Number>,
+                       static_cast<std::uint32_t>(bytes_of(piece)), full + filling);
       } else {
-        const bool closes_rank = __shfl_sync(kAll, static_cast<int>(step.closes_rank), i);
-        const bool closes_node = __shfl_sync(kAll, static_cast<int>(step.closes_node), i);
-        add_row<Number>(p.order.round_per_rank ? sums.of_rank : sums.of_node, v, p.weights != nullptr, w);
-        if (closes_rank) close<Number>(sums.of_rank, p.order.round_per_node ? sums.of_node : sums.of_all);
-        if (closes_node) close<Number>(sums.of_node, sums.of_all);
+        ptx::barrier_arrive(full + filling);
       }
     }
+    if (++filling == kRingStages<Number>) filling = 0;
+    if (++index == now.count) index = 0, ++piece;
   }
-  if (!p.order.bias_first) add_biases();
+  // The next piece in order; its stage is filled again at once.
+  __device__ void take(const std::byte*, int of_piece, typename Number::Four (&v)[kFours]) {
+    ptx::barrier_wait(full + emptying, parity);
+    const auto* stage = reinterpret_cast<const typename Number::Four*>(ring + emptying * kPieceBytes<Number>);
+    const int fours = bytes_of(of_piece) / static_cast<int>(sizeof(typename Number::Four));
 #pragma unroll
-  for (int i = 0; i < kFours; ++i) {
-    const int at = 32 * i + lane;
-    if (at < fours) __stcs(reinterpret_cast<typename Number::Four*>(p.out + home) + at, Number::narrow(sums.of_all[i]));
+    for (int i = 0; i < kFours; ++i) {
+      v[i] = {};
+      if (32 * i + lane < fours) v[i] = stage[32 * i + lane];
+    }
+    if (++emptying == kRingStages<Number>) emptying = 0, parity ^= 1;
+    __syncwarp();  // all lanes have read the stage
+    produce();
+  }
+#else
+  __device__ void start(int) {}
+  __device__ void take(const std::byte* row, int of_piece, typename Number::Four (&v)[kFours]) {
+    const int fours = bytes_of(of_piece) / static_cast<int>(sizeof(typename Number::Four));
+    load_piece<Number>(row + std::int64_t{of_piece} * kPieceBytes<Number>, row != nullptr ? fours : 0, v, lane);
+  }
+#endif
+};
+
+// One token: piece by piece, every term in order, then the sum goes home.
+template <class Number, bool kLevels>
+__device__ void sum_token(const CombineParams& p, Feed<Number>& feed, Terms terms) {
+  const std::int64_t first = std::int64_t{terms.token} * p.num_topk;
+  const int lane = feed.lane;
+  float weight = 1;
+  for (int piece = 0; piece < feed.pieces; ++piece) {
+    const std::int64_t home = terms.token * feed.row_bytes() + std::int64_t{piece} * kPieceBytes<Number>;
+    const int fours = feed.bytes_of(piece) / static_cast<int>(sizeof(typename Number::Four));
+    Sums<Number, kLevels> sums = {};
+    typename Number::Four v[kFours];
+    const auto add_biases = [&] {
+      for (int i = 0; i < 2; ++i) {
+        if (p.bias[i] == nullptr) continue;
+        load_piece<Number>(p.bias[i] + home, fours, v, lane);
+        add_row<Number>(sums.of_all, v, false, 1);
+      }
+    };
+    if (p.order.bias_first) add_biases();
+    for (int i = 0; i < terms.count; ++i) {
+      if (i % 32 == 0) {
+        if (terms.count > 32) terms = load_terms(p, terms.token, i, lane);
+        if (p.weights != nullptr && i + lane < terms.count) weight = p.weights[first + terms.term.k];
+      }
+      const auto* row = reinterpret_cast<const std::byte*>(
+          __shfl_sync(kAll, reinterpret_cast<unsigned long long>(feed.row_of(terms)), i % 32));
+      feed.take(row, piece, v);
+      const int closes = __shfl_sync(kAll, terms.term.closes, i % 32);
+      const float w = __shfl_sync(kAll, weight, i % 32);
+      if constexpr (!kLevels) {
+        if (row != nullptr) add_row<Number>(sums.of_all, v, p.weights != nullptr, w);
+      } else {
+        if (row != nullptr)
+          add_row<Number>(p.order.round_per_rank ? sums.of_rank : sums.of_node, v, p.weights != nullptr, w);
+        if ((closes & 1) != 0) close<Number>(sums.of_rank, p.order.round_per_node ? sums.of_node : sums.of_all);
+        if ((closes & 2) != 0) close<Number>(sums.of_node, sums.of_all);
+      }
+    }
+    if (!p.order.bias_first) add_biases();
+#pragma unroll
+    for (int i = 0; i < kFours; ++i) {
+      const int at = 32 * i + lane;
+      if (at < fours)
+        __stcs(reinterpret_cast<typename Number::Four*>(p.out + home) + at, Number::narrow(sums.of_all[i]));
+    }
   }
 }
 
 template <class Number, bool kLevels>
-__device__ void sum_tokens(const CombineParams& p, const Source* sources, int warp, int lane) {
-  constexpr int kElements = kFours * 128;
-  const auto pieces = static_cast<int>((p.hidden + kElements - 1) / kElements);
-  const std::int64_t jobs = std::int64_t{p.num_tokens} * pieces;
-  const std::int64_t step = std::int64_t{gridDim.x} * kWarps;
-  for (std::int64_t job = blockIdx.x + std::int64_t{warp} * gridDim.x; job < jobs; job += step)
-    sum_piece<Number, kLevels>(p, sources, static_cast<int>(job / pieces), static_cast<int>(job % pieces), lane);
+__device__ void sum_tokens(const CombineParams& p, const Source* sources, std::byte* rings, std::uint64_t* full, int warp,
+                           int lane) {
+  const int first = static_cast<int>(blockIdx.x) + warp * static_cast<int>(gridDim.x);
+  const int step = static_cast<int>(gridDim.x) * kWarps;
+  const auto pieces = static_cast<int>((p.hidden * Number::kBytes + kPieceBytes<Number> - 1) / kPieceBytes<Number>);
+  Feed<Number> feed{p, sources, lane, step, pieces, rings + warp * kRingBytes, full + warp * kMostStages, {}, {}};
+  feed.start(first);
+  Terms next = load_terms(p, first, 0, lane);
+  for (int token = first; token < p.num_tokens; token += step) {
+    const Terms terms = next;
+    next = load_terms(p, token + step, 0, lane);
+    sum_token<Number, kLevels>(p, feed, terms);
+  }
 }
 
 // Weights that travelled home beside the rows: a thread per entry.
@@ -212,7 +307,9 @@ __device__ void part(const Now& now, const CombineParams& p) {
 
 template <class Number, bool kLevels>
 __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ CombineParams p) {
-  extern __shared__ Source sources[];
+  extern __shared__ __align__(128) std::byte shared[];
+  __shared__ std::uint64_t full[kWarps * kMostStages];
+  auto* const sources = reinterpret_cast<Source*>(shared + kWarps * kRingBytes);
   const Now now(p.common);
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   if (blockIdx.x == 0) announce(now, p);
@@ -228,8 +325,17 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
     const Announcement& theirs = now.announcement(p.common.rank, peer);
     sources[peer] = {now.window(peer) + theirs.x_at, reinterpret_cast<const float*>(now.window(peer) + theirs.weights_at)};
   }
+#if EP_BULK_COPY
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kWarps * kMostStages; ++i) ptx::barrier_init(full + i);
+    ptx::barrier_init_done();
+  }
+#endif
   if (__syncthreads_and(good)) {
-    if (p.hidden > 0) sum_tokens<Number, kLevels>(p, sources, warp, lane);
+#if EP_BULK_COPY
+    ptx::fence_for_bulk();  // the rows were acquired by ordinary loads of the announcements
+#endif
+    if (p.hidden > 0) sum_tokens<Number, kLevels>(p, sources, shared, full, warp, lane);
     if (p.weights_out != nullptr) bring_weights_home(p, sources);
   }
   if (!last_block(now)) return;
@@ -250,7 +356,7 @@ void launch_combine(const CombineParams& params, int blocks, cudaStream_t stream
   CombineParams copy = params;
   void* arguments[] = {&copy};
   cudaLaunchKernel(combine_kernel(params.dtype, levels), dim3(static_cast<unsigned>(blocks)), dim3(kThreads), arguments,
-                   sizeof(Source) * params.common.num_ranks, stream);
+                   kWarps * kRingBytes + sizeof(Source) * params.common.num_ranks, stream);
 }
 
 }  // namespace deep_ep::cuda

@@ -132,13 +132,27 @@ struct Job {
 };
 struct Jobs {
   int first, step, num_tokens, chunks, pieces;
-  __device__ std::int64_t count() const {
-    return first < num_tokens ? std::int64_t{(num_tokens - first + step - 1) / step} * chunks * pieces : 0;
+  __device__ Job begin() const { return {first, 0, 0}; }
+  __device__ bool has(const Job& job) const { return job.token < num_tokens; }
+  // Step by step: a division for each job costs more than moving a short row.
+  __device__ void advance(Job& job) const {
+    if (++job.piece < pieces) return;
+    job.piece = 0;
+    if (++job.chunk < chunks) return;
+    job.chunk = 0;
+    job.token += step;
   }
-  __device__ Job at(std::int64_t number) const {
-    const std::int64_t of_token = number / pieces;
-    return {first + static_cast<int>(of_token / chunks) * step, static_cast<int>(of_token % chunks),
-            static_cast<int>(number % pieces)};
+};
+
+// Position in a ring, and how often it went round.
+template <int kLength>
+struct Ring {
+  int at = 0;
+  std::uint32_t parity = 0;
+  __device__ void advance() {
+    if (++at < kLength) return;
+    at = 0;
+    parity ^= 1;
   }
 };
 
@@ -160,42 +174,42 @@ __device__ int bytes_of_piece(const DispatchParams& p, int piece) {
 __device__ void move_rows(const DispatchParams& p, const Destination* to, std::byte* stages, std::uint64_t* barriers,
                           int warp, int lane) {
   const Jobs jobs = jobs_of(p, warp);
-  const std::int64_t count = jobs.count();
 #if EP_BULK_COPY
   // A ring of stages: one bulk load fills a stage, each lane with a destination empties it by one bulk store. A stage is
   // filled again once the stores of the job before the last have read it.
   std::byte* const ring = stages + std::int64_t{warp} * kStages * p.stage_bytes;
   std::uint64_t* const full = barriers + warp * kStages;
-  const auto load = [&](std::int64_t number) {
-    const Job job = jobs.at(number);
-    const int stage = static_cast<int>(number % kStages);
-    ptx::bulk_load(ring + stage * p.stage_bytes,
-                   p.x + job.token * static_cast<std::int64_t>(p.shape.row_bytes) + std::int64_t{job.piece} * p.piece_bytes,
-                   bytes_of_piece(p, job.piece), full + stage);
+  Job ahead = jobs.begin();
+  Ring<kStages> filling, emptying;
+  const auto load = [&] {
+    if (!jobs.has(ahead)) return;
+    if (lane == 0)
+      ptx::bulk_load(ring + filling.at * p.stage_bytes,
+                     p.x + ahead.token * static_cast<std::int64_t>(p.shape.row_bytes) +
+                         std::int64_t{ahead.piece} * p.piece_bytes,
+                     bytes_of_piece(p, ahead.piece), full + filling.at);
+    jobs.advance(ahead);
+    filling.advance();
   };
-  for (std::int64_t number = 0; lane == 0 && number < count && number < kStages - 1; ++number) load(number);
+  for (int i = 0; i < kStages - 1; ++i) load();
   std::byte* dst = nullptr;
-  for (std::int64_t number = 0; number < count; ++number) {
-    const Job job = jobs.at(number);
-    const int stage = static_cast<int>(number % kStages);
+  for (Job job = jobs.begin(); jobs.has(job); jobs.advance(job), emptying.advance()) {
     if (job.piece == 0) dst = row_address(p, to, select(p, to, job.token, job.chunk, lane));
-    ptx::barrier_wait(full + stage, static_cast<std::uint32_t>(number / kStages) & 1);
+    ptx::barrier_wait(full + emptying.at, emptying.parity);
     if (dst != nullptr)
-      ptx::bulk_store(dst + std::int64_t{job.piece} * p.piece_bytes, ring + stage * p.stage_bytes,
+      ptx::bulk_store(dst + std::int64_t{job.piece} * p.piece_bytes, ring + emptying.at * p.stage_bytes,
                       bytes_of_piece(p, job.piece));
     ptx::bulk_commit();
-    if (number + kStages - 1 >= count) continue;
     ptx::bulk_wait_read<1>();
     __syncwarp();
-    if (lane == 0) load(number + kStages - 1);
+    load();
   }
   ptx::bulk_wait_all();
 #else
   (void)stages, (void)barriers;
   constexpr int kAhead = 4;
-  for (std::int64_t number = 0; number < count; ++number) {
-    const Job job = jobs.at(number);
-    const std::byte* const dst = row_address(p, to, select(p, to, job.token, job.chunk, lane));
+  for (Job job = jobs.begin(); jobs.has(job); jobs.advance(job)) {
+    std::byte* const dst = row_address(p, to, select(p, to, job.token, job.chunk, lane));
     const std::int64_t piece_at = std::int64_t{job.piece} * p.piece_bytes;
     const std::byte* const src = p.x + job.token * static_cast<std::int64_t>(p.shape.row_bytes) + piece_at;
     const unsigned lanes = __ballot_sync(kAll, dst != nullptr);
@@ -223,9 +237,10 @@ __device__ void store_scale(const DispatchParams& p, const Destination& to, std:
   scales[word * to.at.scale_column_stride] = value;
 }
 
-// The stored words of `count` scales, lane g holding group first + g; exponents of four groups share a word.
-__device__ void store_scales(const DispatchParams& p, const Destination* to, const Selection& s, bool writes, float scale,
-                             int first, int count, int lane) {
+// The stored words of `count` scales, lane g holding group first + g; exponents of four groups share a word. `row_scales`:
+// where the scales of the lane's row begin, null for a lane that writes nowhere.
+__device__ void store_scales(const DispatchParams& p, std::int32_t* row_scales, std::int64_t stride, float scale, int first,
+                             int count, int lane) {
   const bool packed = p.scale_kind == plan::Fp8Scale::kUe8m0;
   std::uint32_t word = packed ? plan::ue8m0_in_word(scale, lane) : __float_as_uint(scale);
   if (packed) {
@@ -235,11 +250,12 @@ __device__ void store_scales(const DispatchParams& p, const Destination* to, con
   }
   const bool mine = lane < count && (!packed || lane % plan::kUe8m0PerWord == 0);
   const int at = packed ? (first + lane) / plan::kUe8m0PerWord : first + lane;
-  for (unsigned rest = __ballot_sync(kAll, writes); rest != 0; rest &= rest - 1) {
+  for (unsigned rest = __ballot_sync(kAll, row_scales != nullptr); rest != 0; rest &= rest - 1) {
     const int from = __ffs(rest) - 1;
-    const int rank = __shfl_sync(kAll, s.rank, from);
-    const std::int64_t row = __shfl_sync(kAll, static_cast<long long>(s.row), from);
-    if (mine) store_scale(p, to[rank], row, at, static_cast<std::int32_t>(word));
+    auto* scales =
+        reinterpret_cast<std::int32_t*>(__shfl_sync(kAll, reinterpret_cast<unsigned long long>(row_scales), from));
+    const std::int64_t column = __shfl_sync(kAll, static_cast<long long>(stride), from);
+    if (mine) scales[at * column] = static_cast<std::int32_t>(word);
   }
 }
 
@@ -261,23 +277,29 @@ __device__ void load_groups(const std::byte* row, std::int64_t hidden, int first
 template <class Number>
 __device__ void quantize_rows(const DispatchParams& p, const Destination* to, std::byte* stages, int warp, int lane) {
   const Jobs jobs = jobs_of(p, warp);
-  const std::int64_t count = jobs.count();
   const int groups_of_piece = p.piece_bytes / plan::kFp8Group;
   const int groups = static_cast<int>(plan::num_fp8_groups(p.hidden));
   constexpr int kBuffers = 2;
   std::byte* const buffers = stages + std::int64_t{warp} * kBuffers * p.stage_bytes;
   typename Number::Four ahead[kGroupsAhead];
   const auto source = [&](const Job& job) { return p.x + job.token * p.hidden * Number::kBytes; };
-  if (count > 0) load_groups<Number>(source(jobs.at(0)), p.hidden, 0, ahead, lane);
-  Selection s{};
+  if (jobs.has(jobs.begin())) load_groups<Number>(source(jobs.begin()), p.hidden, 0, ahead, lane);
   std::byte* dst = nullptr;
-  for (std::int64_t number = 0; number < count; ++number) {
-    const Job job = jobs.at(number);
+  std::int32_t* row_scales = nullptr;
+  std::int64_t scale_stride = 1;
+  Ring<kBuffers> turn;
+  for (Job job = jobs.begin(); jobs.has(job); jobs.advance(job), turn.advance()) {
     if (job.piece == 0) {
-      s = select(p, to, job.token, job.chunk, lane);
+      const Selection s = select(p, to, job.token, job.chunk, lane);
       dst = row_address(p, to, s);
+      row_scales = nullptr;
+      if (dst != nullptr) {
+        const Destination& there = to[s.rank];
+        row_scales = reinterpret_cast<std::int32_t*>(there.block + there.at.scales_at) + there.at.first_scale(s.row);
+        scale_stride = there.at.scale_column_stride;
+      }
     }
-    std::byte* const buffer = buffers + number % kBuffers * p.stage_bytes;
+    std::byte* const buffer = buffers + turn.at * p.stage_bytes;
 #if EP_BULK_COPY
     ptx::bulk_wait_read<kBuffers - 1>();
     __syncwarp();
@@ -290,16 +312,15 @@ __device__ void quantize_rows(const DispatchParams& p, const Destination* to, st
       for (int g = 0; g < kGroupsAhead; ++g) v[g] = ahead[g];
       if (group + kGroupsAhead < end_group) {
         load_groups<Number>(source(job), p.hidden, group + kGroupsAhead, ahead, lane);
-      } else if (number + 1 < count) {
-        const Job next = jobs.at(number + 1);
-        load_groups<Number>(source(next), p.hidden, next.piece * groups_of_piece, ahead, lane);
+      } else {
+        Job next = job;
+        jobs.advance(next);
+        if (jobs.has(next)) load_groups<Number>(source(next), p.hidden, next.piece * groups_of_piece, ahead, lane);
       }
       std::uint32_t largest = 0;  // lane g: of group g
 #pragma unroll
       for (int g = 0; g < kGroupsAhead; ++g) {
-        float x[4];
-        Number::widen(v[g], x);
-        const std::uint32_t of_group = __reduce_max_sync(kAll, largest_bits(x));
+        const std::uint32_t of_group = __reduce_max_sync(kAll, Number::largest_bits(v[g]));
         if (lane == g) largest = of_group;
       }
       const bool all_plain = __all_sync(kAll, largest < static_cast<std::uint32_t>(plan::kFloatInfBits));
@@ -313,7 +334,7 @@ __device__ void quantize_rows(const DispatchParams& p, const Destination* to, st
         }
       }
       const plan::Fp8Scaling scaling = plan::fp8_scaling(static_cast<std::int32_t>(largest), p.scale_kind);
-      store_scales(p, to, s, dst != nullptr, scaling.scale, group, min(kGroupsAhead, end_group - group), lane);
+      store_scales(p, row_scales, scale_stride, scaling.scale, group, min(kGroupsAhead, end_group - group), lane);
 #pragma unroll
       for (int g = 0; g < kGroupsAhead; ++g) {
         float x[4];

@@ -8,6 +8,13 @@
 
 namespace deep_ep::cuda {
 
+// Each number type: widen and narrow; largest_bits is the largest |x| of four as a float's bits, where a NaN counts as
+// what it is, the largest of all, so that the caller sees that there is one.
+__device__ inline std::uint32_t largest_float_bits(const float (&x)[4]) {
+  const auto magnitude = [](float v) { return __float_as_uint(v) & 0x7fffffffu; };
+  return max(max(magnitude(x[0]), magnitude(x[1])), max(magnitude(x[2]), magnitude(x[3])));
+}
+
 struct Bf16 {
   static constexpr int kBytes = 2;
   using Four = uint2;
@@ -19,6 +26,10 @@ struct Bf16 {
     const bool nan = x[0] != x[0] || x[1] != x[1] || x[2] != x[2] || x[3] != x[3];
     if (!nan) return {ptx::to_bf16x2(x[0], x[1]), ptx::to_bf16x2(x[2], x[3])};
     return {pair(plan::to_bf16(x[0]), plan::to_bf16(x[1])), pair(plan::to_bf16(x[2]), plan::to_bf16(x[3]))};
+  }
+  __device__ static std::uint32_t largest_bits(uint2 v) {
+    const std::uint32_t pairs = __vmaxu2(v.x & 0x7fff7fffu, v.y & 0x7fff7fffu);
+    return max(pairs << 16, pairs & 0xffff0000u);
   }
   __device__ static std::uint32_t pair(std::uint32_t low, std::uint32_t high) { return low | high << 16; }
 };
@@ -33,6 +44,11 @@ struct Fp16 {
   __device__ static uint2 narrow(const float (&x)[4]) {
     return {Bf16::pair(plan::to_fp16(x[0]), plan::to_fp16(x[1])), Bf16::pair(plan::to_fp16(x[2]), plan::to_fp16(x[3]))};
   }
+  __device__ static std::uint32_t largest_bits(uint2 v) {
+    float x[4];
+    widen(v, x);
+    return largest_float_bits(x);
+  }
 };
 
 struct Fp32 {
@@ -44,14 +60,14 @@ struct Fp32 {
   __device__ static uint4 narrow(const float (&x)[4]) {
     return {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])};
   }
+  __device__ static std::uint32_t largest_bits(uint4 v) {
+    float x[4];
+    widen(v, x);
+    return largest_float_bits(x);
+  }
 };
 
-/// Largest |x| of four as bits; a NaN counts as what it is, the largest of all: so the caller sees that there is one.
-__device__ inline std::uint32_t largest_bits(const float (&x)[4]) {
-  const auto magnitude = [](float v) { return __float_as_uint(v) & 0x7fffffffu; };
-  return max(max(magnitude(x[0]), magnitude(x[1])), max(magnitude(x[2]), magnitude(x[3])));
-}
-/// The same with NaN left out, as the rule wants.
+/// Largest |x| of four as bits, NaN left out, as the rule wants.
 __device__ inline std::uint32_t largest_number(const float (&x)[4]) {
   std::int32_t largest = 0;
   for (float v : x) largest = max(largest, plan::fp8_magnitude(v));

@@ -67,6 +67,12 @@ struct DispatchParams {
   int piece_bytes, stage_bytes;  // of the wire row
 };
 
+/// One step of a token's sum with what it needs, so that whoever adds reads one word of 16 bytes.
+struct alignas(16) Term {
+  std::int32_t row, rank, k;
+  std::int32_t closes;  // 1: the rank's sum, 2: the node's
+};
+
 struct CombineParams {
   Common common;
   OutputLayout layout;
@@ -82,8 +88,9 @@ struct CombineParams {
   std::uint64_t x_at, weights_at;
   float* weights_out;
   WeightsHome weights_home;
-  void* steps;            // plan::SumStep [tokens, topk]
-  std::int32_t* num_steps;  // [tokens]
+  void* steps;              // plan::SumStep [tokens, topk], scratch
+  Term* terms;              // [tokens, topk]
+  std::int32_t* num_terms;  // [tokens]
 };
 
 void launch_notify(const NotifyParams& params, int blocks, cudaStream_t stream);

@@ -22,9 +22,18 @@ __device__ Segment segment_of(const NotifyParams& p, int number) {
   return {(first < tokens ? first : tokens) * p.num_topk, (end < tokens ? end : tokens) * p.num_topk};
 }
 
+// Selections that a warp looks at together: whole tokens, where a token has no more than a warp has lanes.
+__device__ int lanes_at_work(const NotifyParams& p) { return p.num_topk <= 32 ? 32 / p.num_topk * p.num_topk : 32; }
+
 // The earlier selection of the same token that goes to the same rank, or -1: then the token is counted here.
-__device__ std::int64_t earlier_selection(const NotifyParams& p, std::int64_t at, int rank) {
-  for (std::int64_t i = at / p.num_topk * p.num_topk; i < at; ++i)
+__device__ std::int64_t earlier_selection(const NotifyParams& p, std::int64_t at, int rank, int lane) {
+  if (p.num_topk <= 32) {
+    const int token_here = lane / p.num_topk;
+    const unsigned same = __match_any_sync(kAll, rank >= 0 ? rank * 32 + token_here : -1 - lane);
+    const int first = __ffs(same) - 1;
+    return first < lane ? at - (lane - first) : -1;
+  }
+  for (std::int64_t i = at / p.num_topk * p.num_topk; rank >= 0 && i < at; ++i)
     if (p.routes.dst_rank[i] == rank) return i;
   return -1;
 }
@@ -65,12 +74,13 @@ __device__ int row_key(const NotifyParams& p, int rank, int slot) {
 
 // Phase route: one warp's tokens, and how many of them go where.
 __device__ void route_segment(const NotifyParams& p, const Segment& segment, std::int32_t* counters, int lane) {
-  for (std::int64_t base = segment.first; base < segment.end; base += 32) {
+  const int lanes = lanes_at_work(p);
+  for (std::int64_t base = segment.first; base < segment.end; base += lanes) {
     const std::int64_t at = base + lane;
     int rank = -1, slot = -1;
-    if (at < segment.end) route_selection(p, at, rank, slot);
+    if (lane < lanes && at < segment.end) route_selection(p, at, rank, slot);
     __syncwarp();
-    const bool counted = rank >= 0 && earlier_selection(p, at, rank) < 0;
+    const bool counted = earlier_selection(p, at, rank, lane) < 0 && rank >= 0;
     take_numbers(counters, counted ? rank : -1, lane);
     take_numbers(counters, row_key(p, rank, slot), lane);
   }
@@ -78,25 +88,26 @@ __device__ void route_segment(const NotifyParams& p, const Segment& segment, std
 
 // Phase number: the same walk again, now that each segment knows how many came before it.
 __device__ void number_segment(const NotifyParams& p, const Segment& segment, std::int32_t* counters, int lane) {
-  for (std::int64_t base = segment.first; base < segment.end; base += 32) {
+  const int lanes = lanes_at_work(p);
+  for (std::int64_t base = segment.first; base < segment.end; base += lanes) {
     const std::int64_t at = base + lane;
-    const int rank = at < segment.end ? p.routes.dst_rank[at] : -1;
-    const int slot = at < segment.end ? p.routes.slot[at] : -1;
-    const std::int64_t earlier = rank >= 0 ? earlier_selection(p, at, rank) : -1;
+    const bool mine = lane < lanes && at < segment.end;
+    const int rank = mine ? p.routes.dst_rank[at] : -1;
+    const int slot = mine ? p.routes.slot[at] : -1;
+    const std::int64_t earlier = earlier_selection(p, at, rank, lane);
     const std::int32_t arrival = take_numbers(counters, rank >= 0 && earlier < 0 ? rank : -1, lane);
     const std::int32_t row = take_numbers(counters, row_key(p, rank, slot), lane);
-    if (at < segment.end && earlier < 0) p.routes.relative_arrival[at] = arrival;
+    if (mine && earlier < 0) p.routes.relative_arrival[at] = arrival;
     __syncwarp();
-    if (at >= segment.end) continue;
-    if (earlier >= 0) p.routes.relative_arrival[at] = p.routes.relative_arrival[earlier];
-    p.routes.relative_row[at] = row;
+    if (mine && earlier >= 0) p.routes.relative_arrival[at] = p.routes.relative_arrival[earlier];
+    if (mine) p.routes.relative_row[at] = row;
   }
 }
 
 // Phase prefix: counts of the segments become what lies before each of them.
 __device__ void prefix(const NotifyParams& p, int num_segments) {
   const int keys = p.common.num_ranks + p.num_copies;
-  constexpr int kAhead = 8;  // loads in flight
+  constexpr int kAhead = 16;  // loads in flight
   for (int key = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); key < keys;
        key += static_cast<int>(gridDim.x * blockDim.x)) {
     std::int32_t sum = 0;

@@ -63,7 +63,10 @@ class Dispatch {
 
   void notify() {
     const DevicePlacement& placement = context_.on_device(call_.placement);
-    const int segments = now_.blocks * kNotifyWarps;
+    // Few segments: each costs a step of the prefix over segments.
+    constexpr int kTokensPerWarp = 32;
+    const int blocks = std::clamp(call_.num_tokens / (kNotifyWarps * kTokensPerWarp), 1, now_.blocks);
+    const int segments = blocks * kNotifyWarps;
     const std::int64_t keys = context_.num_ranks + placement.num_copies;
     counts_ = context_.local_tensor(DType::kI32, {segments + 1, keys});
     NotifyParams p{};
@@ -91,7 +94,7 @@ class Dispatch {
     p.tokens_between = data(handle_->tokens_between);
     p.first_row = data(first_row_);
     p.alone = exact();
-    launch_notify(p, now_.blocks, now_.stream);
+    launch_notify(p, blocks, now_.stream);
   }
 
   // Makes room for what comes; where there is none the peers are told with the reply, and we raise at the end.
@@ -228,9 +231,12 @@ class Combine {
     p.weights_home = call_.in.weights_home;
     const Tensor steps = context_.local_tensor(
         DType::kU8, {std::max<std::int64_t>(handle_.num_tokens, 1), handle_.num_topk, static_cast<std::int64_t>(kStepBytes)});
+    const Tensor terms = context_.local_tensor(
+        DType::kU8, {std::max<std::int64_t>(handle_.num_tokens, 1), handle_.num_topk, static_cast<std::int64_t>(sizeof(Term))});
     const Tensor num_steps = context_.local_tensor(DType::kI32, {handle_.num_tokens});
     p.steps = steps.data;
-    p.num_steps = data(num_steps);
+    p.terms = static_cast<Term*>(terms.data);
+    p.num_terms = data(num_steps);
     launch_combine(p, now_.blocks, now_.stream);
     for (auto& block : staged_) context_.keep_in_doubt(now_, std::move(block));
     context_.end(now_);
@@ -259,7 +265,9 @@ class Combine {
   std::uint64_t readable(const TensorView& tensor) {
     const std::size_t bytes = tensor.bytes();
     plan::Arena& arena = context_.arena();
-    if (bytes > 0 && arena.contains(tensor.data, bytes)) return arena.offset_of(tensor.data);
+    constexpr std::uintptr_t kBulkAlignment = 16;
+    const bool aligned = reinterpret_cast<std::uintptr_t>(tensor.data) % kBulkAlignment == 0;
+    if (bytes > 0 && aligned && arena.contains(tensor.data, bytes)) return arena.offset_of(tensor.data);
     plan::Arena::Block block = context_.arena_block(bytes, true, now_);
     require(block.owner != nullptr,
             "arena_bytes: rank {} needs {} bytes of arena to stage combine's input, {} are free there", context_.rank,

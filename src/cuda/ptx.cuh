@@ -92,6 +92,9 @@ __device__ __forceinline__ void barrier_wait(std::uint64_t* barrier, std::uint32
         : "r"(shared_address(barrier)), "r"(parity)
         : "memory");
 }
+__device__ __forceinline__ void barrier_arrive(std::uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
 // Global to shared; the barrier's phase completes when all bytes are there. 16-byte aligned, a multiple of 16 bytes.
 __device__ __forceinline__ void bulk_load(void* shared, const void* global, std::uint32_t bytes, std::uint64_t* barrier) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
