@@ -20,7 +20,7 @@ namespace {
 
 using namespace deep_ep;
 
-constexpr int kRanks = 2, kTokens = 4096, kHidden = 7168, kTopk = 8, kExperts = 256, kWarmUp = 6, kRuns = 40;
+constexpr int kMaxRanks = 2, kTokens = 4096, kHidden = 7168, kTopk = 8, kExperts = 256, kWarmUp = 6, kRuns = 40;
 
 void gpu(cudaError_t code) {
   if (code == cudaSuccess) return;
@@ -114,14 +114,16 @@ struct Rank {
 };
 
 std::vector<Rank> ranks;
-std::barrier<> meet(kRanks);
+int num_ranks = kMaxRanks;
+std::barrier<>* meeting = nullptr;
+void meet() { meeting->arrive_and_wait(); }
 
 // The median over the runs of the slowest rank, in microseconds. Every rank calls it.
 double timed(Rank& r, const std::function<void()>& call) {
   r.times.clear();
   for (int run = 0; run < kWarmUp + kRuns; ++run) {
     gpu(cudaStreamSynchronize(r.stream));
-    meet.arrive_and_wait();
+    meet();
     gpu(cudaEventRecord(r.begin, r.stream));
     call();
     gpu(cudaEventRecord(r.end, r.stream));
@@ -130,13 +132,13 @@ double timed(Rank& r, const std::function<void()>& call) {
     gpu(cudaEventElapsedTime(&ms, r.begin, r.end));
     if (run >= kWarmUp) r.times.push_back(ms * 1000);
   }
-  meet.arrive_and_wait();
+  meet();
   std::vector<float> slowest(kRuns);
   for (int i = 0; i < kRuns; ++i)
     for (const Rank& other : ranks) slowest[i] = std::max(slowest[i], other.times[i]);
   std::nth_element(slowest.begin(), slowest.begin() + kRuns / 2, slowest.end());
   const double median = slowest[kRuns / 2];
-  meet.arrive_and_wait();
+  meet();
   return median;
 }
 
@@ -146,7 +148,7 @@ struct Memory {
   ~Memory() { cudaFree(at); }
 };
 
-std::byte* landing[kRanks];  // of each rank, for the limit
+std::byte* landing[kMaxRanks];  // of each rank, for the limit
 
 void bench(Rank& r, std::shared_ptr<Bootstrap> group) {
   gpu(cudaSetDevice(r.device));
@@ -188,7 +190,7 @@ void bench(Rank& r, std::shared_ptr<Bootstrap> group) {
   std::string json;
   for (int sms : {4, 8, 16, 24, 48, 64}) {
     // Written by each rank: its rows for itself and for the peer, as dispatch does.
-    std::byte* const peer = landing[1 - r.rank];
+    std::byte* const peer = landing[(r.rank + 1) % num_ranks];
     const double stores = timed(r, [&] { copy_by_stores<<<sms, 1024, 0, r.stream>>>(x.at, own.at, peer, bytes); });
     const double bulk = timed(r, [&] {
       copy_by_bulk<<<sms, kCopyWarps * 32, kCopyWarps * kRing * kChunk, r.stream>>>(x.at, own.at, peer, bytes / kChunk);
@@ -237,28 +239,32 @@ void bench(Rank& r, std::shared_ptr<Bootstrap> group) {
     std::printf(
         "{\"gpu\": \"%s\", \"gpus\": %d, \"ranks\": %d, \"tokens\": %d, \"hidden\": %d, \"topk\": %d, \"experts\": %d, "
         "\"median_of\": %d,\n \"runs\": [\n%s\n ]}\n",
-        info.name, std::min(num_gpus(), kRanks), kRanks, kTokens, kHidden, kTopk, kExperts, kRuns, json.c_str());
+        info.name, std::min(num_gpus(), num_ranks), num_ranks, kTokens, kHidden, kTopk, kExperts, kRuns, json.c_str());
   }
-  meet.arrive_and_wait();
+  meet();
 }
 
 }  // namespace
 
-int main() {
+// An argument of 1 makes a world of one rank, for a profiler that runs kernels one by one.
+int main(int argc, char** argv) {
+  if (argc > 1) num_ranks = std::clamp(std::atoi(argv[1]), 1, kMaxRanks);
+  std::barrier<> barrier(num_ranks);
+  meeting = &barrier;
   const int gpus = num_gpus();
-  for (int rank = 0; rank < kRanks; ++rank) {
+  for (int rank = 0; rank < num_ranks; ++rank) {
     ranks.emplace_back();
     ranks.back().rank = rank;
     ranks.back().device = rank % gpus;
   }
-  if (gpus > 1)
-    for (int rank = 0; rank < kRanks; ++rank) {
+  if (gpus > 1 && num_ranks > 1)
+    for (int rank = 0; rank < num_ranks; ++rank) {
       gpu(cudaSetDevice(rank));
       gpu(cudaDeviceEnablePeerAccess(1 - rank, 0));
     }
-  auto groups = deep_ep::in_process_group(kRanks);
+  auto groups = deep_ep::in_process_group(num_ranks);
   std::vector<std::thread> threads;
-  for (int rank = 0; rank < kRanks; ++rank)
+  for (int rank = 0; rank < num_ranks; ++rank)
     threads.emplace_back([&, rank] {
       try {
         bench(ranks[rank], groups[rank]);

@@ -14,7 +14,9 @@ namespace {
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * 32;
-constexpr int kFours = 8;  // of each lane: a warp adds kFours * 128 elements of a token at a time
+// Fours of elements that a lane sums at a time: as many as registers hold. 14 cut 7168 channels into four even pieces.
+template <class Number, bool kLevels>
+constexpr int kFoursOf = kLevels ? 4 : Number::kBytes == 4 ? 8 : 14;
 
 static_assert(sizeof(plan::SumStep) == 12);  // operations.cpp makes room for so much
 
@@ -53,46 +55,35 @@ __device__ void plan_steps(const CombineParams& p) {
   }
 }
 
-template <class Number, bool kLevels>
-struct Sums {
-  float of_all[kFours][4];
-  float of_rank[kLevels ? kFours : 1][4];
-  float of_node[kLevels ? kFours : 1][4];
-};
+template <class Number, bool kWeighted>
+__device__ void add_four(float (&sum)[4], typename Number::Four v, float weight) {
+  float x[4];
+  Number::widen(v, x);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) sum[j] = kWeighted ? plan::fma_rn(weight, x[j], sum[j]) : plan::add_rn(sum[j], x[j]);
+}
 
-template <class Number>
-__device__ void add_row(float (&sum)[kFours][4], const typename Number::Four (&v)[kFours], bool weighted, float weight) {
+// Adds a lane's part of a piece that lies at `from`, in shared or in global memory.
+template <class Number, bool kWeighted, int kFours>
+__device__ void add_piece(float (&sum)[kFours][4], const typename Number::Four* from, int fours, float weight, int lane) {
+  if (fours == 32 * kFours) {
 #pragma unroll
-  for (int i = 0; i < kFours; ++i) {
-    float x[4];
-    Number::widen(v[i], x);
+    for (int i = 0; i < kFours; ++i) add_four<Number, kWeighted>(sum[i], from[32 * i + lane], weight);
+  } else {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) sum[i][j] = weighted ? plan::fma_rn(weight, x[j], sum[i][j]) : plan::add_rn(sum[i][j], x[j]);
+    for (int i = 0; i < kFours; ++i)
+      if (32 * i + lane < fours) add_four<Number, kWeighted>(sum[i], from[32 * i + lane], weight);
   }
 }
 
 // A complete sum is rounded to the rows' type, as if it had crossed a link, and added one level up.
-template <class Number>
+template <class Number, int kFours>
 __device__ void close(float (&sum)[kFours][4], float (&into)[kFours][4]) {
 #pragma unroll
   for (int i = 0; i < kFours; ++i) {
-    float rounded[4];
-    Number::widen(Number::narrow(sum[i]), rounded);
+    add_four<Number, false>(into[i], Number::narrow(sum[i]), 1);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      into[i][j] = plan::add_rn(into[i][j], rounded[j]);
-      sum[i][j] = 0;
-    }
-  }
-}
-
-template <class Number>
-__device__ void load_piece(const std::byte* row, int fours, typename Number::Four (&v)[kFours], int lane) {
-#pragma unroll
-  for (int i = 0; i < kFours; ++i) {
-    v[i] = {};
-    const int at = 32 * i + lane;
-    if (at < fours) v[i] = __ldcv(reinterpret_cast<const typename Number::Four*>(row) + at);
+    for (int j = 0; j < 4; ++j) sum[i][j] = 0;
   }
 }
 
@@ -103,158 +94,176 @@ struct Terms {
 };
 
 __device__ Terms load_terms(const CombineParams& p, int token, int base, int lane) {
-  Terms t{token, 0, base, {}};
+  Terms t{token, 0, base, Term{}};
   if (token >= p.num_tokens) return t;
   t.count = p.num_terms[token];
   if (base + lane < p.num_topk) t.term = p.terms[std::int64_t{token} * p.num_topk + base + lane];
   return t;
 }
 
-template <class Number>
-constexpr int kPieceBytes = kFours * 128 * Number::kBytes;
 constexpr int kRingBytes = 12288;  // of one warp
-template <class Number>
-constexpr int kRingStages = kRingBytes / kPieceBytes<Number>;
-constexpr int kMostStages = kRingBytes / (kFours * 128 * 2);
+constexpr int kMostStages = 12;
 
 // A warp's tokens in turn, each in pieces, each piece term by term: one row's piece after the other. With bulk copies a
 // producer runs ahead of the sums by as many as the ring holds; it knows the next token's terms before it gets there.
-template <class Number>
+template <class Number, int kFours>
 struct Feed {
+  using Four = typename Number::Four;
+  static constexpr int kPiece = kFours * 32 * static_cast<int>(sizeof(Four));
+  static constexpr int kStages = kRingBytes / kPiece;
+  static_assert(kStages >= 2 && kStages <= kMostStages);
+
   const CombineParams& p;
   const Source* sources;
-  int lane, step, pieces;
+  int lane, step, pieces, last_bytes;
   std::byte* ring;
   std::uint64_t* full;
 
   Terms now, next;
+  const std::byte* row = nullptr;  // of the lane's term in `now`
   int piece = 0, index = 0;
   int filling = 0, emptying = 0;
   std::uint32_t parity = 0;
 
   __device__ std::int64_t row_bytes() const { return p.hidden * Number::kBytes; }
-  __device__ int bytes_of(int of_piece) const {
-    const std::int64_t left = row_bytes() - std::int64_t{of_piece} * kPieceBytes<Number>;
-    return left < kPieceBytes<Number> ? static_cast<int>(left) : kPieceBytes<Number>;
-  }
+  __device__ int bytes_of(int of_piece) const { return of_piece + 1 == pieces ? last_bytes : kPiece; }
   // Where the lane's own term of this chunk lies; null: its rank takes no part.
   __device__ const std::byte* row_of(const Terms& t) const {
     const bool valid = t.base + lane < t.count && sources[t.term.rank].x != nullptr;
     return valid ? sources[t.term.rank].x + t.term.row * row_bytes() : nullptr;
+  }
+  __device__ static const std::byte* of_lane(const std::byte* mine, int from) {
+    return reinterpret_cast<const std::byte*>(__shfl_sync(kAll, reinterpret_cast<unsigned long long>(mine), from));
   }
 
 #if EP_BULK_COPY
   __device__ void start(int first) {
     now = load_terms(p, first, 0, lane);
     next = load_terms(p, first + step, 0, lane);
-    for (int i = 0; i < kRingStages<Number>; ++i) produce();
+    row = row_of(now);
+    for (int i = 0; i < kStages; ++i) produce();
   }
   // Starts one more load, if there is one. All lanes; the stage must be free.
   __device__ void produce() {
     while (now.token < p.num_tokens && (now.count == 0 || piece == pieces)) {
       piece = index = 0;
       now = next;
+      row = row_of(now);
       next = load_terms(p, now.token + step, 0, lane);
     }
     if (now.token >= p.num_tokens) return;
-    if (now.count > 32 && index % 32 == 0) now = load_terms(p, now.token, index, lane);
-    const std::byte* row = row_of(now);
-    row = reinterpret_cast<const std::byte*>(__shfl_sync(kAll, reinterpret_cast<unsigned long long>(row), index % 32));
+    if (now.count > 32 && index % 32 == 0) {
+      now = load_terms(p, now.token, index, lane);
+      row = row_of(now);
+    }
+    const std::byte* from = of_lane(row, index % 32);
     if (lane == 0) {
-      if (row != nullptr) {
-        ptx::bulk_load(ring + filling * kPieceBytes<Number>, row + std::int64_t{piece} * kPieceBytes<Number>,
+      if (from != nullptr) {
+        ptx::bulk_load(ring + filling * kPiece, from + std::int64_t{piece} * kPiece,
                        static_cast<std::uint32_t>(bytes_of(piece)), full + filling);
       } else {
         ptx::barrier_arrive(full + filling);
       }
     }
-    if (++filling == kRingStages<Number>) filling = 0;
+    if (++filling == kStages) filling = 0;
     if (++index == now.count) index = 0, ++piece;
   }
-  // The next piece in order; its stage is filled again at once.
-  __device__ void take(const std::byte*, int of_piece, typename Number::Four (&v)[kFours]) {
+  // The next piece in order, once it is there; release() fills its stage again.
+  __device__ const Four* take(const std::byte*, int) {
     ptx::barrier_wait(full + emptying, parity);
-    const auto* stage = reinterpret_cast<const typename Number::Four*>(ring + emptying * kPieceBytes<Number>);
-    const int fours = bytes_of(of_piece) / static_cast<int>(sizeof(typename Number::Four));
-#pragma unroll
-    for (int i = 0; i < kFours; ++i) {
-      v[i] = {};
-      if (32 * i + lane < fours) v[i] = stage[32 * i + lane];
-    }
-    if (++emptying == kRingStages<Number>) emptying = 0, parity ^= 1;
+    const auto* stage = reinterpret_cast<const Four*>(ring + emptying * kPiece);
+    if (++emptying == kStages) emptying = 0, parity ^= 1;
+    return stage;
+  }
+  __device__ void release() {
     __syncwarp();  // all lanes have read the stage
     produce();
   }
 #else
   __device__ void start(int) {}
-  __device__ void take(const std::byte* row, int of_piece, typename Number::Four (&v)[kFours]) {
-    const int fours = bytes_of(of_piece) / static_cast<int>(sizeof(typename Number::Four));
-    load_piece<Number>(row + std::int64_t{of_piece} * kPieceBytes<Number>, row != nullptr ? fours : 0, v, lane);
+  __device__ const Four* take(const std::byte* from, int of_piece) {
+    return reinterpret_cast<const Four*>(from + std::int64_t{of_piece} * kPiece);
   }
+  __device__ void release() {}
 #endif
 };
 
 // One token: piece by piece, every term in order, then the sum goes home.
-template <class Number, bool kLevels>
-__device__ void sum_token(const CombineParams& p, Feed<Number>& feed, Terms terms) {
+template <class Number, bool kLevels, bool kWeighted, int kFours>
+__device__ void sum_token(const CombineParams& p, Feed<Number, kFours>& feed, Terms terms) {
+  using Four = typename Number::Four;
   const std::int64_t first = std::int64_t{terms.token} * p.num_topk;
   const int lane = feed.lane;
+  const std::byte* row = feed.row_of(terms);
   float weight = 1;
   for (int piece = 0; piece < feed.pieces; ++piece) {
-    const std::int64_t home = terms.token * feed.row_bytes() + std::int64_t{piece} * kPieceBytes<Number>;
-    const int fours = feed.bytes_of(piece) / static_cast<int>(sizeof(typename Number::Four));
-    Sums<Number, kLevels> sums = {};
-    typename Number::Four v[kFours];
+    const std::int64_t home =
+        terms.token * feed.row_bytes() + std::int64_t{piece} * Feed<Number, kFours>::kPiece;
+    const int fours = feed.bytes_of(piece) / static_cast<int>(sizeof(Four));
+    float of_all[kFours][4] = {};
+    float of_rank[kLevels ? kFours : 1][4] = {}, of_node[kLevels ? kFours : 1][4] = {};
     const auto add_biases = [&] {
-      for (int i = 0; i < 2; ++i) {
-        if (p.bias[i] == nullptr) continue;
-        load_piece<Number>(p.bias[i] + home, fours, v, lane);
-        add_row<Number>(sums.of_all, v, false, 1);
-      }
+      for (int i = 0; i < 2; ++i)
+        if (p.bias[i] != nullptr)
+          add_piece<Number, false>(of_all, reinterpret_cast<const Four*>(p.bias[i] + home), fours, 1, lane);
     };
     if (p.order.bias_first) add_biases();
     for (int i = 0; i < terms.count; ++i) {
-      if (i % 32 == 0) {
-        if (terms.count > 32) terms = load_terms(p, terms.token, i, lane);
-        if (p.weights != nullptr && i + lane < terms.count) weight = p.weights[first + terms.term.k];
+      if (i % 32 == 0 && (terms.count > 32 || piece == 0)) {
+        if (terms.count > 32) terms = load_terms(p, terms.token, i, lane), row = feed.row_of(terms);
+        if (kWeighted && i + lane < terms.count) weight = p.weights[first + terms.term.k];
       }
-      const auto* row = reinterpret_cast<const std::byte*>(
-          __shfl_sync(kAll, reinterpret_cast<unsigned long long>(feed.row_of(terms)), i % 32));
-      feed.take(row, piece, v);
-      const int closes = __shfl_sync(kAll, terms.term.closes, i % 32);
-      const float w = __shfl_sync(kAll, weight, i % 32);
+      const std::byte* const from = feed.of_lane(row, i % 32);
+      const float w = kWeighted ? __shfl_sync(kAll, weight, i % 32) : 1;
+      const Four* const values = feed.take(from, piece);
       if constexpr (!kLevels) {
-        if (row != nullptr) add_row<Number>(sums.of_all, v, p.weights != nullptr, w);
+        if (from != nullptr) add_piece<Number, kWeighted>(of_all, values, fours, w, lane);
       } else {
-        if (row != nullptr)
-          add_row<Number>(p.order.round_per_rank ? sums.of_rank : sums.of_node, v, p.weights != nullptr, w);
-        if ((closes & 1) != 0) close<Number>(sums.of_rank, p.order.round_per_node ? sums.of_node : sums.of_all);
-        if ((closes & 2) != 0) close<Number>(sums.of_node, sums.of_all);
+        if (from != nullptr) {
+          if (p.order.round_per_rank) {
+            add_piece<Number, kWeighted>(of_rank, values, fours, w, lane);
+          } else {
+            add_piece<Number, kWeighted>(of_node, values, fours, w, lane);
+          }
+        }
+        const int closes = __shfl_sync(kAll, terms.term.closes, i % 32);
+        if ((closes & 1) != 0) {
+          if (p.order.round_per_node) {
+            close<Number>(of_rank, of_node);
+          } else {
+            close<Number>(of_rank, of_all);
+          }
+        }
+        if ((closes & 2) != 0) close<Number>(of_node, of_all);
       }
+      feed.release();
     }
     if (!p.order.bias_first) add_biases();
+    Four out[kFours];
+    Number::narrow_all(of_all, out);
 #pragma unroll
-    for (int i = 0; i < kFours; ++i) {
-      const int at = 32 * i + lane;
-      if (at < fours)
-        __stcs(reinterpret_cast<typename Number::Four*>(p.out + home) + at, Number::narrow(sums.of_all[i]));
-    }
+    for (int i = 0; i < kFours; ++i)
+      if (32 * i + lane < fours) __stcs(reinterpret_cast<Four*>(p.out + home) + 32 * i + lane, out[i]);
   }
 }
 
-template <class Number, bool kLevels>
+template <class Number, bool kLevels, bool kWeighted>
 __device__ void sum_tokens(const CombineParams& p, const Source* sources, std::byte* rings, std::uint64_t* full, int warp,
                            int lane) {
+  constexpr int kFours = kFoursOf<Number, kLevels>;
+  using MyFeed = Feed<Number, kFours>;
   const int first = static_cast<int>(blockIdx.x) + warp * static_cast<int>(gridDim.x);
   const int step = static_cast<int>(gridDim.x) * kWarps;
-  const auto pieces = static_cast<int>((p.hidden * Number::kBytes + kPieceBytes<Number> - 1) / kPieceBytes<Number>);
-  Feed<Number> feed{p, sources, lane, step, pieces, rings + warp * kRingBytes, full + warp * kMostStages, {}, {}};
+  const std::int64_t row_bytes = p.hidden * Number::kBytes;
+  const auto pieces = static_cast<int>((row_bytes + MyFeed::kPiece - 1) / MyFeed::kPiece);
+  const auto last_bytes = static_cast<int>(row_bytes - std::int64_t{pieces - 1} * MyFeed::kPiece);
+  MyFeed feed{p, sources, lane, step, pieces, last_bytes, rings + warp * kRingBytes, full + warp * kMostStages, {}, {}};
   feed.start(first);
   Terms next = load_terms(p, first, 0, lane);
   for (int token = first; token < p.num_tokens; token += step) {
     const Terms terms = next;
     next = load_terms(p, token + step, 0, lane);
-    sum_token<Number, kLevels>(p, feed, terms);
+    sum_token<Number, kLevels, kWeighted>(p, feed, terms);
   }
 }
 
@@ -335,7 +344,8 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
 #if EP_BULK_COPY
     ptx::fence_for_bulk();  // the rows were acquired by ordinary loads of the announcements
 #endif
-    if (p.hidden > 0) sum_tokens<Number, kLevels>(p, sources, shared, full, warp, lane);
+    if (p.hidden > 0 && p.weights != nullptr) sum_tokens<Number, kLevels, true>(p, sources, shared, full, warp, lane);
+    if (p.hidden > 0 && p.weights == nullptr) sum_tokens<Number, kLevels, false>(p, sources, shared, full, warp, lane);
     if (p.weights_out != nullptr) bring_weights_home(p, sources);
   }
   if (!last_block(now)) return;

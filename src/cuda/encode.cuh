@@ -27,6 +27,21 @@ struct Bf16 {
     if (!nan) return {ptx::to_bf16x2(x[0], x[1]), ptx::to_bf16x2(x[2], x[3])};
     return {pair(plan::to_bf16(x[0]), plan::to_bf16(x[1])), pair(plan::to_bf16(x[2]), plan::to_bf16(x[3]))};
   }
+  // Many at once. The instruction makes every NaN 0x7fff, which no number becomes: one more carries into the sign, and
+  // a piece without NaN, nearly every piece, is done.
+  template <int kFours>
+  __device__ static void narrow_all(const float (&x)[kFours][4], uint2 (&out)[kFours]) {
+    std::uint32_t carried = 0;
+#pragma unroll
+    for (int i = 0; i < kFours; ++i) {
+      out[i] = {ptx::to_bf16x2(x[i][0], x[i][1]), ptx::to_bf16x2(x[i][2], x[i][3])};
+      carried |= (out[i].x + 0x00010001u) & ~out[i].x;
+      carried |= (out[i].y + 0x00010001u) & ~out[i].y;
+    }
+    if ((carried & 0x80008000u) == 0) return;
+#pragma unroll
+    for (int i = 0; i < kFours; ++i) out[i] = narrow(x[i]);
+  }
   __device__ static std::uint32_t largest_bits(uint2 v) {
     const std::uint32_t pairs = __vmaxu2(v.x & 0x7fff7fffu, v.y & 0x7fff7fffu);
     return max(pairs << 16, pairs & 0xffff0000u);
@@ -49,6 +64,11 @@ struct Fp16 {
     widen(v, x);
     return largest_float_bits(x);
   }
+  template <int kFours>
+  __device__ static void narrow_all(const float (&x)[kFours][4], uint2 (&out)[kFours]) {
+#pragma unroll
+    for (int i = 0; i < kFours; ++i) out[i] = narrow(x[i]);
+  }
 };
 
 struct Fp32 {
@@ -64,6 +84,11 @@ struct Fp32 {
     float x[4];
     widen(v, x);
     return largest_float_bits(x);
+  }
+  template <int kFours>
+  __device__ static void narrow_all(const float (&x)[kFours][4], uint4 (&out)[kFours]) {
+#pragma unroll
+    for (int i = 0; i < kFours; ++i) out[i] = narrow(x[i]);
   }
 };
 

@@ -46,7 +46,7 @@ struct Now {
 
 /// Marks the operation as failed; the first to say so in an operation writes the record, unless an older one still waits
 /// for the host.
-__device__ inline void report(const Now& now, Fault::Kind kind, int peer, std::int64_t expected, std::int64_t seen,
+__device__ __noinline__ inline void report(const Now& now, Fault::Kind kind, int peer, std::int64_t expected, std::int64_t seen,
                               int field = 0, const char* refusal = nullptr) {
   atomicExch(&now.common.state->failed, 1u);
   const auto epoch = static_cast<unsigned long long>(now.epoch);
