@@ -16,7 +16,7 @@ constexpr int kMaxMoverWarps = 16;
 struct Crew {
   int movers, companions;
 };
-__host__ __device__ constexpr Crew crew_of(bool quantize) { return quantize ? Crew{14, 2} : Crew{kMaxMoverWarps, 8}; }
+__host__ __device__ constexpr Crew crew_of(bool quantize) { return quantize ? Crew{12, 4} : Crew{kMaxMoverWarps, 8}; }
 constexpr int kStages = 3;        // row pieces that one mover warp has in shared memory
 constexpr int kGroupsAhead = 8;   // groups of channels that a quantising warp holds in registers
 

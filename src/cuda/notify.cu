@@ -54,8 +54,6 @@ __device__ void route_selection(const NotifyParams& p, std::int64_t at, int& ran
       slot = to.slot;
     }
   }
-  p.routes.dst_rank[at] = rank;
-  p.routes.slot[at] = slot;
 }
 
 // Adds to a counter for each group of lanes with the same key; gives each lane the counter before it.
@@ -75,14 +73,27 @@ __device__ int row_key(const NotifyParams& p, int rank, int slot) {
 // Phase route: one warp's tokens, and how many of them go where.
 __device__ void route_segment(const NotifyParams& p, const Segment& segment, std::int32_t* counters, int lane) {
   const int lanes = lanes_at_work(p);
-  for (std::int64_t base = segment.first; base < segment.end; base += lanes) {
-    const std::int64_t at = base + lane;
-    int rank = -1, slot = -1;
-    if (lane < lanes && at < segment.end) route_selection(p, at, rank, slot);
-    __syncwarp();
-    const bool counted = earlier_selection(p, at, rank, lane) < 0 && rank >= 0;
-    take_numbers(counters, counted ? rank : -1, lane);
-    take_numbers(counters, row_key(p, rank, slot), lane);
+  constexpr int kAhead = 4;  // the tables are read for so many steps at once: each is a chain of loads
+  for (std::int64_t base = segment.first; base < segment.end; base += kAhead * lanes) {
+    int rank[kAhead], slot[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const std::int64_t at = base + i * lanes + lane;
+      rank[i] = slot[i] = -1;
+      if (lane < lanes && at < segment.end) route_selection(p, at, rank[i], slot[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const std::int64_t at = base + i * lanes + lane;
+      if (lane < lanes && at < segment.end) {
+        p.routes.dst_rank[at] = rank[i];
+        p.routes.slot[at] = slot[i];
+      }
+      __syncwarp();
+      const bool counted = earlier_selection(p, at, rank[i], lane) < 0 && rank[i] >= 0;
+      take_numbers(counters, counted ? rank[i] : -1, lane);
+      take_numbers(counters, row_key(p, rank[i], slot[i]), lane);
+    }
   }
 }
 
