@@ -415,7 +415,7 @@ const DevicePlacement& Context::on_device(const std::shared_ptr<const Placement>
 // Where rows cross a link and there are SMs enough to fill it: its share of the SMs writes nothing else, because a warp
 // that writes both near and far goes at the pace of the slower (shared/limits: from 16 SMs on).
 int Context::remote_blocks(int blocks) const {
-  constexpr int kSplitFrom = 16, kFillsLink = 10;
+  constexpr int kSplitFrom = 16, kFillsLink = 8;
   if (all_on_one_device_ || blocks < kSplitFrom) return 0;
   const auto near = std::count_if(peers_.begin(), peers_.end(), [](const Peer& peer) { return peer.same_device != 0; });
   const int far = num_ranks - static_cast<int>(near);

@@ -144,7 +144,8 @@ class Dispatch {
     p.first_row = data(first_row_);
     p.slot_rows = data(handle.slot_rows);
     p.slot_first_row = data(handle.slot_first_row);
-    p.remote_blocks = context_.remote_blocks(now_.blocks);
+    // A quantising warp is bound by its arithmetic: doing it twice, for near and far, would cost more than it saves.
+    p.remote_blocks = call_.quantize ? 0 : context_.remote_blocks(now_.blocks);
     launch_dispatch(p, call_.quantize, now_.blocks, now_.stream, context_.shared_limit());
     if (block_.owner) return;
     const auto there = static_cast<std::size_t>(p.there);
