@@ -140,8 +140,8 @@ Tensor Buffer::allocate(DType dtype, std::initializer_list<std::int64_t> shape) 
 }
 
 void Buffer::set_masked(int rank, bool masked) {
-  require(rank >= 0 && rank < num_ranks() && rank != this->rank(), "rank to mask must be another of 0 .. {}: {}",
-          num_ranks() - 1, rank);
+  require(rank >= 0 && rank < num_ranks(), "rank must be 0 .. {}: {}", num_ranks() - 1, rank);
+  require(!masked || rank != this->rank(), "rank: a rank cannot mask itself: {}", rank);
   state_->open().set_masked(rank, masked);
 }
 

@@ -138,7 +138,8 @@ struct SumOrder {
   bool operator==(const SumOrder&) const = default;
 };
 
-/// How top-k weights that come back with kByRank rows are joined.
+/// How top-k weights that come back with kByRank rows of high throughput are joined. Everywhere else each has one
+/// owner.
 enum class WeightsHome : std::uint8_t {
   kSumOverRanks,  // entry k of every rank that received the token, added in rank order
   kFromOwner,     // entry k of the rank that took selection k
@@ -277,8 +278,8 @@ class Buffer {
   CombineOutput combine(const CombineInput& input);
 
   /// Low latency: sends into fixed slots and returns without waiting for any peer's data; receive() on the ticket
-  /// places the rows. Up to Config::num_tickets - 1 tickets may be outstanding. Collective, and freely mixed with the
-  /// other calls.
+  /// places the rows. A ticket may stay open across Config::num_tickets - 1 further operations of any kind. Collective,
+  /// and freely mixed with the other calls.
   Ticket<DispatchOutput> low_latency_dispatch(const DispatchInput& input);
 
   /// The way back, for a handle of low_latency_dispatch: one row per selection travels, `weights` are applied at home.

@@ -49,6 +49,9 @@ std::vector<std::shared_ptr<Window>> open_windows(const BackendInput& input, std
       require(blobs[peer].size() >= sizeof(WindowAddress), "rank {} sent {} bytes of introduction, {} are needed", peer,
               blobs[peer].size(), sizeof(WindowAddress));
       require_same_config(config, config_text(blobs[peer]), rank, peer);
+    }
+    // Only now: a rank that saw a difference is gone already, its window with it, and that must not be what we report.
+    for (int peer = 0; peer < num_ranks; ++peer) {
       WindowAddress address;
       std::memcpy(&address, blobs[peer].data(), sizeof address);
       windows[peer] = peer == rank ? own : Window::open(address);
@@ -95,7 +98,6 @@ Context::Context(const BackendInput& input)
           plan::WindowLayout::place(config, num_ranks, plan::arena_bytes_of(config, num_ranks, plan::machine_bytes()))),
       windows_(open_windows(input, layout_.total_bytes)),
       arena_(std::make_shared<Arena>(windows_[rank], layout_.arena_at, layout_.arena_bytes)),
-      ticket_epoch_(config.num_tickets, 0),
       masked_(num_ranks, 0) {
   const int count = workers_of(input.options, num_ranks);
   workers_ = std::make_unique<Workers>(count, input.options.pin_workers ? rank * count : -1);
@@ -118,11 +120,13 @@ Epoch Context::begin(Operation operation, std::chrono::milliseconds timeout) {
     sweep_quarantine();
     epoch.number = ++last_epoch_;
     ++statistics_.operations;
-    if (epoch.number > plan::kOperationsInFlight) needed = epoch.number - plan::kOperationsInFlight;
+    std::uint64_t depth = plan::kOperationsInFlight;
     if (operation == Operation::kLowLatencyDispatch || operation == Operation::kLowLatencyCombine) {
-      epoch.ticket = static_cast<int>(num_low_latency_++ % config.num_tickets);
-      needed = std::max(needed, std::exchange(ticket_epoch_[epoch.ticket], epoch.number));
+      // By the operation's number, not by a count of its own: ranks that once made different calls still agree on it.
+      epoch.ticket = static_cast<int>(epoch.number % config.num_tickets);
+      depth = std::min<std::uint64_t>(depth, config.num_tickets);
     }
+    if (epoch.number > depth) needed = epoch.number - depth;
     pending_[epoch.number] = {epoch, Pending::kOpen};
   }
   try {
@@ -317,6 +321,11 @@ bool Context::excluded_by(int peer) const {
 bool Context::masked(int peer) const {
   std::lock_guard lock(mutex_);
   return masked_[peer] != 0;
+}
+
+std::vector<char> Context::masked_ranks() const {
+  std::lock_guard lock(mutex_);
+  return masked_;
 }
 
 Statistics Context::statistics() const {

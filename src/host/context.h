@@ -121,6 +121,7 @@ class Context {
 
   void set_masked(int rank, bool masked);
   bool masked(int rank) const;
+  std::vector<char> masked_ranks() const;  // [num_ranks]
   /// The peer has masked this rank: what we write there is not read, and may be in the way.
   bool excluded_by(int peer) const;
 
@@ -164,8 +165,6 @@ class Context {
   std::uint64_t last_epoch_ = 0;
   std::uint64_t released_ = 0;                // every operation up to this one is finished here
   std::map<std::uint64_t, Pending> pending_;  // the others, by number
-  std::vector<std::uint64_t> ticket_epoch_;   // the operation that used each ticket last
-  std::uint64_t num_low_latency_ = 0;
   std::map<std::uint64_t, std::vector<std::shared_ptr<void>>> quarantine_;
   std::vector<char> masked_;
   Statistics statistics_;

@@ -55,6 +55,7 @@ class Dispatch {
       const plan::PlacementView placement = view_of(*call_.placement, context_.topology);
       routes_ = plan::make_routes(call_.in.topk_idx, placement, context_.num_ranks, call_.placement->max_slots(),
                                   context_.rank);
+      plan::leave_out(routes_, context_.masked_ranks());
     }
     Announcement mine;
     mine.signature = call_.signature;
@@ -156,10 +157,6 @@ class Dispatch {
     for (std::size_t i = 0; i < routes_.rank.size(); ++i) {
       const std::int32_t dst = routes_.rank[i];
       if (dst < 0) continue;
-      if (destinations_[dst].block == nullptr) {  // masked
-        routes_.rank[i] = routes_.row[i] = routes_.arrival[i] = -1;
-        continue;
-      }
       routes_.arrival[i] += static_cast<std::int32_t>(context_.reply(context_.rank, epoch_.number, dst).first_arrival);
       routes_.row[i] =
           by_rank ? routes_.arrival[i]

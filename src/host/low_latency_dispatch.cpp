@@ -283,8 +283,7 @@ Ticket<DispatchOutput> low_latency_dispatch(const std::shared_ptr<Context>& cont
             {}};
   plan::Routes routes = plan::make_routes(call.in.topk_idx, view_of(*call.placement, context->topology),
                                           context->num_ranks, call.placement->max_slots(), context->rank);
-  for (std::int32_t& rank : routes.rank)
-    if (rank >= 0 && std::find(sent.active.begin(), sent.active.end(), rank) == sent.active.end()) rank = -1;
+  plan::leave_out(routes, context->masked_ranks());
   sent.dst_rank = routes.rank;
   Sender(sent, routes).send();
   return Ticket<DispatchOutput>(std::make_unique<Receiver>(std::move(sent)));
