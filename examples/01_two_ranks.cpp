@@ -4,6 +4,7 @@
 #include <deep_ep/buffer.h>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -12,14 +13,14 @@ constexpr int kTokens = 4;
 constexpr int kHidden = 4;  // a row must be a multiple of 16 bytes: four FP32 numbers
 constexpr int kTopK = 2;
 
-void run_rank(std::shared_ptr<deep_ep::Bootstrap> group) {
+void run_rank(const std::shared_ptr<deep_ep::Bootstrap>& group) {
   using deep_ep::DType;
   const int rank = group->rank();
   const auto buffer = deep_ep::Buffer::open(group);  // collective: returns when both ranks are there
 
   // Token t of rank r holds 10 r + t + 1 in every channel.
   std::vector<float> x(kTokens * kHidden);
-  for (int i = 0; i < kTokens * kHidden; ++i) x[i] = static_cast<float>(10 * rank + i / kHidden + 1);
+  for (int t = 0; t < kTokens; ++t) std::fill_n(&x[t * kHidden], kHidden, static_cast<float>(10 * rank + t + 1));
   const std::vector<int> experts = {0, -1, 1, -1, 0, 1, 1, 0};  // [token][selection]; -1: no selection
 
   // Every token goes once to each rank that hosts an expert it chose.

@@ -38,16 +38,20 @@ struct Buffer::State {
   // A call that fails its checks still counts as made: the peers are told, and stay in step.
   template <typename Check>
   auto checked(Operation operation, const Check& check) {
-    Backend& target = open();
+    open();
     try {
       return check();
     } catch (const Error& error) {
-      try {
-        target.refuse(operation, error.what());
-      } catch (const Error&) {
-        // The peers do not listen; what the caller must hear is the first error.
-      }
+      refuse(operation, error);
       throw;
+    }
+  }
+
+  void refuse(Operation operation, const Error& error) {
+    try {
+      open().refuse(operation, error.what());
+    } catch (const Error&) {
+      // The peers do not listen; what the caller must hear is the first error.
     }
   }
 
@@ -133,6 +137,11 @@ Ticket<DispatchOutput> Buffer::low_latency_dispatch(const DispatchInput& input) 
 Ticket<CombineOutput> Buffer::low_latency_combine(const CombineInput& input) {
   const CombineCall call = state_->combine_call(Operation::kLowLatencyCombine, input);
   return state_->open().low_latency_combine(call);
+}
+
+void Buffer::refuse_dispatch(const Error& error) {
+  state_->refuse(Operation::kDispatch, error);
+  throw error;
 }
 
 Tensor Buffer::allocate(DType dtype, std::initializer_list<std::int64_t> shape) {

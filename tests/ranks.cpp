@@ -9,10 +9,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <new>
 #include <stdexcept>
 #include <thread>
@@ -37,7 +37,7 @@ std::vector<Bootstrap::Blob> gather(Blackboard& board, int rank, std::uint64_t n
     spin_until([&] { return board.mailboxes[r].read.load() + 1 >= number; }, "a reader");
   }
   Blackboard::Mailbox& box = board.mailboxes[rank];
-  std::memcpy(box.blob, mine.data(), mine.size());
+  std::copy(mine.begin(), mine.end(), box.blob);
   box.bytes = mine.size();
   box.written = number;
   std::vector<Bootstrap::Blob> blobs;

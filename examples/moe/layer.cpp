@@ -42,7 +42,7 @@ const std::array<float, 256>& e4m3_table() {
 
 }  // namespace
 
-Layer::Layer(const Settings& settings, std::shared_ptr<deep_ep::Bootstrap> group)
+Layer::Layer(const Settings& settings, const std::shared_ptr<deep_ep::Bootstrap>& group)
     : settings_(settings), placement_(deep_ep::Placement::even(settings.experts, group->num_ranks())) {
   deep_ep::Options options;
   options.num_workers = settings.workers;

@@ -16,7 +16,7 @@ namespace moe {
 class Layer {
  public:
   /// Opens the buffer and makes the experts that this rank hosts. Collective.
-  Layer(const Settings& settings, std::shared_ptr<deep_ep::Bootstrap> group);
+  Layer(const Settings& settings, const std::shared_ptr<deep_ep::Bootstrap>& group);
 
   /// Sends every token to the ranks that host its experts, as BF16 or quantised to FP8 on the way. Rows come grouped by
   /// expert, each group padded with zeros to a multiple of the rows that an expert takes at a time. Collective.

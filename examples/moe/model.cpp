@@ -28,7 +28,8 @@ std::vector<Bf16> embed(const Settings& settings, const std::vector<int>& ids) {
   const auto hidden = static_cast<std::size_t>(settings.hidden);
   std::vector<double> frequency(hidden);
   for (std::size_t c = 0; c < hidden; ++c) {
-    frequency[c] = std::pow(1e-4, static_cast<double>(c / 2 * 2) / static_cast<double>(hidden));
+    const std::size_t pair = c / 2;  // its two channels hold the sine and the cosine of one wave
+    frequency[c] = std::pow(1e-4, static_cast<double>(2 * pair) / static_cast<double>(hidden));
   }
   std::vector<Bf16> rows(ids.size() * hidden);
   for (std::size_t t = 0; t < ids.size(); ++t) {

@@ -25,7 +25,8 @@ enum class OutputLayout : std::uint8_t {
   kByRank,    // one row per token that selected anything here, in order (source rank, source token)
   kByExpert,  // one row per (token, expert here): grouped by slot, each group padded with zeros to expert_alignment
               // rows
-  kPadded,    // [slots, num_ranks * max_tokens_per_rank, hidden]: a block per slot, its valid rows first
+  kPadded,  // [slots, num_ranks * max_tokens_per_rank, hidden]: a block per slot, its valid rows first. Only duplicate
+            // ids of one token can bring a slot more rows than it has; the call is then refused
 };
 
 /// Where the scales of received FP8 rows go.
@@ -307,6 +308,10 @@ class Buffer {
  private:
   struct State;
   explicit Buffer(std::unique_ptr<State> state);
+  // For operations made of several calls (gradient.h): their own argument is wrong, and the peers must hear it in the
+  // first call.
+  [[noreturn]] void refuse_dispatch(const Error& error);
+  friend struct BufferAccess;
   std::unique_ptr<State> state_;
 };
 

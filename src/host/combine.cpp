@@ -53,23 +53,16 @@ class Combine {
       if (call_.in.x.given()) mine.x_at = readable(call_.in.x);
       if (call_.in.topk_weights.given()) mine.weights_at = readable(call_.in.topk_weights);
     } catch (const Error& error) {
-      announce(refusal(error.what()), Context::kRefused);
+      context_.announce(epoch_, refusal(error.what()), Context::kRefused);
       throw;
     }
-    announce(mine, 0);
+    context_.announce(epoch_, mine);
   }
 
   static Announcement refusal(const std::string& why) {
     Announcement announcement;
     why.copy(announcement.refusal.data(), announcement.refusal.size() - 1);
     return announcement;
-  }
-
-  void announce(const Announcement& announcement, std::uint32_t value) {
-    for (int peer : active_) {
-      context_.announcement(peer, epoch_.number, context_.rank) = announcement;
-      context_.publish(peer, context_.words(peer, epoch_.number, context_.rank).announced, epoch_, value);
-    }
   }
 
   std::uint64_t readable(const TensorView& tensor) {

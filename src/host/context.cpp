@@ -156,8 +156,11 @@ void Context::await_own_room(const Epoch& epoch, std::uint64_t needed) {
           name(epoch.operation), first.epoch.number, epoch.number, config.num_tickets);
       oldest = first.epoch;
     }
-    for (int peer : active_ranks())
-      await(words(rank, oldest.number, peer).arrived, {epoch.operation, oldest.number, -1, epoch.deadline}, peer, 1);
+    for (int peer : active_ranks()) {
+      bool gone = false;
+      if (!wait(epoch, peer, gone, [&] { return has_arrived_or_left(oldest, peer); }))
+        throw_timeout(epoch, peer, 1, 0, gone);
+    }
   }
 }
 
@@ -188,7 +191,8 @@ void Context::advance_released() {
   const std::uint64_t before = released_;
   while (!pending_.empty() && pending_.begin()->first == released_ + 1) {
     const Pending& first = pending_.begin()->second;
-    if (first.state == Pending::kOpen || (first.state == Pending::kAbandoned && !all_arrived(first.epoch))) break;
+    if (first.state == Pending::kOpen) break;
+    if (first.state == Pending::kAbandoned && !everybody_is_through(first.epoch)) break;
     pending_.erase(pending_.begin());
     ++released_;
   }
@@ -200,11 +204,16 @@ void Context::advance_released() {
   }
 }
 
-bool Context::all_arrived(const Epoch& epoch) const {
-  for (int peer = 0; peer < num_ranks; ++peer) {
-    const bool arrived = load_acquire(words(rank, epoch.number, peer).arrived) >> 32 >= epoch.number;
-    if (!arrived && !masked_[peer] && !processes_[peer].ended()) return false;
-  }
+// Whether the peer writes nothing into this operation's places any more: its data is here, it left the operation, or it
+// is gone.
+bool Context::has_arrived_or_left(const Epoch& epoch, int peer) const {
+  return load_acquire(words(rank, epoch.number, peer).arrived) >> 32 >= epoch.number ||
+         has_released(peer, epoch.number) || processes_[peer].ended();
+}
+
+bool Context::everybody_is_through(const Epoch& epoch) const {
+  for (int peer = 0; peer < num_ranks; ++peer)
+    if (!masked_[peer] && !has_arrived_or_left(epoch, peer)) return false;
   return true;
 }
 
@@ -250,15 +259,18 @@ void Context::throw_timeout(const Epoch& epoch, int peer, std::uint64_t expected
   throw Error(WaitRecord{rank, name(epoch.operation), peer, epoch.number, expected, seen, gone});
 }
 
-void Context::await_announcement(const Epoch& epoch, int peer, const Signature& ours) {
-  check_announcement(epoch, peer, ours, await(words(rank, epoch.number, peer).announced, epoch, peer, 1));
+void Context::announce(const Epoch& epoch, const Announcement& ours, std::uint32_t value) {
+  for (int peer : active_ranks()) {
+    announcement(peer, epoch.number, rank) = ours;
+    publish(peer, words(peer, epoch.number, rank).announced, epoch, value);
+  }
 }
 
-void Context::check_announcement(const Epoch& epoch, int peer, const Signature& ours, std::uint32_t value) {
+void Context::await_announcement(const Epoch& epoch, int peer, const Signature& ours) {
+  const std::uint32_t value = await(words(rank, epoch.number, peer).announced, epoch, peer, 1);
   const Announcement& theirs = announcement(rank, epoch.number, peer);
   try {
-    if (value == kRefused)
-      require(false, "rank {} refused this {}: {}", peer, name(epoch.operation), theirs.refusal.data());
+    require(value != kRefused, "rank {} refused this {}: {}", peer, name(epoch.operation), theirs.refusal.data());
     ours.require_same(theirs.signature, rank, peer);
   } catch (...) {
     count([](Statistics& statistics) { ++statistics.refused; });
@@ -269,13 +281,11 @@ void Context::check_announcement(const Epoch& epoch, int peer, const Signature& 
 void Context::refuse(Operation operation, const std::string& why) {
   count([](Statistics& statistics) { ++statistics.refused; });
   const Epoch epoch = begin(operation, config.timeout);
-  Announcement announcement_;
-  why.copy(announcement_.refusal.data(), announcement_.refusal.size() - 1);
-  for (int peer : active_ranks()) {
-    announcement(peer, epoch.number, rank) = announcement_;
-    plan::Words& theirs = words(peer, epoch.number, rank);
-    publish(peer, epoch.ticket >= 0 ? theirs.arrived : theirs.announced, epoch, kRefused);
-  }
+  Announcement refusal;
+  why.copy(refusal.refusal.data(), refusal.refusal.size() - 1);
+  announce(epoch, refusal, kRefused);
+  for (int peer : active_ranks())
+    if (epoch.ticket >= 0) publish(peer, words(peer, epoch.number, rank).arrived, epoch, 0);
   // Peers may still be sending into our slots.
   epoch.ticket >= 0 ? abandon(epoch) : finish(epoch);
 }

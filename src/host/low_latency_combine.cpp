@@ -40,6 +40,9 @@ class Sender {
 
   void send() {
     const RowOps& ops = row_ops();
+    Announcement mine;
+    mine.signature = call_.signature;
+    context_.announce(epoch_, mine);
     context_.workers().for_range(
         handle_.num_arrivals, kTokensPerPiece, call_.num_workers, [&](std::int64_t begin, std::int64_t end) {
           const std::int32_t* first_arrival = handle_.first_arrival.as<const std::int32_t>();
@@ -50,12 +53,8 @@ class Sender {
           }
           ops.flush();  // streamed rows come before the flag that publish() stores after the loop
         });
-    Announcement mine;
-    mine.signature = call_.signature;
-    for (int peer : active_) {
-      context_.announcement(peer, epoch_.number, context_.rank) = mine;
+    for (int peer : active_)
       context_.publish(peer, context_.words(peer, epoch_.number, context_.rank).arrived, epoch_, 1);
-    }
   }
 
  private:
@@ -99,9 +98,8 @@ class Receiver final : public Ticket<CombineOutput>::Receiver {
     Epoch epoch = epoch_;
     epoch.deadline = Clock::now() + call_.timeout;  // the time between send and receive is the caller's
     for (int peer : active_) {
-      const std::uint32_t value =
-          context_->await(context_->words(context_->rank, epoch.number, peer).arrived, epoch, peer, 1);
-      context_->check_announcement(epoch, peer, call_.signature, value);
+      context_->await_announcement(epoch, peer, call_.signature);
+      context_->await(context_->words(context_->rank, epoch.number, peer).arrived, epoch, peer, 1);
     }
     CombineOutput out = sum();
     finished_ = true;

@@ -175,6 +175,48 @@ void fma(float* acc, const void* row, float weight, DType dtype, std::int64_t n)
   });
 }
 
+// Rows are read side by side, a line of each at a time: every row is one stream for the prefetcher, and no sum leaves
+// the registers. Across rows far apart in memory that is worth a factor of two over adding one row after the other.
+constexpr std::size_t kPrefetchBytes = 1024;
+
+template <class Number, bool kWeighted>
+void sum_rows(const SumRows& sum) {
+  using Code = typename Number::Code;
+  Code* __restrict dst = static_cast<Code*>(sum.dst);
+  std::int64_t i = 0;
+#ifdef __AVX2__
+  constexpr int kBlocks = 4;
+  for (; i + kBlocks * kBlock <= sum.n; i += kBlocks * kBlock) {
+    __m256 acc[kBlocks] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+    for (int row = 0; row < sum.count; ++row) {
+      const Code* from = static_cast<const Code*>(sum.rows[row]) + i;
+      _mm_prefetch(reinterpret_cast<const char*>(from) + kPrefetchBytes, _MM_HINT_T0);  // past the end it does no harm
+      const __m256 weight = kWeighted ? _mm256_set1_ps(sum.weights[row]) : _mm256_setzero_ps();
+      for (int b = 0; b < kBlocks; ++b) {
+        const __m256 x = Number::load_block(from + b * kBlock);
+        acc[b] = kWeighted ? _mm256_fmadd_ps(weight, x, acc[b]) : _mm256_add_ps(acc[b], x);
+      }
+    }
+    for (int b = 0; b < kBlocks; ++b) Number::store_block(dst + i + b * kBlock, acc[b]);
+  }
+#endif
+  for (; i < sum.n; ++i) {
+    float acc = 0.0f;
+    for (int row = 0; row < sum.count; ++row) {
+      const float x = Number::load(static_cast<const Code*>(sum.rows[row])[i]);
+      acc = kWeighted ? plan::fma_rn(sum.weights[row], x, acc) : plan::add_rn(acc, x);
+    }
+    dst[i] = Number::store(acc);
+  }
+}
+
+void sum(const SumRows& rows) {
+  with_number_type(rows.dtype, [&](auto number) {
+    using Number = decltype(number);
+    rows.weights != nullptr ? sum_rows<Number, true>(rows) : sum_rows<Number, false>(rows);
+  });
+}
+
 template <class To, class From>
 void cast_row(void* dst, const void* src, std::int64_t n) {
   typename To::Code* __restrict to = static_cast<typename To::Code*>(dst);
@@ -327,7 +369,7 @@ void dequantize(const DequantizeRow& row) {
 }
 
 constexpr RowOps row_ops_named(const char* isa) {
-  return {isa, copy, flush, zero, quantize, dequantize, add, fma, round, cast, dot};
+  return {isa, copy, flush, zero, quantize, dequantize, add, fma, sum, round, cast, dot};
 }
 
 }  // namespace

@@ -60,7 +60,7 @@ Shape extreme_shape(std::uint64_t seed) {
 }
 
 TEST(Properties, dispatch_and_combine_equal_the_oracle_on_random_shapes) {
-  for (std::uint64_t seed = 1; seed <= static_cast<std::uint64_t>(cases(120)); ++seed) {
+  for (std::uint64_t seed = 1; seed <= static_cast<std::uint64_t>(cases(300)); ++seed) {
     const World world(random_shape(seed));
     HomewardShape home;
     home.dtype = world.shape.dtype;
@@ -76,7 +76,7 @@ TEST(Properties, dispatch_and_combine_equal_the_oracle_on_random_shapes) {
 }
 
 TEST(Properties, dispatch_and_combine_equal_the_oracle_on_wide_shapes) {
-  for (std::uint64_t seed = 1; seed <= static_cast<std::uint64_t>(cases(12)); ++seed) {
+  for (std::uint64_t seed = 1; seed <= static_cast<std::uint64_t>(cases(16)); ++seed) {
     const World world(extreme_shape(seed));
     HomewardShape home;
     home.dtype = world.shape.dtype;
@@ -88,7 +88,7 @@ TEST(Properties, dispatch_and_combine_equal_the_oracle_on_wide_shapes) {
 }
 
 TEST(Properties, every_token_reaches_each_of_its_ranks_once) {
-  for (std::uint64_t seed = 1000; seed < 1000 + static_cast<std::uint64_t>(cases(40)); ++seed) {
+  for (std::uint64_t seed = 1000; seed < 1000 + static_cast<std::uint64_t>(cases(80)); ++seed) {
     Shape s = random_shape(seed);
     s.side = {{DType::kI64, 2}};  // (source rank, source token): what arrives says where it came from
     World world(s);
@@ -126,7 +126,7 @@ TEST(Properties, every_token_reaches_each_of_its_ranks_once) {
 
 // One contribution of weight one per token: what comes back is what was sent.
 TEST(Properties, combine_of_dispatch_is_the_identity_for_unit_weights) {
-  for (std::uint64_t seed = 2000; seed < 2000 + static_cast<std::uint64_t>(cases(40)); ++seed) {
+  for (std::uint64_t seed = 2000; seed < 2000 + static_cast<std::uint64_t>(cases(80)); ++seed) {
     Shape s = random_shape(seed);
     s.fp8.reset();
     s.topk = 1;
@@ -158,7 +158,7 @@ std::int64_t sum(const TensorView& ints) {
 }
 
 TEST(Properties, counts_are_conserved) {
-  for (std::uint64_t seed = 3000; seed < 3000 + static_cast<std::uint64_t>(cases(40)); ++seed) {
+  for (std::uint64_t seed = 3000; seed < 3000 + static_cast<std::uint64_t>(cases(80)); ++seed) {
     Shape s = random_shape(seed);
     s.low_latency = false;
     const World world(s);
@@ -225,7 +225,7 @@ TEST(Properties, one_buffer_serves_any_sequence_of_shapes) {
   std::vector<World> worlds;
   std::vector<Homeward> homes;
   std::vector<std::vector<oracle::Combined>> sums;
-  for (std::uint64_t seed = 5000; seed < 5000 + static_cast<std::uint64_t>(cases(40)); ++seed) {
+  for (std::uint64_t seed = 5000; seed < 5000 + static_cast<std::uint64_t>(cases(80)); ++seed) {
     Shape s = random_shape(seed);
     s.ranks = kRanks;
     s.ranks_per_node = {2};

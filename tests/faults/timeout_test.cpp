@@ -2,7 +2,7 @@
 // A rank that does not come, or comes late: the others hear who waited for whom, and nothing is spoiled.
 #include <gtest/gtest.h>
 
-#include <regex>
+#include <string>
 #include <thread>
 
 #include "exchange.h"
@@ -26,9 +26,13 @@ Shape busy(std::uint64_t seed = 1, bool low_latency = false) {
 
 void expect_timeout(const Outcome& outcome, int rank, const std::string& phase, std::uint64_t epoch) {
   EXPECT_EQ(outcome.code, ErrorCode::kTimeout) << outcome.message;
-  const std::regex text("timeout: rank " + std::to_string(rank) + " waited for rank " + std::to_string(kAbsent) +
-                        " in " + phase + ", epoch " + std::to_string(epoch) + ", expected [0-9]+ seen [0-9]+");
-  EXPECT_TRUE(std::regex_match(outcome.message, text)) << outcome.message;
+  const std::string begin = "timeout: rank " + std::to_string(rank) + " waited for rank " + std::to_string(kAbsent) +
+                            " in " + phase + ", epoch " + std::to_string(epoch) + ", expected ";
+  EXPECT_EQ(outcome.message.substr(0, begin.size()), begin);
+  if (outcome.wait) {
+    EXPECT_EQ(outcome.message,
+              begin + std::to_string(outcome.wait->expected) + " seen " + std::to_string(outcome.wait->seen));
+  }
   ASSERT_TRUE(outcome.wait.has_value());
   EXPECT_EQ(outcome.wait->rank, rank);
   EXPECT_EQ(outcome.wait->peer, kAbsent);
