@@ -109,6 +109,7 @@ class Combine {
         if (call_.hidden > 0) sum_token(rows, token, dst_rank.data(), out.x);
         if (call_.in.topk_weights.given()) bring_weights_home(token, dst_rank.data(), out.topk_weights);
       }
+      ops.flush();
     });
     return out;
   }

@@ -133,6 +133,7 @@ class Receiver final : public Ticket<CombineOutput>::Receiver {
             if (call_.in.topk_weights.given())
               join_weights(call_.in, dst_rank.data(), entry, out.topk_weights.as<float>() + first);
           }
+          ops.flush();
         });
     return out;
   }

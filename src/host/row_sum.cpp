@@ -53,25 +53,26 @@ const void* RowSum::close(Level& level) {
   if (level.rows.size() > 1 || !level.weights.empty()) {
     if (num_rounded_ == rounded_.size()) rounded_.push_back(std::make_unique<std::byte[]>(call_.row_bytes));
     sum = rounded_[num_rounded_].get();
-    sum_level(level, rounded_[num_rounded_++].get());
+    sum_level(level, rounded_[num_rounded_++].get(), false);
   }
   level.rows.clear();
   level.weights.clear();
   return sum;
 }
 
-void RowSum::sum_level(const Level& level, void* dst) const {
+void RowSum::sum_level(const Level& level, void* dst, bool stream) const {
   ops_.sum({.rows = level.rows.data(),
             .weights = level.weights.empty() ? nullptr : level.weights.data(),
             .count = static_cast<int>(level.rows.size()),
             .dtype = call_.dtype,
             .n = call_.hidden,
-            .dst = dst});
+            .dst = dst,
+            .stream = stream});
 }
 
 void RowSum::finish(void* out) {
   if (!call_.in.order.bias_first) add_bias();
-  sum_level(of_all_, out);
+  sum_level(of_all_, out, true);
 }
 
 }  // namespace deep_ep::host

@@ -12,7 +12,7 @@
 
 namespace deep_ep::host {
 
-/// One worker's adder.
+/// One worker's adder. Results are streamed: RowOps::flush() before anybody else is told of them.
 class RowSum {
  public:
   RowSum(const CombineCall& call, const plan::Topology& topology, const RowOps& ops);
@@ -38,7 +38,7 @@ class RowSum {
   void add(const plan::SumStep& step, const void* row);
   void add_bias();
   const void* close(Level& level);
-  void sum_level(const Level& level, void* dst) const;
+  void sum_level(const Level& level, void* dst, bool stream) const;
   void finish(void* out);
 
   const CombineCall& call_;

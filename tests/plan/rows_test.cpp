@@ -153,8 +153,11 @@ TEST(Rows, sum_is_the_chain_of_adds_or_fmas_rounded_once) {
           set(want.data(), dtype, i, sum);
         }
         const void* const data[] = {a.data(), b.data(), c.data()};
-        ops.sum({data, weighted ? weights : nullptr, count, dtype, n, got.data()});
-        got.expect_equal(want, where + " rows " + std::to_string(count));
+        for (const bool stream : {false, true}) {
+          ops.sum({data, weighted ? weights : nullptr, count, dtype, n, got.data(), stream});
+          ops.flush();
+          got.expect_equal(want, where + " rows " + std::to_string(count));
+        }
       }
     }
   });
