@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""Trains a small mixture-of-experts language model on real text, with experts spread over several ranks and, from the same
-seed, on one rank; the two loss curves must agree. Text: --file, or this project's own documents and sources."""
+"""Trains a small mixture-of-experts language model on real text, with experts spread over several ranks and, from the
+same seed, on one rank; the two loss curves must agree. Text: --file, or this project's own documents and sources."""
 
 import argparse
 import json
