@@ -21,9 +21,13 @@ import deep_ep
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def read_text(file: str) -> torch.Tensor:
+def gather_text(file: str) -> bytes:
     paths = [pathlib.Path(file)] if file else sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("src/**/*.cpp")])
-    return torch.frombuffer(bytearray(b"\n".join(path.read_bytes() for path in paths)), dtype=torch.uint8)
+    return b"\n".join(path.read_bytes() for path in paths)
+
+
+def read_text(args: argparse.Namespace) -> torch.Tensor:
+    return torch.frombuffer(bytearray((pathlib.Path(args.out) / "text").read_bytes()), dtype=torch.uint8)
 
 
 def batch(text: torch.Tensor, step: int, args: argparse.Namespace) -> torch.Tensor:
@@ -107,7 +111,7 @@ def share_gradients(model: nn.Module, ranks: int) -> None:
 def train(rank: int, ranks: int, args: argparse.Namespace) -> Dict[str, Any]:
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
-    text = read_text(args.file)
+    text = read_text(args)
     with deep_ep.Buffer(dist.group.WORLD) as buffer:
         model = Model(args, buffer)
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
@@ -192,6 +196,7 @@ def main() -> int:
         parser.error("--batch and --experts must be multiples of --num-processes")
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    (out / "text").write_bytes(gather_text(args.file))  # both runs learn the same, whoever edits the sources meanwhile
     results = {}
     for ranks in (args.num_processes, 1):
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
