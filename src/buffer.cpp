@@ -42,14 +42,15 @@ struct Buffer::State {
     try {
       return check();
     } catch (const Error& error) {
-      refuse(operation, error);
+      refuse(operation, error.what());
       throw;
     }
   }
 
-  void refuse(Operation operation, const Error& error) {
+  void refuse(Operation operation, const std::string& why) {
+    Backend& target = open();
     try {
-      open().refuse(operation, error.what());
+      target.refuse(operation, why);
     } catch (const Error&) {
       // The peers do not listen; what the caller must hear is the first error.
     }
@@ -139,10 +140,7 @@ Ticket<CombineOutput> Buffer::low_latency_combine(const CombineInput& input) {
   return state_->open().low_latency_combine(call);
 }
 
-void Buffer::refuse_dispatch(const Error& error) {
-  state_->refuse(Operation::kDispatch, error);
-  throw error;
-}
+void Buffer::refuse(Operation operation, const std::string& why) { state_->refuse(operation, why); }
 
 Tensor Buffer::allocate(DType dtype, std::initializer_list<std::int64_t> shape) {
   return state_->open().allocate(TensorView(static_cast<void*>(nullptr), dtype, shape));

@@ -28,11 +28,6 @@ DispatchOutput combine_backward(Buffer& buffer, const std::shared_ptr<const Hand
   return buffer.dispatch(in);
 }
 
-// The way from here into Buffer's private part.
-struct BufferAccess {
-  static void refuse_dispatch(Buffer& buffer, const Error& error) { buffer.refuse_dispatch(error); }
-};
-
 namespace {
 
 void check_weighted(const std::shared_ptr<const Handle>& handle, const TensorView& grad_out, const TensorView& weights,
@@ -56,7 +51,8 @@ WeightedCombineGradient weighted_combine_backward(Buffer& buffer, const std::sha
   try {
     check_weighted(handle, grad_out, weights, rows);
   } catch (const Error& error) {
-    BufferAccess::refuse_dispatch(buffer, error);  // what the peers wait for in the call below
+    buffer.refuse(Operation::kDispatch, error.what());  // what the peers wait for in the call below
+    throw;
   }
   DispatchInput in;
   in.x = grad_out;

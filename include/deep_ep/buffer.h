@@ -20,6 +20,12 @@
 
 namespace deep_ep {
 
+/// The collective calls of a Buffer.
+enum class Operation : std::uint8_t { kDispatch, kCombine, kLowLatencyDispatch, kLowLatencyCombine };
+
+/// "dispatch", "combine", "low_latency_dispatch", "low_latency_combine": as error messages print it.
+const char* name(Operation operation) noexcept;
+
 /// How a receiver's rows are arranged. "Slot" is the position of an expert among those that the rank hosts.
 enum class OutputLayout : std::uint8_t {
   kByRank,    // one row per token that selected anything here, in order (source rank, source token)
@@ -287,6 +293,11 @@ class Buffer {
   /// The natural order is SumOrder::by_topk().
   Ticket<CombineOutput> low_latency_combine(const CombineInput& input);
 
+  /// Takes part in the peers' next call of this kind by refusing it: it throws on all of them, with this text, and
+  /// counts as made everywhere. For layers above that find a mistake in their own arguments while the peers are already
+  /// calling. Throws only where the buffer is closed.
+  void refuse(Operation operation, const std::string& why);
+
   /// Memory that peers can read: combine takes it in place, without a staging copy. Uninitialised. Throws
   /// kInvalidArgument with the bytes needed and there if the arena is full.
   Tensor allocate(DType dtype, std::initializer_list<std::int64_t> shape);
@@ -308,10 +319,6 @@ class Buffer {
  private:
   struct State;
   explicit Buffer(std::unique_ptr<State> state);
-  // For operations made of several calls (gradient.h): their own argument is wrong, and the peers must hear it in the
-  // first call.
-  [[noreturn]] void refuse_dispatch(const Error& error);
-  friend struct BufferAccess;
   std::unique_ptr<State> state_;
 };
 

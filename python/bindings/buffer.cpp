@@ -30,33 +30,29 @@ BufferPtr open(const std::shared_ptr<Bootstrap>& group, const Config& config, in
   return Buffer::open(group, config, options);
 }
 
-// Makes this rank's call count as made and failed, where Python found the mistake: the peers' same call says so.
-// Until the library has a function for this, an input without rows does it.
-void refuse(Buffer& buffer, std::string_view operation) {
+// Where Python found the mistake: the peers' same call says so.
+void refuse(Buffer& buffer, std::string_view operation, const std::string& why) {
   nb::gil_scoped_release unlocked;
-  try {
-    if (operation == "dispatch") buffer.dispatch({});
-    if (operation == "combine") buffer.combine({});
-    if (operation == "low_latency_dispatch") buffer.low_latency_dispatch({});
-    if (operation == "low_latency_combine") buffer.low_latency_combine({});
-  } catch (const Error&) {
-    // Wanted: the caller raises the error that led here.
-  }
+  for (const Operation each :
+       {Operation::kDispatch, Operation::kCombine, Operation::kLowLatencyDispatch, Operation::kLowLatencyCombine})
+    if (operation == name(each)) buffer.refuse(each, why);
 }
 
 // Arguments that cannot even be read are refused like those that the library rejects.
 template <typename Parse>
-auto parsed(Buffer& buffer, std::string_view operation, const Parse& parse) {
+auto parsed(Buffer& buffer, Operation operation, const Parse& parse) {
   try {
     return parse();
-  } catch (...) {
-    refuse(buffer, operation);
+  } catch (const std::exception& error) {
+    const std::string why = error.what();  // before the interpreter's lock goes: an error of Python lives there
+    nb::gil_scoped_release unlocked;
+    buffer.refuse(operation, why);
     throw;
   }
 }
 
 nb::tuple dispatch(Buffer& buffer, const nb::kwargs& keywords) {
-  const DispatchInput input = parsed(buffer, "dispatch", [&] { return dispatch_input(keywords); });
+  const DispatchInput input = parsed(buffer, Operation::kDispatch, [&] { return dispatch_input(keywords); });
   DispatchOutput output;
   {
     nb::gil_scoped_release unlocked;
@@ -66,7 +62,7 @@ nb::tuple dispatch(Buffer& buffer, const nb::kwargs& keywords) {
 }
 
 nb::tuple combine(Buffer& buffer, const nb::kwargs& keywords) {
-  const CombineInput input = parsed(buffer, "combine", [&] { return combine_input(keywords); });
+  const CombineInput input = parsed(buffer, Operation::kCombine, [&] { return combine_input(keywords); });
   CombineOutput output;
   {
     nb::gil_scoped_release unlocked;
@@ -77,7 +73,7 @@ nb::tuple combine(Buffer& buffer, const nb::kwargs& keywords) {
 
 // With prepared tensors for a caller who looks at the outputs before receive().
 nb::object low_latency_dispatch(const BufferPtr& buffer, bool prepare, const nb::kwargs& keywords) {
-  const DispatchInput input = parsed(*buffer, "low_latency_dispatch", [&] { return dispatch_input(keywords); });
+  const DispatchInput input = parsed(*buffer, Operation::kLowLatencyDispatch, [&] { return dispatch_input(keywords); });
   DispatchTicket ticket(buffer, input);
   if (!prepare) return nb::cast(std::move(ticket));
   nb::tuple tensors = ticket.prepare(input);
@@ -194,12 +190,13 @@ void bind_buffer(nb::module_& m) {
       .def("low_latency_dispatch", &low_latency_dispatch)
       .def("low_latency_combine",
            [](const BufferPtr& buffer, const nb::kwargs& keywords) {
-             const CombineInput input = parsed(*buffer, "low_latency_combine", [&] { return combine_input(keywords); });
+             const CombineInput input =
+                 parsed(*buffer, Operation::kLowLatencyCombine, [&] { return combine_input(keywords); });
              return CombineTicket(buffer, input, keywords);
            })
       .def("weighted_combine_gradient", &weighted_combine_gradient, nb::arg("handle"), nb::arg("grad_out"),
            nb::arg("weights"), nb::arg("rows"))
-      .def("refuse", &refuse, nb::arg("operation"))
+      .def("refuse", &refuse, nb::arg("operation"), nb::arg("why"))
       .def("allocate", &allocate, nb::arg("like"), nb::arg("shape"))
       .def(
           "supports_low_latency",

@@ -46,8 +46,8 @@ class LowLatencyMode(Session):
                 _check_stats(
                     "cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats, torch.int32, slots
                 )
-        except Exception:
-            core.refuse("low_latency_dispatch")
+        except Exception as error:
+            core.refuse("low_latency_dispatch", str(error))
             raise
         keywords: Dict[str, Any] = dict(
             x=x,

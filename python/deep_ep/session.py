@@ -59,8 +59,8 @@ class Session:
         core = self._opened()
         try:
             return check()
-        except Exception:
-            core.refuse(operation)
+        except Exception as error:
+            core.refuse(operation, str(error))
             raise
 
     def close(self) -> None:

@@ -9,17 +9,14 @@ namespace {
 Buffer& buffer_of(deep_ep_buffer* buffer) { return *given(buffer, "buffer").buffer; }
 const Buffer& buffer_of(const deep_ep_buffer* buffer) { return *given(buffer, "buffer").buffer; }
 
-/// Arguments that could not even be converted: `refused` makes the same call with arguments that the buffer refuses, so
-/// that the peers hear of it instead of waiting for this rank.
-template <typename Input, typename Refused>
-auto converted(const Input* input, Refused&& refused) {
+/// Arguments that could not even be converted are refused like those that the library rejects: the peers hear of it
+/// instead of waiting for this rank.
+template <typename Input>
+auto converted(Buffer& buffer, Operation operation, const Input* input) {
   try {
     return input_of(input);
-  } catch (...) {
-    try {
-      refused();
-    } catch (const Error&) {  // the first error is the one to report
-    }
+  } catch (const std::exception& error) {
+    buffer.refuse(operation, error.what());
     throw;
   }
 }
@@ -134,7 +131,7 @@ deep_ep_status deep_ep_dispatch(deep_ep_buffer* buffer, const deep_ep_dispatch_i
                                 deep_ep_dispatch_result** result) {
   return make_object(result, [&] {
     deep_ep::Buffer& on = buffer_of(buffer);
-    return result_object(on.dispatch(converted(input, [&] { on.dispatch({}); })));
+    return result_object(on.dispatch(converted(on, deep_ep::Operation::kDispatch, input)));
   });
 }
 
@@ -142,7 +139,7 @@ deep_ep_status deep_ep_combine(deep_ep_buffer* buffer, const deep_ep_combine_inp
                                deep_ep_combine_result** result) {
   return make_object(result, [&] {
     deep_ep::Buffer& on = buffer_of(buffer);
-    return result_object(on.combine(converted(input, [&] { on.combine({}); })));
+    return result_object(on.combine(converted(on, deep_ep::Operation::kCombine, input)));
   });
 }
 
@@ -150,7 +147,7 @@ deep_ep_status deep_ep_low_latency_dispatch(deep_ep_buffer* buffer, const deep_e
                                             deep_ep_dispatch_ticket** ticket) {
   return make_object(ticket, [&] {
     deep_ep::Buffer& on = buffer_of(buffer);
-    auto sent = on.low_latency_dispatch(converted(input, [&] { on.low_latency_dispatch({}); }));
+    auto sent = on.low_latency_dispatch(converted(on, deep_ep::Operation::kLowLatencyDispatch, input));
     return std::unique_ptr<deep_ep_dispatch_ticket>(new deep_ep_dispatch_ticket{std::move(sent)});
   });
 }
@@ -163,7 +160,7 @@ deep_ep_status deep_ep_low_latency_combine(deep_ep_buffer* buffer, const deep_ep
                                            deep_ep_combine_ticket** ticket) {
   return make_object(ticket, [&] {
     deep_ep::Buffer& on = buffer_of(buffer);
-    auto sent = on.low_latency_combine(converted(input, [&] { on.low_latency_combine({}); }));
+    auto sent = on.low_latency_combine(converted(on, deep_ep::Operation::kLowLatencyCombine, input));
     return std::unique_ptr<deep_ep_combine_ticket>(new deep_ep_combine_ticket{std::move(sent)});
   });
 }

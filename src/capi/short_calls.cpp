@@ -108,16 +108,13 @@ void init(const deep_ep_init_config* config) {
   defaults().of_process = std::move(opened);
 }
 
-/// Makes `checks`; where they throw, the peers hear of it by a call that their buffers refuse too.
-template <typename Checks, typename Refused>
-void check_together(Checks&& checks, Refused&& refused) {
+/// Makes `checks`; where they throw, the peers' same call throws too.
+template <typename Checks>
+void check_together(Buffer& buffer, Operation operation, Checks&& checks) {
   try {
     checks();
-  } catch (...) {
-    try {
-      refused();
-    } catch (const Error&) {  // the first error is the one to report
-    }
+  } catch (const std::exception& error) {
+    buffer.refuse(operation, error.what());
     throw;
   }
 }
@@ -214,7 +211,7 @@ void all_to_all(const float* input, float* output, int size, deep_ep_dtype wire)
   const auto on = communicator();
   Buffer& buffer = *on->buffer.buffer;
   const int num_ranks = buffer.num_ranks();
-  check_together([&] { check_all_to_all(input, output, size, wire, num_ranks); }, [&] { buffer.dispatch({}); });
+  check_together(buffer, Operation::kDispatch, [&] { check_all_to_all(input, output, size, wire, num_ranks); });
 
   Chunks c{num_ranks, size, wire, size / num_ranks, 0};
   // At least one element: a rank with another size is then an error at once, and not a timeout.
@@ -268,8 +265,7 @@ DispatchOutput exchange_rows(Communicator& on, const float* query, int batch_siz
 void low_latency_all_to_all(const float* query, float* result, int batch_size) {
   const auto on = communicator();
   Buffer& buffer = *on->buffer.buffer;
-  check_together([&] { check_low_latency(*on, query, result, batch_size); },
-                 [&] { buffer.low_latency_dispatch({}).receive(); });
+  check_together(buffer, Operation::kLowLatencyDispatch, [&] { check_low_latency(*on, query, result, batch_size); });
 
   const int num_ranks = buffer.num_ranks();
   const int rows_per_rank = batch_size / num_ranks;
