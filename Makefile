@@ -5,7 +5,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # What `make build` and `make demo` use, and what `make test` goes through.
 PRESET ?= host
 PRESETS ?= host host-asan host-tsan
-# More arguments for the demo or the benchmark: make demo ARGS="--file book.txt"
+# More arguments for the demo or the benchmark: make demo ARGS="--text book.txt"
 ARGS ?=
 
 .PHONY: build demo test bench lint asan tsan format clean help
@@ -18,8 +18,7 @@ build:  ## build the library and all programs (PRESET=host)
 demo:  ## eight ranks run an MoE layer over real text; report in out/demo (ARGS=...)
 	cmake --preset $(PRESET)
 	cmake --build --preset $(PRESET) -j $(JOBS) --target moe_layer
-	mkdir -p out/demo
-	cd out/demo && ../../build/$(PRESET)/examples/moe_layer $(ARGS)
+	build/$(PRESET)/examples/moe_layer $(ARGS)
 
 test:  ## all presets' tests, lint, Python tests, one summary line (PRESETS="host host-asan host-tsan")
 	@python3 tools/run_tests.py --jobs $(JOBS) $(PRESETS)

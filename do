@@ -23,7 +23,7 @@ build_packages="build-essential cmake ninja-build python3 libfmt-dev libgtest-de
 demo_packages="build-essential cmake ninja-build libfmt-dev nlohmann-json3-dev libcli11-dev"
 bench_packages="$build_packages libbenchmark-dev openmpi-bin libopenmpi-dev"
 lint_packages="clang-format-14|clang-format clang-tidy-14|clang-tidy"
-python_packages="" # grows with the Python package
+python_packages="python3-dev python3-venv python3-pip" # the rest comes from PyPI into build/python
 
 packages_for() {
   case $1 in

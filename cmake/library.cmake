@@ -2,6 +2,8 @@
 # The target deep_ep.
 
 find_package(fmt REQUIRED)
+# A wheel is moved to machines that may have another fmt, or none.
+set(ep_fmt $<IF:$<BOOL:${DEEP_EP_PYTHON}>,fmt::fmt-header-only,fmt::fmt>)
 find_package(Threads REQUIRED)
 
 # Globbed, so that a new file is a new file and nothing else; CONFIGURE_DEPENDS looks again at each build.
@@ -29,4 +31,4 @@ target_include_directories(
   PUBLIC "$<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include>" "$<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>"
   PRIVATE "${PROJECT_SOURCE_DIR}/src")
 # rt holds shm_open in C libraries older than glibc 2.34.
-target_link_libraries(deep_ep PRIVATE fmt::fmt Threads::Threads $<$<PLATFORM_ID:Linux>:rt>)
+target_link_libraries(deep_ep PRIVATE ${ep_fmt} Threads::Threads $<$<PLATFORM_ID:Linux>:rt>)

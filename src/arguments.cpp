@@ -110,8 +110,12 @@ void check_routes(DispatchCall& call, const CallScope& scope, const std::shared_
     require(!is_low_latency(call.operation), "handle: low-latency dispatch takes no handle");
     require(!handle.low_latency, "handle: it comes from a low-latency dispatch, whose rows only their receiver knows");
     require(!in.topk_idx.given(), "topk_idx must be left out with a handle: it is {}", describe(in.topk_idx));
-    require(in.num_experts == 0 && !in.placement && in.max_rows == 0,
-            "num_experts, placement and max_rows must be left out with a handle");
+    require(in.num_experts == 0 && !in.placement,
+            "num_experts and placement must be left out with a handle: it brings them");
+    require(in.layout == DispatchInput().layout && in.expert_alignment == 1 && in.max_tokens_per_rank == 0,
+            "layout, expert_alignment and max_tokens_per_rank must be left out with a handle: it brings them");
+    require(in.max_rows == 0 || in.max_rows == handle.num_rows,
+            "max_rows must be left out with a handle, or its rows: {} vs {}", in.max_rows, handle.num_rows);
     require_eq(handle.num_ranks, scope.num_ranks, "handle's ranks == the buffer's ranks");
     require_eq(in.x.size(0), handle.num_tokens, "x rows == tokens of the handle");
     call.placement = handle.placement;
@@ -141,6 +145,9 @@ void check_capacity(const DispatchCall& call, const CallScope& scope) {
   const bool low_latency = is_low_latency(call.operation), padded = call.layout == OutputLayout::kPadded;
   require(in.max_rows == 0 || (!low_latency && !padded), "max_rows: {} has a bound of its own",
           low_latency ? "low latency" : "kPadded");
+  if (low_latency)
+    require(scope.config.low_latency.max_tokens_per_rank > 0,
+            "the buffer was opened without low-latency slots: Config::low_latency.max_tokens_per_rank is 0");
   if (low_latency || padded) {
     require(call.max_tokens_per_rank >= 1, "max_tokens_per_rank must be at least 1 here: {}", call.max_tokens_per_rank);
     require(call.num_tokens <= call.max_tokens_per_rank, "x: {} tokens are more than max_tokens_per_rank: {}",

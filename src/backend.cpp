@@ -36,7 +36,7 @@ std::string value_of(int field, std::int64_t value) {
 
 }  // namespace
 
-const char* name(Operation operation) {
+const char* name(Operation operation) noexcept {
   switch (operation) {
     case Operation::kDispatch: return "dispatch";
     case Operation::kCombine: return "combine";

@@ -15,9 +15,6 @@
 
 namespace deep_ep {
 
-enum class Operation : std::int64_t { kDispatch, kCombine, kLowLatencyDispatch, kLowLatencyCombine };
-const char* name(Operation operation);
-
 /// What ranks must have in common in one operation. It travels with the counts, so that ranks whose calls differ learn
 /// it at once instead of writing past each other's rows.
 struct Signature {

@@ -39,16 +39,21 @@ struct Buffer::State {
   // A call that fails its checks still counts as made: the peers are told, and stay in step.
   template <typename Check>
   auto checked(Operation operation, const Check& check) {
-    Backend& target = open();
+    open();
     try {
       return check();
     } catch (const Error& error) {
-      try {
-        target.refuse(operation, error.what());
-      } catch (const Error&) {
-        // The peers do not listen; what the caller must hear is the first error.
-      }
+      refuse(operation, error.what());
       throw;
+    }
+  }
+
+  void refuse(Operation operation, const std::string& why) {
+    Backend& target = open();
+    try {
+      target.refuse(operation, why);
+    } catch (const Error&) {
+      // The peers do not listen; what the caller must hear is the first error.
     }
   }
 
@@ -155,13 +160,15 @@ Ticket<CombineOutput> Buffer::low_latency_combine(const CombineInput& input) {
   return state_->open().low_latency_combine(call);
 }
 
+void Buffer::refuse(Operation operation, const std::string& why) { state_->refuse(operation, why); }
+
 Tensor Buffer::allocate(DType dtype, std::initializer_list<std::int64_t> shape) {
   return state_->open().allocate(TensorView(static_cast<void*>(nullptr), dtype, shape));
 }
 
 void Buffer::set_masked(int rank, bool masked) {
-  require(rank >= 0 && rank < num_ranks() && rank != this->rank(), "rank to mask must be another of 0 .. {}: {}",
-          num_ranks() - 1, rank);
+  require(rank >= 0 && rank < num_ranks(), "rank must be 0 .. {}: {}", num_ranks() - 1, rank);
+  require(!masked || rank != this->rank(), "rank: a rank cannot mask itself: {}", rank);
   state_->open().set_masked(rank, masked);
 }
 

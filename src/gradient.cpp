@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: MIT
 #include "deep_ep/gradient.h"
 
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
 #include "check.h"
 #include "host/rows.h"
 
@@ -24,11 +28,32 @@ DispatchOutput combine_backward(Buffer& buffer, const std::shared_ptr<const Hand
   return buffer.dispatch(in);
 }
 
+namespace {
+
+void check_weighted(const std::shared_ptr<const Handle>& handle, const TensorView& grad_out, const TensorView& weights,
+                    const TensorView& rows) {
+  require(handle != nullptr, "handle must be given");
+  require(handle->layout == OutputLayout::kByExpert, "handle: weighted_combine_backward needs layout kByExpert");
+  require(grad_out.ndim == 2, "grad_out must have 2 dimensions: it is {}", describe(grad_out));
+  require(weights.given(), "weights must be given");
+  const TensorView wanted(static_cast<void*>(nullptr), grad_out.dtype, {handle->num_rows, grad_out.size(1)});
+  require(rows.ndim == 2 && rows.dtype == wanted.dtype && rows.shape == wanted.shape, "rows must be {}: they are {}",
+          describe(wanted), describe(rows));
+  require(rows.contiguous(), "rows must be contiguous: {} has strides {}, {}", describe(rows), rows.strides[0],
+          rows.strides[1]);
+}
+
+}  // namespace
+
 WeightedCombineGradient weighted_combine_backward(Buffer& buffer, const std::shared_ptr<const Handle>& handle,
                                                   const TensorView& grad_out, const TensorView& weights,
                                                   const TensorView& rows) {
-  require(handle != nullptr && handle->layout == OutputLayout::kByExpert,
-          "handle: weighted_combine_backward needs layout kByExpert");
+  try {
+    check_weighted(handle, grad_out, weights, rows);
+  } catch (const Error& error) {
+    buffer.refuse(Operation::kDispatch, error.what());  // what the peers wait for in the call below
+    throw;
+  }
   DispatchInput in;
   in.x = grad_out;
   in.handle = handle;
@@ -42,8 +67,13 @@ WeightedCombineGradient weighted_combine_backward(Buffer& buffer, const std::sha
   Tensor dots = Tensor::allocate(DType::kFp32, {num_rows});
   std::vector<float> scaled(hidden);
   const host::RowOps& ops = host::row_ops();
-  // Every row, padding included: there the gradient and so both results are 0 as dispatch left them.
-  for (std::int64_t row = 0; row < num_rows; ++row) {
+  // Padding rows have a zero gradient, so both results are 0 there. Behind the rows that came (a bounded dispatch)
+  // there is nothing to read.
+  const std::int64_t rows_there = handle->slot_first_row.as<const std::int32_t>()[handle->slot_first_row.numel() - 1];
+  std::memset(result.rows.as<std::byte>() + rows_there * row_bytes, 0,
+              static_cast<std::size_t>((num_rows - rows_there) * row_bytes));
+  std::fill(dots.as<float>() + rows_there, dots.as<float>() + num_rows, 0.0f);
+  for (std::int64_t row = 0; row < rows_there; ++row) {
     const std::byte* gradient = sent.x.as<const std::byte>() + row * row_bytes;
     std::fill(scaled.begin(), scaled.end(), 0.0f);
     ops.fma(scaled.data(), gradient, sent.topk_weights.as<const float>()[row], grad_out.dtype, hidden);

@@ -20,12 +20,19 @@
 
 namespace deep_ep {
 
+/// The collective calls of a Buffer.
+enum class Operation : std::uint8_t { kDispatch, kCombine, kLowLatencyDispatch, kLowLatencyCombine };
+
+/// "dispatch", "combine", "low_latency_dispatch", "low_latency_combine": as error messages print it.
+const char* name(Operation operation) noexcept;
+
 /// How a receiver's rows are arranged. "Slot" is the position of an expert among those that the rank hosts.
 enum class OutputLayout : std::uint8_t {
   kByRank,    // one row per token that selected anything here, in order (source rank, source token)
   kByExpert,  // one row per (token, expert here): grouped by slot, each group padded with zeros to expert_alignment
               // rows
-  kPadded,    // [slots, num_ranks * max_tokens_per_rank, hidden]: a block per slot, its valid rows first
+  kPadded,  // [slots, num_ranks * max_tokens_per_rank, hidden]: a block per slot, its valid rows first. Only duplicate
+            // ids of one token can bring a slot more rows than it has; the call is then refused
 };
 
 /// Where the scales of received FP8 rows go.
@@ -142,7 +149,8 @@ struct SumOrder {
   bool operator==(const SumOrder&) const = default;
 };
 
-/// How top-k weights that come back with kByRank rows are joined.
+/// How top-k weights that come back with kByRank rows of high throughput are joined. Everywhere else each has one
+/// owner.
 enum class WeightsHome : std::uint8_t {
   kSumOverRanks,  // entry k of every rank that received the token, added in rank order
   kFromOwner,     // entry k of the rank that took selection k
@@ -282,13 +290,18 @@ class Buffer {
   CombineOutput combine(const CombineInput& input);
 
   /// Low latency: sends into fixed slots and returns without waiting for any peer's data; receive() on the ticket
-  /// places the rows. Up to Config::num_tickets - 1 tickets may be outstanding. Collective, and freely mixed with the
-  /// other calls.
+  /// places the rows. A ticket may stay open across Config::num_tickets - 1 further operations of any kind. Collective,
+  /// and freely mixed with the other calls.
   Ticket<DispatchOutput> low_latency_dispatch(const DispatchInput& input);
 
   /// The way back, for a handle of low_latency_dispatch: one row per selection travels, `weights` are applied at home.
   /// The natural order is SumOrder::by_topk().
   Ticket<CombineOutput> low_latency_combine(const CombineInput& input);
+
+  /// Takes part in the peers' next call of this kind by refusing it: it throws on all of them, with this text, and
+  /// counts as made everywhere. For layers above that find a mistake in their own arguments while the peers are already
+  /// calling. Throws only where the buffer is closed.
+  void refuse(Operation operation, const std::string& why);
 
   /// Memory that peers can read: combine takes it in place, without a staging copy. Uninitialised. Throws
   /// kInvalidArgument with the bytes needed and there if the arena is full.

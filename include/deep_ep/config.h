@@ -64,7 +64,8 @@ class Placement {
   std::uint64_t fingerprint_ = 0;
 };
 
-/// The largest low-latency call a buffer must serve. Its slots are fixed memory, so they are sized up front.
+/// The largest low-latency call a buffer must serve. Its slots are fixed memory, so they are sized up front; a call of
+/// other proportions is served too where its slots fit into as many bytes.
 struct LowLatencyCapacity {
   int max_tokens_per_rank = 0;  // 0: no low-latency calls on this buffer
   std::size_t row_bytes = 0;    // of one token on the wire, the larger of dispatch and combine: hidden * 2 for BF16
@@ -96,7 +97,8 @@ struct Config {
   /// staged; pages are taken from the system only as they are first used. 0: an eighth of this machine's memory per
   /// rank, 16 GiB at most.
   std::size_t arena_bytes = 0;
-  int num_tickets = 4;  // low-latency operations whose slots exist at once; num_tickets - 1 may be outstanding
+  int num_tickets =
+      4;  // sets of low-latency slots: a ticket may stay open while this many - 1 more operations are called
   std::chrono::milliseconds timeout{30000};       // deadline of every wait for a peer, unless a call brings its own
   std::chrono::milliseconds open_timeout{60000};  // until all ranks have opened the buffer
 

@@ -109,6 +109,7 @@ std::vector<std::shared_ptr<Bootstrap>> in_process_group(int num_ranks) {
   bootstrap::require_rank(0, num_ranks);
   const auto point = std::make_shared<MeetingPoint>(num_ranks);
   std::vector<std::shared_ptr<Bootstrap>> group;
+  group.reserve(num_ranks);
   for (int r = 0; r < num_ranks; ++r) group.push_back(std::make_shared<InProcess>(r, num_ranks, point));
   return group;
 }

@@ -3,6 +3,7 @@
 // them in the plan's order. Phases: publish, sum, part. docs/protocol.md lists the flags.
 #include "host/operations.h"
 #include "host/row_sum.h"
+#include "host/weights_home.h"
 
 #include <algorithm>
 
@@ -52,23 +53,16 @@ class Combine {
       if (call_.in.x.given()) mine.x_at = readable(call_.in.x);
       if (call_.in.topk_weights.given()) mine.weights_at = readable(call_.in.topk_weights);
     } catch (const Error& error) {
-      announce(refusal(error.what()), Context::kRefused);
+      context_.announce(epoch_, refusal(error.what()), Context::kRefused);
       throw;
     }
-    announce(mine, 0);
+    context_.announce(epoch_, mine);
   }
 
   static Announcement refusal(const std::string& why) {
     Announcement announcement;
     why.copy(announcement.refusal.data(), announcement.refusal.size() - 1);
     return announcement;
-  }
-
-  void announce(const Announcement& announcement, std::uint32_t value) {
-    for (int peer : active_) {
-      context_.announcement(peer, epoch_.number, context_.rank) = announcement;
-      context_.publish(peer, context_.words(peer, epoch_.number, context_.rank).announced, epoch_, value);
-    }
   }
 
   std::uint64_t readable(const TensorView& tensor) {
@@ -115,6 +109,7 @@ class Combine {
         if (call_.hidden > 0) sum_token(rows, token, dst_rank.data(), out.x);
         if (call_.in.topk_weights.given()) bring_weights_home(token, dst_rank.data(), out.topk_weights);
       }
+      ops.flush();
     });
     return out;
   }
@@ -138,21 +133,11 @@ class Combine {
   void bring_weights_home(std::int64_t token, const std::int32_t* dst_rank, const Tensor& out) const {
     const int topk = handle_.num_topk;
     const std::int32_t* dst_row = handle_.dst_row.as<const std::int32_t>() + token * topk;
-    float* home = out.as<float>() + token * topk;
-    std::fill_n(home, topk, 0.0f);
-    if (handle_.layout != OutputLayout::kByRank || call_.in.weights_home == WeightsHome::kFromOwner) {
-      const bool by_rank = handle_.layout == OutputLayout::kByRank;
-      for (int k = 0; k < topk; ++k)
-        if (dst_rank[k] >= 0)
-          home[k] = sources_[dst_rank[k]].weights[by_rank ? std::int64_t{dst_row[k]} * topk + k : dst_row[k]];
-      return;
-    }
-    for (int rank = 0; rank < context_.num_ranks; ++rank) {
-      const std::int32_t* found = std::find(dst_rank, dst_rank + topk, rank);
-      if (found == dst_rank + topk) continue;
-      const float* theirs = sources_[rank].weights + std::int64_t{dst_row[found - dst_rank]} * topk;
-      for (int k = 0; k < topk; ++k) home[k] += theirs[k];
-    }
+    const bool by_rank = handle_.layout == OutputLayout::kByRank;
+    const auto entry = [&](int row, int k) {
+      return sources_[dst_rank[row]].weights[by_rank ? std::int64_t{dst_row[row]} * topk + k : dst_row[row]];
+    };
+    join_weights(call_.in, dst_rank, entry, out.as<float>() + token * topk);
   }
 
   // Nobody leaves while another still reads its rows.

@@ -49,6 +49,9 @@ std::vector<std::shared_ptr<Window>> open_windows(const BackendInput& input, std
       require(blobs[peer].size() >= sizeof(WindowAddress), "rank {} sent {} bytes of introduction, {} are needed", peer,
               blobs[peer].size(), sizeof(WindowAddress));
       require_same_config(config, config_text(blobs[peer]), rank, peer);
+    }
+    // Only now: a rank that saw a difference is gone already, its window with it, and that must not be what we report.
+    for (int peer = 0; peer < num_ranks; ++peer) {
       WindowAddress address;
       std::memcpy(&address, blobs[peer].data(), sizeof address);
       windows[peer] = peer == rank ? own : Window::open(address);
@@ -95,7 +98,6 @@ Context::Context(const BackendInput& input)
           plan::WindowLayout::place(config, num_ranks, plan::arena_bytes_of(config, num_ranks, plan::machine_bytes()))),
       windows_(open_windows(input, layout_.total_bytes)),
       arena_(std::make_shared<plan::Arena>(windows_[rank], windows_[rank]->base(), layout_.arena_at, layout_.arena_bytes)),
-      ticket_epoch_(config.num_tickets, 0),
       masked_(num_ranks, 0) {
   const int count = workers_of(input.options, num_ranks);
   workers_ = std::make_unique<Workers>(count, input.options.pin_workers ? rank * count : -1);
@@ -118,11 +120,13 @@ Epoch Context::begin(Operation operation, std::chrono::milliseconds timeout) {
     sweep_quarantine();
     epoch.number = ++last_epoch_;
     ++statistics_.operations;
-    if (epoch.number > plan::kOperationsInFlight) needed = epoch.number - plan::kOperationsInFlight;
+    std::uint64_t depth = plan::kOperationsInFlight;
     if (operation == Operation::kLowLatencyDispatch || operation == Operation::kLowLatencyCombine) {
-      epoch.ticket = static_cast<int>(num_low_latency_++ % config.num_tickets);
-      needed = std::max(needed, std::exchange(ticket_epoch_[epoch.ticket], epoch.number));
+      // By the operation's number, not by a count of its own: ranks that once made different calls still agree on it.
+      epoch.ticket = static_cast<int>(epoch.number % config.num_tickets);
+      depth = std::min<std::uint64_t>(depth, config.num_tickets);
     }
+    if (epoch.number > depth) needed = epoch.number - depth;
     pending_[epoch.number] = {epoch, Pending::kOpen};
   }
   try {
@@ -152,8 +156,11 @@ void Context::await_own_room(const Epoch& epoch, std::uint64_t needed) {
           name(epoch.operation), first.epoch.number, epoch.number, config.num_tickets);
       oldest = first.epoch;
     }
-    for (int peer : active_ranks())
-      await(words(rank, oldest.number, peer).arrived, {epoch.operation, oldest.number, -1, epoch.deadline}, peer, 1);
+    for (int peer : active_ranks()) {
+      bool gone = false;
+      if (!wait(epoch, peer, gone, [&] { return has_arrived_or_left(oldest, peer); }))
+        throw_timeout(epoch, peer, 1, 0, gone);
+    }
   }
 }
 
@@ -184,7 +191,8 @@ void Context::advance_released() {
   const std::uint64_t before = released_;
   while (!pending_.empty() && pending_.begin()->first == released_ + 1) {
     const Pending& first = pending_.begin()->second;
-    if (first.state == Pending::kOpen || (first.state == Pending::kAbandoned && !all_arrived(first.epoch))) break;
+    if (first.state == Pending::kOpen) break;
+    if (first.state == Pending::kAbandoned && !everybody_is_through(first.epoch)) break;
     pending_.erase(pending_.begin());
     ++released_;
   }
@@ -196,11 +204,16 @@ void Context::advance_released() {
   }
 }
 
-bool Context::all_arrived(const Epoch& epoch) const {
-  for (int peer = 0; peer < num_ranks; ++peer) {
-    const bool arrived = load_acquire(words(rank, epoch.number, peer).arrived) >> 32 >= epoch.number;
-    if (!arrived && !masked_[peer] && !processes_[peer].ended()) return false;
-  }
+// Whether the peer writes nothing into this operation's places any more: its data is here, it left the operation, or it
+// is gone.
+bool Context::has_arrived_or_left(const Epoch& epoch, int peer) const {
+  return load_acquire(words(rank, epoch.number, peer).arrived) >> 32 >= epoch.number ||
+         has_released(peer, epoch.number) || processes_[peer].ended();
+}
+
+bool Context::everybody_is_through(const Epoch& epoch) const {
+  for (int peer = 0; peer < num_ranks; ++peer)
+    if (!masked_[peer] && !has_arrived_or_left(epoch, peer)) return false;
   return true;
 }
 
@@ -246,15 +259,18 @@ void Context::throw_timeout(const Epoch& epoch, int peer, std::uint64_t expected
   throw Error(WaitRecord{rank, name(epoch.operation), peer, epoch.number, expected, seen, gone});
 }
 
-void Context::await_announcement(const Epoch& epoch, int peer, const Signature& ours) {
-  check_announcement(epoch, peer, ours, await(words(rank, epoch.number, peer).announced, epoch, peer, 1));
+void Context::announce(const Epoch& epoch, const Announcement& ours, std::uint32_t value) {
+  for (int peer : active_ranks()) {
+    announcement(peer, epoch.number, rank) = ours;
+    publish(peer, words(peer, epoch.number, rank).announced, epoch, value);
+  }
 }
 
-void Context::check_announcement(const Epoch& epoch, int peer, const Signature& ours, std::uint32_t value) {
+void Context::await_announcement(const Epoch& epoch, int peer, const Signature& ours) {
+  const std::uint32_t value = await(words(rank, epoch.number, peer).announced, epoch, peer, 1);
   const Announcement& theirs = announcement(rank, epoch.number, peer);
   try {
-    if (value == kRefused)
-      require(false, "rank {} refused this {}: {}", peer, name(epoch.operation), theirs.refusal.data());
+    require(value != kRefused, "rank {} refused this {}: {}", peer, name(epoch.operation), theirs.refusal.data());
     ours.require_same(theirs.signature, rank, peer);
   } catch (...) {
     count([](Statistics& statistics) { ++statistics.refused; });
@@ -265,13 +281,11 @@ void Context::check_announcement(const Epoch& epoch, int peer, const Signature& 
 void Context::refuse(Operation operation, const std::string& why) {
   count([](Statistics& statistics) { ++statistics.refused; });
   const Epoch epoch = begin(operation, config.timeout);
-  Announcement announcement_;
-  why.copy(announcement_.refusal.data(), announcement_.refusal.size() - 1);
-  for (int peer : active_ranks()) {
-    announcement(peer, epoch.number, rank) = announcement_;
-    plan::Words& theirs = words(peer, epoch.number, rank);
-    publish(peer, epoch.ticket >= 0 ? theirs.arrived : theirs.announced, epoch, kRefused);
-  }
+  Announcement refusal;
+  why.copy(refusal.refusal.data(), refusal.refusal.size() - 1);
+  announce(epoch, refusal, kRefused);
+  for (int peer : active_ranks())
+    if (epoch.ticket >= 0) publish(peer, words(peer, epoch.number, rank).arrived, epoch, 0);
   // Peers may still be sending into our slots.
   epoch.ticket >= 0 ? abandon(epoch) : finish(epoch);
 }
@@ -317,6 +331,11 @@ bool Context::excluded_by(int peer) const {
 bool Context::masked(int peer) const {
   std::lock_guard lock(mutex_);
   return masked_[peer] != 0;
+}
+
+std::vector<char> Context::masked_ranks() const {
+  std::lock_guard lock(mutex_);
+  return masked_;
 }
 
 Statistics Context::statistics() const {

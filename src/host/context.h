@@ -32,7 +32,7 @@ static_assert(sizeof(Announcement) <= plan::WindowLayout::kAnnouncementHead);
 
 /// Where a receiver's output begins; first rows of the sender's selections in each slot follow.
 struct Reply {
-  enum Verdict : std::uint64_t { kAccepted, kArenaTooSmall, kMoreThanMaxRows };
+  enum Verdict : std::uint64_t { kAccepted, kArenaTooSmall, kMoreThanMaxRows, kSlotTooSmall };
   std::uint64_t verdict = kAccepted;
   std::uint64_t needed = 0, there = 0;  // bytes or rows, where refused
   std::uint64_t block_at = 0;
@@ -101,13 +101,14 @@ class Context {
   std::uint32_t await(const std::uint64_t& word, const Epoch& epoch, int peer, std::uint64_t expected);
   /// The peer has left this operation, in time or not.
   bool has_released(int peer, std::uint64_t epoch) const;
+  /// Writes our announcement to every active rank. Counts, where there are any, go first, by the caller.
+  void announce(const Epoch& epoch, const Announcement& announcement, std::uint32_t value = 0);
   /// Waits for the peer's announcement and checks that its call is the same as ours. Throws if it refused, or differs.
   void await_announcement(const Epoch& epoch, int peer, const Signature& ours);
-  void check_announcement(const Epoch& epoch, int peer, const Signature& ours, std::uint32_t value);
   /// Ranks that take part: all but the masked ones.
   std::vector<int> active_ranks() const;
   void refuse(Operation operation, const std::string& why);
-  static constexpr std::uint32_t kRefused = 0xffffffff;  // value of `announced` or `arrived` where the peer refused
+  static constexpr std::uint32_t kRefused = 1;  // value of `announced` where the peer refused
 
   // Memory
   // ------------------------------------------------------------------------------------------------------------------------
@@ -121,6 +122,7 @@ class Context {
 
   void set_masked(int rank, bool masked);
   bool masked(int rank) const;
+  std::vector<char> masked_ranks() const;  // [num_ranks]
   /// The peer has masked this rank: what we write there is not read, and may be in the way.
   bool excluded_by(int peer) const;
 
@@ -147,7 +149,8 @@ class Context {
   void await_room(const Epoch& epoch, int peer, std::uint64_t needed);
   void await_own_room(const Epoch& epoch, std::uint64_t needed);
   void advance_released();
-  bool all_arrived(const Epoch& epoch) const;
+  bool has_arrived_or_left(const Epoch& epoch, int peer) const;
+  bool everybody_is_through(const Epoch& epoch) const;
   void sweep_quarantine();
   template <typename Ready>
   bool wait(const Epoch& epoch, int peer, bool& peer_gone, const Ready& ready);
@@ -164,8 +167,6 @@ class Context {
   std::uint64_t last_epoch_ = 0;
   std::uint64_t released_ = 0;                // every operation up to this one is finished here
   std::map<std::uint64_t, Pending> pending_;  // the others, by number
-  std::vector<std::uint64_t> ticket_epoch_;   // the operation that used each ticket last
-  std::uint64_t num_low_latency_ = 0;
   std::map<std::uint64_t, std::vector<std::shared_ptr<void>>> quarantine_;
   std::vector<char> masked_;
   Statistics statistics_;

@@ -55,6 +55,7 @@ class Dispatch {
       const plan::PlacementView placement = view_of(*call_.placement, context_.topology);
       routes_ = plan::make_routes(call_.in.topk_idx, placement, context_.num_ranks, call_.placement->max_slots(),
                                   context_.rank);
+      plan::leave_out(routes_, context_.masked_ranks());
     }
     Announcement mine;
     mine.signature = call_.signature;
@@ -103,22 +104,21 @@ class Dispatch {
     answer.rows = cached_ ? call_.in.handle->num_rows : rows_.num_rows;
     answer.arrivals = cached_ ? call_.in.handle->num_arrivals : rows_.num_arrivals;
     if (!cached_ && call_.in.max_rows > 0) {
-      if (rows_.num_rows > call_.in.max_rows) {
-        answer.verdict = Reply::kMoreThanMaxRows;
-        answer.needed = static_cast<std::uint64_t>(rows_.num_rows);
-        answer.there = static_cast<std::uint64_t>(call_.in.max_rows);
-      }
+      if (rows_.num_rows > call_.in.max_rows)
+        refuse(answer, Reply::kMoreThanMaxRows, rows_.num_rows, call_.in.max_rows);
       answer.rows = answer.arrivals = call_.in.max_rows;
+    }
+    if (!cached_ && call_.layout == OutputLayout::kPadded) {
+      // Duplicate ids can give a slot more rows than it has room for.
+      const std::int64_t room = std::int64_t{context_.num_ranks} * call_.max_tokens_per_rank;
+      for (const std::int32_t rows : rows_.slot_rows)
+        if (rows > room) refuse(answer, Reply::kSlotTooSmall, rows, room);
     }
     at_ = plan::OutputBlock::place(call_.shape, call_.layout, answer.rows, answer.arrivals);
     if (answer.verdict == Reply::kAccepted) {
       block_ = context_.arena().allocate(at_.total_bytes, false);
       if (!block_.owner) block_ = context_.arena().allocate(at_.total_bytes, true);
-      if (!block_.owner) {
-        answer.verdict = Reply::kArenaTooSmall;
-        answer.needed = at_.total_bytes;
-        answer.there = context_.arena().largest_free();
-      }
+      if (!block_.owner) refuse(answer, Reply::kArenaTooSmall, at_.total_bytes, context_.arena().largest_free());
       answer.block_at = block_.at;
     }
     num_rows_ = answer.rows;
@@ -134,6 +134,13 @@ class Dispatch {
     }
   }
 
+  template <typename Needed, typename There>
+  static void refuse(Reply& answer, Reply::Verdict verdict, Needed needed, There there) {
+    answer.verdict = verdict;
+    answer.needed = static_cast<std::uint64_t>(needed);
+    answer.there = static_cast<std::uint64_t>(there);
+  }
+
   // All replies before any row: where one rank has no room, every rank learns it and no byte moves.
   void await_replies() {
     for (int dst : active_) {
@@ -141,6 +148,8 @@ class Dispatch {
       const Reply& answer = context_.reply(context_.rank, epoch_.number, dst);
       require(answer.verdict != Reply::kMoreThanMaxRows,
               "max_rows: rank {} would receive {} rows, max_rows there is {}", dst, answer.needed, answer.there);
+      require(answer.verdict != Reply::kSlotTooSmall,
+              "kPadded: a slot of rank {} would get {} rows, it has room for {}", dst, answer.needed, answer.there);
       require(answer.verdict != Reply::kArenaTooSmall,
               "arena_bytes: rank {} needs {} bytes of arena for this dispatch, {} are free there", dst, answer.needed,
               answer.there);
@@ -156,10 +165,6 @@ class Dispatch {
     for (std::size_t i = 0; i < routes_.rank.size(); ++i) {
       const std::int32_t dst = routes_.rank[i];
       if (dst < 0) continue;
-      if (destinations_[dst].block == nullptr) {  // masked
-        routes_.rank[i] = routes_.row[i] = routes_.arrival[i] = -1;
-        continue;
-      }
       routes_.arrival[i] += static_cast<std::int32_t>(context_.reply(context_.rank, epoch_.number, dst).first_arrival);
       routes_.row[i] =
           by_rank ? routes_.arrival[i]

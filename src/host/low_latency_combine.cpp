@@ -6,25 +6,31 @@
 #include "host/operations.h"
 #include "host/row_sum.h"
 #include "host/rows_of_token.h"
+#include "host/weights_home.h"
 #include "plan/message.h"
 
 namespace deep_ep::host {
 
 namespace {
 
-// Slots of one ticket in an owner's window:  [ rows: max_tokens x topk | weights: f32, max_tokens x topk ]
+// Slots of one ticket in an owner's window:  [ rows: max_tokens x topk | weights: f32, max_tokens x topk x topk ]
 struct Slots {
   std::byte* base = nullptr;
   std::size_t row_stride = 0;
+  std::size_t topk = 0;
   std::size_t num_slots = 0;
 
   Slots(const Context& context, const Epoch& epoch, const CombineCall& call, int owner)
       : base(context.window(owner) + context.layout().low_latency(epoch.ticket)),
         row_stride(plan::align_up(call.row_bytes, plan::MessageLayout::kAlignment)),
-        num_slots(static_cast<std::size_t>(call.in.handle->max_tokens_per_rank) * call.in.handle->num_topk) {}
+        topk(static_cast<std::size_t>(call.in.handle->num_topk)),
+        num_slots(call.in.handle->max_tokens_per_rank * topk) {}
 
   std::byte* row(std::size_t slot) const { return base + slot * row_stride; }
-  float& weight(std::size_t slot) const { return reinterpret_cast<float*>(base + num_slots * row_stride)[slot]; }
+  // All weights of the row in a slot: one for each selection.
+  float* weights(std::size_t slot) const {
+    return reinterpret_cast<float*>(base + num_slots * row_stride) + slot * topk;
+  }
 };
 
 class Sender {
@@ -34,6 +40,9 @@ class Sender {
 
   void send() {
     const RowOps& ops = row_ops();
+    Announcement mine;
+    mine.signature = call_.signature;
+    context_.announce(epoch_, mine);
     context_.workers().for_range(
         handle_.num_arrivals, kTokensPerPiece, call_.num_workers, [&](std::int64_t begin, std::int64_t end) {
           const std::int32_t* first_arrival = handle_.first_arrival.as<const std::int32_t>();
@@ -44,12 +53,8 @@ class Sender {
           }
           ops.flush();  // streamed rows come before the flag that publish() stores after the loop
         });
-    Announcement mine;
-    mine.signature = call_.signature;
-    for (int peer : active_) {
-      context_.announcement(peer, epoch_.number, context_.rank) = mine;
+    for (int peer : active_)
       context_.publish(peer, context_.words(peer, epoch_.number, context_.rank).arrived, epoch_, 1);
-    }
   }
 
  private:
@@ -60,13 +65,14 @@ class Sender {
     const std::size_t first = static_cast<std::size_t>(handle_.src_token.as<const std::int32_t>()[arrival]) * topk;
     const bool by_rank = handle_.layout == OutputLayout::kByRank;
     const Slots slots(context_, epoch_, call_, home);
-    bool row_sent = false;
+    const float* weights = call_.in.topk_weights.as<const float>();
     for (int k = topk - 1; k >= 0; --k) {
       if (row[k] < 0) continue;
-      if (call_.in.topk_weights.given())
-        slots.weight(first + k) = call_.in.topk_weights.as<const float>()[by_rank ? arrival * topk + k : row[k]];
-      if (call_.hidden == 0 || (by_rank && std::exchange(row_sent, true))) continue;
-      ops.copy(slots.row(first + k), call_.in.x.as<const std::byte>() + row[k] * call_.row_bytes, call_.row_bytes);
+      if (call_.hidden > 0)
+        ops.copy(slots.row(first + k), call_.in.x.as<const std::byte>() + row[k] * call_.row_bytes, call_.row_bytes);
+      if (weights != nullptr && !by_rank) slots.weights(first + k)[k] = weights[row[k]];
+      if (weights != nullptr && by_rank) std::copy_n(weights + arrival * topk, topk, slots.weights(first + k));
+      if (by_rank) return;
     }
   }
 
@@ -92,9 +98,8 @@ class Receiver final : public Ticket<CombineOutput>::Receiver {
     Epoch epoch = epoch_;
     epoch.deadline = Clock::now() + call_.timeout;  // the time between send and receive is the caller's
     for (int peer : active_) {
-      const std::uint32_t value =
-          context_->await(context_->words(context_->rank, epoch.number, peer).arrived, epoch, peer, 1);
-      context_->check_announcement(epoch, peer, call_.signature, value);
+      context_->await_announcement(epoch, peer, call_.signature);
+      context_->await(context_->words(context_->rank, epoch.number, peer).arrived, epoch, peer, 1);
     }
     CombineOutput out = sum();
     finished_ = true;
@@ -124,9 +129,11 @@ class Receiver final : public Ticket<CombineOutput>::Receiver {
             if (call_.hidden > 0)
               rows.sum(static_cast<int>(token), dst_rank.data(), row_of,
                        out.x.as<std::byte>() + token * static_cast<std::int64_t>(call_.row_bytes));
-            for (int k = 0; k < handle.num_topk && call_.in.topk_weights.given(); ++k)
-              out.topk_weights.as<float>()[first + k] = dst_rank[k] >= 0 ? slots.weight(first + k) : 0.0f;
+            const auto entry = [&](int row, int k) { return slots.weights(first + row)[k]; };
+            if (call_.in.topk_weights.given())
+              join_weights(call_.in, dst_rank.data(), entry, out.topk_weights.as<float>() + first);
           }
+          ops.flush();
         });
     return out;
   }

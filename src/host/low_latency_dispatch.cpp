@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "check.h"
 #include "host/operations.h"
 #include "host/rows_of_token.h"
 #include "plan/message.h"
@@ -38,16 +39,16 @@ class Sender {
     const DispatchCall& call = sent_.call;
     Context& context = *sent_.context;
     const RowOps& ops = row_ops();
+    Announcement mine;
+    mine.signature = call.signature;
+    context.announce(sent_.epoch, mine);
     context.workers().for_range(
         call.num_tokens, kTokensPerPiece, call.num_workers, [&](std::int64_t begin, std::int64_t end) {
           TokenReader reader(call, ops);
           for (std::int64_t token = begin; token < end; ++token) send_token(reader, static_cast<int>(token), ops);
           ops.flush();  // streamed rows come before the flag that publish() stores after the loop
         });
-    Announcement mine;
-    mine.signature = call.signature;
     for (int dst : sent_.active) {
-      context.announcement(dst, sent_.epoch.number, context.rank) = mine;
       const auto messages = static_cast<std::uint32_t>(routes_.tokens_to[dst]);
       context.publish(dst, context.words(dst, sent_.epoch.number, context.rank).arrived, sent_.epoch, messages);
     }
@@ -143,6 +144,10 @@ class Placer {
           if (const std::int32_t slot = slots_of(message(src, i))[k]; slot >= 0)
             ++counts_.rows_from[static_cast<std::size_t>(src) * num_slots_ + slot];
     rows_ = plan::make_row_plan(counts_);
+    const std::int64_t room = std::int64_t{context_.num_ranks} * call_.max_tokens_per_rank;
+    for (int slot = 0; slot < num_slots_ && call_.layout == OutputLayout::kPadded; ++slot)
+      require(rows_.slot_rows[slot] <= room, "kPadded: slot {} of rank {} would get {} rows, it has room for {}", slot,
+              context_.rank, rows_.slot_rows[slot], room);
   }
 
   // The row of each selection, in order (source rank, source token, selection) inside its slot.
@@ -257,9 +262,9 @@ class Receiver final : public Ticket<DispatchOutput>::Receiver {
     epoch.deadline = Clock::now() + sent_->call.timeout;  // the time between send and receive is the caller's
     std::vector<std::int32_t> messages_from(context.num_ranks, 0);
     for (int src : sent_->active) {
-      const std::uint32_t value = context.await(context.words(context.rank, epoch.number, src).arrived, epoch, src, 1);
-      context.check_announcement(epoch, src, sent_->call.signature, value);
-      messages_from[src] = static_cast<std::int32_t>(value);
+      context.await_announcement(epoch, src, sent_->call.signature);
+      messages_from[src] = static_cast<std::int32_t>(
+          context.await(context.words(context.rank, epoch.number, src).arrived, epoch, src, 1));
     }
     DispatchOutput out = Placer(*sent_, messages_from).place();
     finished_ = true;
@@ -283,8 +288,7 @@ Ticket<DispatchOutput> low_latency_dispatch(const std::shared_ptr<Context>& cont
             {}};
   plan::Routes routes = plan::make_routes(call.in.topk_idx, view_of(*call.placement, context->topology),
                                           context->num_ranks, call.placement->max_slots(), context->rank);
-  for (std::int32_t& rank : routes.rank)
-    if (rank >= 0 && std::find(sent.active.begin(), sent.active.end(), rank) == sent.active.end()) rank = -1;
+  plan::leave_out(routes, context->masked_ranks());
   sent.dst_rank = routes.rank;
   Sender(sent, routes).send();
   return Ticket<DispatchOutput>(std::make_unique<Receiver>(std::move(sent)));

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include "host/row_sum.h"
 
-#include <algorithm>
-
 namespace deep_ep::host {
 
 RowSum::RowSum(const CombineCall& call, const plan::Topology& topology, const RowOps& ops)
@@ -11,12 +9,9 @@ RowSum::RowSum(const CombineCall& call, const plan::Topology& topology, const Ro
       ops_(ops),
       one_row_per_rank_(call.in.handle->layout == OutputLayout::kByRank),
       steps_(call.in.handle->num_topk),
-      rows_(call.in.handle->num_topk),
-      sums_(std::make_unique<float[]>(3 * kPiece)),
-      of_rank_(sums_.get()),
-      of_node_(sums_.get() + kPiece),
-      of_all_(sums_.get() + 2 * kPiece),
-      rounded_(std::make_unique<std::byte[]>(kPiece * sizeof(float))) {}
+      lowest_(call.in.order.round_per_rank   ? of_rank_
+              : call.in.order.round_per_node ? of_node_
+                                             : of_all_) {}
 
 int RowSum::plan_steps(const std::int32_t* dst_rank) {
   return plan::make_sum_steps(
@@ -24,47 +19,60 @@ int RowSum::plan_steps(const std::int32_t* dst_rank) {
       steps_.data());
 }
 
-void RowSum::add(int token, int count, std::byte* out) {
-  const std::size_t item = item_bytes(call_.dtype);
-  const float* weights = call_.in.weights.given()
-                             ? call_.in.weights.as<const float>() + std::int64_t{token} * call_.in.handle->num_topk
-                             : nullptr;
-  for (std::int64_t first = 0; first < call_.hidden; first += kPiece) {
-    const std::int64_t n = std::min(kPiece, call_.hidden - first);
-    std::fill_n(sums_.get(), 3 * kPiece, 0.0f);
-    if (call_.in.order.bias_first) add_bias(of_all_, token, first, n);
-    for (int i = 0; i < count; ++i) {
-      const float weight = weights != nullptr ? weights[steps_[i].k] : 1.0f;
-      add_step(steps_[i], rows_[i] + first * item, weight, n);
-    }
-    if (!call_.in.order.bias_first) add_bias(of_all_, token, first, n);
-    ops_.round(out + first * item, of_all_, call_.dtype, n);
+void RowSum::clear(int token) {
+  token_ = token;
+  num_rounded_ = 0;
+  for (Level* level : {&of_rank_, &of_node_, &of_all_}) {
+    level->rows.clear();
+    level->weights.clear();
+  }
+  if (call_.in.order.bias_first) add_bias();
+}
+
+void RowSum::add(const plan::SumStep& step, const void* row) {
+  lowest_.rows.push_back(row);
+  if (call_.in.weights.given())
+    lowest_.weights.push_back(call_.in.weights.as<const float>()[token_ * call_.in.handle->num_topk + step.k]);
+  if (step.closes_rank) (call_.in.order.round_per_node ? of_node_ : of_all_).rows.push_back(close(of_rank_));
+  if (step.closes_node) of_all_.rows.push_back(close(of_node_));
+}
+
+void RowSum::add_bias() {
+  for (const TensorView& bias : call_.in.bias) {
+    if (!bias.given()) continue;
+    of_all_.rows.push_back(bias.as<const std::byte>() + token_ * static_cast<std::int64_t>(call_.row_bytes));
+    // A weight of 1 adds exactly: fma(1, bias, sum) rounds as sum + bias does.
+    if (&lowest_ == &of_all_ && call_.in.weights.given()) of_all_.weights.push_back(1.0f);
   }
 }
 
-void RowSum::add_step(const plan::SumStep& step, const void* row, float weight, std::int64_t n) {
-  const SumOrder& order = call_.in.order;
-  float* sum = order.round_per_rank ? of_rank_ : order.round_per_node ? of_node_ : of_all_;
-  if (call_.in.weights.given()) {
-    ops_.fma(sum, row, weight, call_.dtype, n);
-  } else {
-    ops_.add(sum, row, call_.dtype, n);
+// A complete sum is rounded to the rows' dtype, as if it had crossed a link, and is a row one level up. A single row is
+// its own sum.
+const void* RowSum::close(Level& level) {
+  const void* sum = level.rows.front();
+  if (level.rows.size() > 1 || !level.weights.empty()) {
+    if (num_rounded_ == rounded_.size()) rounded_.push_back(std::make_unique<std::byte[]>(call_.row_bytes));
+    sum = rounded_[num_rounded_].get();
+    sum_level(level, rounded_[num_rounded_++].get(), false);
   }
-  if (step.closes_rank) close(of_rank_, order.round_per_node ? of_node_ : of_all_, n);
-  if (step.closes_node) close(of_node_, of_all_, n);
+  level.rows.clear();
+  level.weights.clear();
+  return sum;
 }
 
-// A complete sum is rounded to the rows' dtype, as if it had crossed a link, and added one level up.
-void RowSum::close(float* sum, float* into, std::int64_t n) {
-  ops_.round(rounded_.get(), sum, call_.dtype, n);
-  ops_.add(into, rounded_.get(), call_.dtype, n);
-  std::fill_n(sum, n, 0.0f);
+void RowSum::sum_level(const Level& level, void* dst, bool stream) const {
+  ops_.sum({.rows = level.rows.data(),
+            .weights = level.weights.empty() ? nullptr : level.weights.data(),
+            .count = static_cast<int>(level.rows.size()),
+            .dtype = call_.dtype,
+            .n = call_.hidden,
+            .dst = dst,
+            .stream = stream});
 }
 
-void RowSum::add_bias(float* sum, int token, std::int64_t first, std::int64_t n) {
-  const std::size_t item = item_bytes(call_.dtype);
-  for (const TensorView& bias : call_.in.bias)
-    if (bias.given()) ops_.add(sum, bias.as<const std::byte>() + (token * call_.hidden + first) * item, call_.dtype, n);
+void RowSum::finish(void* out) {
+  if (!call_.in.order.bias_first) add_bias();
+  sum_level(of_all_, out, true);
 }
 
 }  // namespace deep_ep::host

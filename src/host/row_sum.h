@@ -12,7 +12,7 @@
 
 namespace deep_ep::host {
 
-/// One worker's adder. Sums are kept a piece of the row at a time, small enough for the nearest cache.
+/// One worker's adder. Results are streamed: RowOps::flush() before anybody else is told of them.
 class RowSum {
  public:
   RowSum(const CombineCall& call, const plan::Topology& topology, const RowOps& ops);
@@ -21,28 +21,36 @@ class RowSum {
   template <typename RowOf>
   void sum(int token, const std::int32_t* dst_rank, const RowOf& row_of, void* out) {
     const int count = plan_steps(dst_rank);
-    for (int i = 0; i < count; ++i) rows_[i] = row_of(steps_[i].k, steps_[i].rank);
-    add(token, count, static_cast<std::byte*>(out));
+    clear(token);
+    for (int i = 0; i < count; ++i) add(steps_[i], row_of(steps_[i].k, steps_[i].rank));
+    finish(out);
   }
 
  private:
-  static constexpr std::int64_t kPiece = 1024;  // elements: 4 KiB for each level's sum
+  // Rows that are added in turn and rounded once.
+  struct Level {
+    std::vector<const void*> rows;
+    std::vector<float> weights;  // used where the caller's rows enter and have weights
+  };
 
   int plan_steps(const std::int32_t* dst_rank);
-  void add(int token, int count, std::byte* out);
-  void add_step(const plan::SumStep& step, const void* row, float weight, std::int64_t n);
-  void close(float* sum, float* into, std::int64_t n);
-  void add_bias(float* sum, int token, std::int64_t first, std::int64_t n);
+  void clear(int token);
+  void add(const plan::SumStep& step, const void* row);
+  void add_bias();
+  const void* close(Level& level);
+  void sum_level(const Level& level, void* dst, bool stream) const;
+  void finish(void* out);
 
   const CombineCall& call_;
   const plan::Topology& topology_;
   const RowOps& ops_;
   const bool one_row_per_rank_;
+  std::int64_t token_ = 0;
   std::vector<plan::SumStep> steps_;
-  std::vector<const std::byte*> rows_;
-  std::unique_ptr<float[]> sums_;  // of the rank, of the node, of all: kPiece each
-  float *of_rank_, *of_node_, *of_all_;
-  std::unique_ptr<std::byte[]> rounded_;
+  Level of_rank_, of_node_, of_all_;
+  Level& lowest_;                                      // where the caller's rows enter
+  std::vector<std::unique_ptr<std::byte[]>> rounded_;  // complete sums of ranks and nodes
+  std::size_t num_rounded_ = 0;
 };
 
 }  // namespace deep_ep::host

@@ -35,6 +35,17 @@ struct DequantizeRow {
   DType dtype = DType::kFp32;
 };
 
+struct SumRows {
+  const void* const* rows = nullptr;  // [count], each [n] of a number type
+  const float* weights = nullptr;     // [count]; null: all rows count once
+  int count = 0;
+  DType dtype = DType::kBf16;
+  std::int64_t n = 0;
+  void* dst = nullptr;  // [n], same type
+  bool stream =
+      false;  // write past the caches where it pays: for results that are not read at once. flush() as after copy()
+};
+
 struct RowOps {
   const char* isa;  // as EP_HOST_ISA names it
 
@@ -51,6 +62,9 @@ struct RowOps {
   void (*add)(float* acc, const void* row, DType dtype, std::int64_t n);
   /// acc[i] = fma(weight, row[i], acc[i]), rounded once
   void (*fma)(float* acc, const void* row, float weight, DType dtype, std::int64_t n);
+  /// dst[i] = the sum of all rows[.][i], rounded once: from 0, each row in turn as add() or, with weights, as fma()
+  /// would. One pass over all rows, for when no sum in between is rounded.
+  void (*sum)(const SumRows& sum);
   /// dst[i] = acc[i], to nearest, ties to even
   void (*round)(void* dst, const float* acc, DType dtype, std::int64_t n);
   /// dst[i] = src[i], between number types, each value rounded at most once

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #include "plan/routing.h"
 
+#include <algorithm>
+
 namespace deep_ep::plan {
 
 Routes make_routes(const TensorView& topk_idx, const PlacementView& placement, int num_ranks, int max_slots,
@@ -37,6 +39,17 @@ Routes make_routes(const TensorView& topk_idx, const PlacementView& placement, i
     }
   }
   return routes;
+}
+
+void leave_out(Routes& routes, const std::vector<char>& left_out) {
+  for (std::size_t i = 0; i < routes.rank.size(); ++i)
+    if (routes.rank[i] >= 0 && left_out[routes.rank[i]])
+      routes.rank[i] = routes.slot[i] = routes.arrival[i] = routes.row[i] = -1;
+  for (int rank = 0; rank < routes.num_ranks; ++rank) {
+    if (!left_out[rank]) continue;
+    routes.tokens_to[rank] = 0;
+    std::fill_n(routes.rows_to_rank(rank), routes.max_slots, 0);
+  }
 }
 
 }  // namespace deep_ep::plan

@@ -31,6 +31,9 @@ struct Routes {
   const std::int32_t* rows_to_rank(int dst) const { return rows_to.data() + static_cast<std::size_t>(dst) * max_slots; }
 };
 
+/// Takes selections of ranks that are left out away again.
+void leave_out(Routes& routes, const std::vector<char>& left_out);
+
 /// Expert number of one selection, from i32 or i64 ids; negative: none.
 inline std::int64_t expert_id(const TensorView& topk_idx, std::int64_t at) {
   return topk_idx.dtype == DType::kI64 ? topk_idx.as<const std::int64_t>()[at] : topk_idx.as<const std::int32_t>()[at];

@@ -138,6 +138,31 @@ TEST(Rows, fma_rounds_once) {
   });
 }
 
+TEST(Rows, sum_is_the_chain_of_adds_or_fmas_rounded_once) {
+  for_each_case([](const RowOps& ops, DType dtype, std::int64_t n, const std::string& where) {
+    const Row a(dtype, n, 11), b(dtype, n, 12), c(dtype, n, 13);
+    const Row* const rows[] = {&a, &b, &c};
+    const float weights[] = {0.3f, -1.7f, 1.0f};
+    for (const int count : {0, 1, 2, 3}) {
+      for (const bool weighted : {false, true}) {
+        const Row got(dtype, n), want(dtype, n);
+        for (std::int64_t i = 0; i < n; ++i) {
+          float sum = 0.0f;
+          for (int r = 0; r < count; ++r)
+            sum = weighted ? std::fma(weights[r], (*rows[r])[i], sum) : sum + (*rows[r])[i];
+          set(want.data(), dtype, i, sum);
+        }
+        const void* const data[] = {a.data(), b.data(), c.data()};
+        for (const bool stream : {false, true}) {
+          ops.sum({data, weighted ? weights : nullptr, count, dtype, n, got.data(), stream});
+          ops.flush();
+          got.expect_equal(want, where + " rows " + std::to_string(count));
+        }
+      }
+    }
+  });
+}
+
 TEST(Rows, round_equals_the_conversion_of_each_element) {
   for_each_case([](const RowOps& ops, DType dtype, std::int64_t n, const std::string& where) {
     const Row acc(DType::kFp32, n, 5), got(dtype, n), want(dtype, n);

@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: MIT
+// What is exchanged: the shape, the routing and the rows, the same for every program of this folder. Everything follows
+// from the seed, so each rank knows the routing of all.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <nlohmann/json.hpp>
+#include <vector>
+
+#include "plan/number.h"
+
+namespace deep_ep::bench {
+
+struct Workload {
+  int num_ranks = 4;
+  int num_tokens = 4096;    // of each rank
+  int num_ll_tokens = 128;  // of each rank, in the low-latency calls
+  std::int64_t hidden = 7168;
+  int num_topk = 8;
+  int num_experts = 64;
+  int reps = 40;
+  int ll_reps = 200;
+  int warmup = 3;
+  std::uint64_t seed = 2026;
+
+  int slots() const { return num_experts / num_ranks; }
+  int rank_of(std::int64_t expert) const { return static_cast<int>(expert / slots()); }
+  std::int64_t row_bytes() const { return hidden * 2; }
+  std::int64_t num_scales() const { return (hidden + 127) / 128; }
+  std::int64_t fp8_row_bytes() const { return hidden + num_scales() * 4; }
+  std::int64_t meta_bytes() const { return num_topk * std::int64_t{8 + 4}; }  // ids and weights of one token
+};
+
+inline void add_options(CLI::App& app, Workload& work) {
+  app.add_option("--ranks", work.num_ranks, "ranks, each a process")->check(CLI::Range(1, 32))->capture_default_str();
+  app.add_option("--tokens", work.num_tokens, "tokens of each rank")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  app.add_option("--ll-tokens", work.num_ll_tokens, "tokens of each rank in low-latency calls")
+      ->check(CLI::Range(1, 1 << 16))
+      ->capture_default_str();
+  app.add_option("--hidden", work.hidden, "channels of a token, a multiple of 128")
+      ->check(CLI::Range(128, 65536))
+      ->capture_default_str();
+  app.add_option("--topk", work.num_topk, "experts of each token")->check(CLI::Range(1, 64))->capture_default_str();
+  app.add_option("--experts", work.num_experts, "experts in all, a multiple of the ranks")
+      ->check(CLI::Range(1, 4096))
+      ->capture_default_str();
+  app.add_option("--reps", work.reps, "measured repetitions of the large calls")
+      ->check(CLI::Range(1, 100000))
+      ->capture_default_str();
+  app.add_option("--ll-reps", work.ll_reps, "measured repetitions of the low-latency calls")
+      ->check(CLI::Range(1, 100000))
+      ->capture_default_str();
+  app.add_option("--warmup", work.warmup, "repetitions before the measured ones")
+      ->check(CLI::Range(0, 1000))
+      ->capture_default_str();
+  app.add_option("--seed", work.seed, "of routing and rows")->capture_default_str();
+}
+
+/// What is wrong with these values together; empty if nothing is.
+inline std::string complaint(const Workload& work) {
+  if (work.num_experts % work.num_ranks != 0) return "--experts must be a multiple of --ranks";
+  if (work.num_topk > work.num_experts) return "--topk must not exceed --experts";
+  if (work.hidden % 128 != 0) return "--hidden must be a multiple of 128";
+  return "";
+}
+
+inline nlohmann::json to_json(const Workload& work) {
+  return {{"ranks", work.num_ranks},
+          {"tokens", work.num_tokens},
+          {"ll_tokens", work.num_ll_tokens},
+          {"hidden", work.hidden},
+          {"topk", work.num_topk},
+          {"experts", work.num_experts},
+          {"reps", work.reps},
+          {"ll_reps", work.ll_reps},
+          {"warmup", work.warmup},
+          {"seed", work.seed},
+          {"routing", "uniform, distinct experts"}};
+}
+
+/// SplitMix64: small, and the same on every machine, which std's distributions are not.
+class Random {
+ public:
+  explicit Random(std::uint64_t seed) : state_(seed) {}
+  std::uint64_t next() {
+    std::uint64_t z = state_ += 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+  }
+  int below(int n) { return static_cast<int>((next() >> 32) * static_cast<std::uint64_t>(n) >> 32); }
+  float unit() { return static_cast<float>(next() >> 40) * 0x1p-24f; }
+
+ private:
+  std::uint64_t state_;
+};
+
+/// One rank's routing: for each token `num_topk` distinct experts, uniform.
+struct Routing {
+  std::vector<std::int64_t> topk_idx;  // [num_tokens, num_topk]
+  std::vector<float> topk_weights;     // likewise, each token's sum to about 1
+};
+
+inline Routing make_routing(const Workload& work, int rank, int num_tokens) {
+  Random random(work.seed * 1000003 + static_cast<std::uint64_t>(rank));
+  std::vector<int> experts(work.num_experts);
+  for (int e = 0; e < work.num_experts; ++e) experts[e] = e;
+  Routing routing;
+  for (int token = 0; token < num_tokens; ++token) {
+    for (int k = 0; k < work.num_topk; ++k) {
+      std::swap(experts[k], experts[k + random.below(work.num_experts - k)]);
+      routing.topk_idx.push_back(experts[k]);
+      routing.topk_weights.push_back((0.5f + random.unit()) / static_cast<float>(work.num_topk));
+    }
+  }
+  return routing;
+}
+
+/// rows[i][j]: distinct tokens from rank i to rank j; selections of all.
+struct Traffic {
+  std::vector<std::vector<std::int64_t>> rows;
+  std::int64_t num_selections = 0;
+
+  std::int64_t sent(int rank) const {
+    std::int64_t sum = 0;
+    for (const std::int64_t n : rows[rank]) sum += n;
+    return sum;
+  }
+  std::int64_t received(int rank) const {
+    std::int64_t sum = 0;
+    for (const auto& from : rows) sum += from[rank];
+    return sum;
+  }
+  std::int64_t all() const {
+    std::int64_t sum = 0;
+    for (std::size_t rank = 0; rank < rows.size(); ++rank) sum += sent(static_cast<int>(rank));
+    return sum;
+  }
+  std::int64_t most_received() const {
+    std::int64_t most = 0;
+    for (std::size_t rank = 0; rank < rows.size(); ++rank) most = std::max(most, received(static_cast<int>(rank)));
+    return most;
+  }
+};
+
+inline Traffic traffic_of(const Workload& work, int num_tokens) {
+  Traffic traffic;
+  for (int rank = 0; rank < work.num_ranks; ++rank) {
+    const Routing routing = make_routing(work, rank, num_tokens);
+    std::vector<std::int64_t> rows(work.num_ranks, 0);
+    for (int token = 0; token < num_tokens; ++token) {
+      std::vector<char> there(work.num_ranks, 0);
+      for (int k = 0; k < work.num_topk; ++k) {
+        char& seen = there[work.rank_of(routing.topk_idx[std::size_t(token) * work.num_topk + k])];
+        rows[work.rank_of(routing.topk_idx[std::size_t(token) * work.num_topk + k])] += seen == 0;
+        seen = 1;
+      }
+    }
+    traffic.num_selections += static_cast<std::int64_t>(routing.topk_idx.size());
+    traffic.rows.push_back(std::move(rows));
+  }
+  return traffic;
+}
+
+/// [num_rows, hidden] bf16 from -1 to 1, different for each rank.
+inline void fill_rows(const Workload& work, int rank, std::int64_t num_rows, std::uint16_t* rows) {
+  Random random(work.seed * 7919 + static_cast<std::uint64_t>(rank) + 1);
+  for (std::int64_t i = 0; i < num_rows * work.hidden; i += 2) {
+    const std::uint64_t bits = random.next();
+    rows[i] = plan::to_bf16(static_cast<float>(bits & 0xffffff) * 0x1p-23f - 1.0f);
+    rows[i + 1] = plan::to_bf16(static_cast<float>((bits >> 32) & 0xffffff) * 0x1p-23f - 1.0f);
+  }
+}
+
+}  // namespace deep_ep::bench

@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: MIT
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+#include <string_view>
+
+#include "calls.h"
+#include "deep_ep/gradient.h"
+#include "low_latency.h"
+#include "parts.h"
+#include "torch_tensor.h"
+
+namespace deep_ep::python {
+
+namespace {
+
+std::chrono::milliseconds milliseconds(double seconds) {
+  return std::chrono::milliseconds(static_cast<std::int64_t>(seconds * 1000));
+}
+
+BufferPtr open(const std::shared_ptr<Bootstrap>& group, const Config& config, int num_workers) {
+  Options options;
+  options.num_workers = num_workers;
+  nb::gil_scoped_release unlocked;
+  return Buffer::open(group, config, options);
+}
+
+// Where Python found the mistake: the peers' same call says so.
+void refuse(Buffer& buffer, std::string_view operation, const std::string& why) {
+  nb::gil_scoped_release unlocked;
+  for (const Operation each :
+       {Operation::kDispatch, Operation::kCombine, Operation::kLowLatencyDispatch, Operation::kLowLatencyCombine})
+    if (operation == name(each)) buffer.refuse(each, why);
+}
+
+// Arguments that cannot even be read are refused like those that the library rejects.
+template <typename Parse>
+auto parsed(Buffer& buffer, Operation operation, const Parse& parse) {
+  try {
+    return parse();
+  } catch (const std::exception& error) {
+    const std::string why = error.what();  // before the interpreter's lock goes: an error of Python lives there
+    nb::gil_scoped_release unlocked;
+    buffer.refuse(operation, why);
+    throw;
+  }
+}
+
+nb::tuple dispatch(Buffer& buffer, const nb::kwargs& keywords) {
+  const DispatchInput input = parsed(buffer, Operation::kDispatch, [&] { return dispatch_input(keywords); });
+  DispatchOutput output;
+  {
+    nb::gil_scoped_release unlocked;
+    output = buffer.dispatch(input);
+  }
+  return to_python(output);
+}
+
+nb::tuple combine(Buffer& buffer, const nb::kwargs& keywords) {
+  const CombineInput input = parsed(buffer, Operation::kCombine, [&] { return combine_input(keywords); });
+  CombineOutput output;
+  {
+    nb::gil_scoped_release unlocked;
+    output = buffer.combine(input);
+  }
+  return to_python(output, keywords.contains("out") ? nb::borrow(keywords["out"]) : nb::none());
+}
+
+// With prepared tensors for a caller who looks at the outputs before receive().
+nb::object low_latency_dispatch(const BufferPtr& buffer, bool prepare, const nb::kwargs& keywords) {
+  const DispatchInput input = parsed(*buffer, Operation::kLowLatencyDispatch, [&] { return dispatch_input(keywords); });
+  DispatchTicket ticket(buffer, input);
+  if (!prepare) return nb::cast(std::move(ticket));
+  nb::tuple tensors = ticket.prepare(input);
+  return nb::make_tuple(tensors, nb::cast(std::move(ticket)));
+}
+
+nb::tuple dispatch_layout(const Buffer& buffer, nb::handle topk_idx, int num_experts,
+                          const std::shared_ptr<Placement>& placement) {
+  const TensorView ids = view_of(topk_idx, "topk_idx");
+  DispatchLayout layout;
+  {
+    nb::gil_scoped_release unlocked;
+    layout = buffer.dispatch_layout(ids, num_experts, placement);
+  }
+  return nb::make_tuple(to_torch(layout.tokens_per_rank), to_torch(layout.tokens_per_node),
+                        to_torch(layout.tokens_per_expert), to_torch(layout.is_token_in_rank));
+}
+
+nb::tuple weighted_combine_gradient(Buffer& buffer, const std::shared_ptr<Handle>& handle, nb::handle grad_out,
+                                    nb::handle weights, nb::handle rows) {
+  const TensorView g = view_of(grad_out, "grad_out"), w = view_of(weights, "weights"), r = view_of(rows, "rows");
+  WeightedCombineGradient gradient;
+  {
+    nb::gil_scoped_release unlocked;
+    gradient = weighted_combine_backward(buffer, handle, g, w, r);
+  }
+  return nb::make_tuple(to_torch(gradient.rows), to_torch(gradient.weights));
+}
+
+nb::object allocate(Buffer& buffer, nb::handle like, const std::vector<std::int64_t>& shape) {
+  const DType dtype = view_of(like, "like").dtype;
+  if (shape.size() == 1) return to_torch(buffer.allocate(dtype, {shape[0]}));
+  if (shape.size() == 2) return to_torch(buffer.allocate(dtype, {shape[0], shape[1]}));
+  if (shape.size() == 3) return to_torch(buffer.allocate(dtype, {shape[0], shape[1], shape[2]}));
+  throw Error(ErrorCode::kInvalidArgument, "shape must have 1 to 3 dimensions: it has " + std::to_string(shape.size()));
+}
+
+nb::dict statistics(const Buffer& buffer) {
+  const Statistics s = buffer.statistics();
+  nb::list peers;
+  for (const Statistics::Peer& peer : s.peers) {
+    nb::dict each;
+    each["bytes_sent"] = peer.bytes_sent;
+    each["waits"] = peer.waits;
+    each["wait_ns_sum"] = peer.wait_ns_sum;
+    each["wait_ns_max"] = peer.wait_ns_max;
+    peers.append(each);
+  }
+  nb::dict result;
+  result["peers"] = peers;
+  result["rows_per_slot"] = s.rows_per_slot;
+  result["operations"] = s.operations;
+  result["refused"] = s.refused;
+  result["timeouts"] = s.timeouts;
+  result["copied_out_bytes"] = s.copied_out_bytes;
+  result["staged_bytes"] = s.staged_bytes;
+  result["arena_bytes_in_use"] = s.arena_bytes_in_use;
+  result["arena_bytes_high_water"] = s.arena_bytes_high_water;
+  return result;
+}
+
+void bind_config(nb::module_& m) {
+  nb::class_<LowLatencyCapacity>(m, "LowLatencyCapacity")
+      .def(nb::init<>())
+      .def_rw("max_tokens_per_rank", &LowLatencyCapacity::max_tokens_per_rank)
+      .def_rw("row_bytes", &LowLatencyCapacity::row_bytes)
+      .def_rw("num_topk", &LowLatencyCapacity::num_topk)
+      .def_rw("side_bytes", &LowLatencyCapacity::side_bytes);
+  nb::class_<Config>(m, "BufferConfig", "What all ranks of a buffer agree on.")
+      .def(nb::init<>())
+      .def_rw("max_experts", &Config::max_experts)
+      .def_rw("ranks_per_node", &Config::ranks_per_node)
+      .def_rw("low_latency", &Config::low_latency)
+      .def_rw("arena_bytes", &Config::arena_bytes)
+      .def_rw("num_tickets", &Config::num_tickets)
+      .def_prop_rw(
+          "timeout_secs", [](const Config& c) { return static_cast<double>(c.timeout.count()) / 1000; },
+          [](Config& c, double seconds) { c.timeout = milliseconds(seconds); })
+      .def_prop_rw(
+          "open_timeout_secs", [](const Config& c) { return static_cast<double>(c.open_timeout.count()) / 1000; },
+          [](Config& c, double seconds) { c.open_timeout = milliseconds(seconds); })
+      .def(
+          "plan", [](const Config& c, int num_ranks) { return c.plan(num_ranks).total_bytes; }, nb::arg("num_ranks"),
+          "Bytes of each rank's window.")
+      .def(
+          "describe_plan", [](const Config& c, int num_ranks) { return c.plan(num_ranks).to_string(); },
+          nb::arg("num_ranks"))
+      .def("__str__", &Config::to_string);
+  nb::class_<SumOrder>(m, "SumOrder", "The order in which combine adds.")
+      .def(
+          "__init__",
+          [](SumOrder* order, bool by_topk, bool round_per_rank, bool round_per_node, bool bias_first) {
+            new (order) SumOrder{by_topk ? SumOrder::Key::kTopK : SumOrder::Key::kRank, round_per_rank, round_per_node,
+                                 bias_first};
+          },
+          nb::arg("by_topk") = false, nb::arg("round_per_rank") = false, nb::arg("round_per_node") = false,
+          nb::arg("bias_first") = true);
+}
+
+}  // namespace
+
+void bind_buffer(nb::module_& m) {
+  bind_config(m);
+  nb::class_<Buffer>(m, "CoreBuffer", "One rank's end of a group that exchanges tokens.")
+      .def_static("open", &open, nb::arg("group"), nb::arg("config"), nb::arg("num_workers") = 0)
+      .def_prop_ro("rank", &Buffer::rank)
+      .def_prop_ro("num_ranks", &Buffer::num_ranks)
+      .def_prop_ro("num_nodes", &Buffer::num_nodes)
+      .def("node_of", &Buffer::node_of, nb::arg("rank"))
+      .def("dispatch_layout", &dispatch_layout, nb::arg("topk_idx"), nb::arg("num_experts"),
+           nb::arg("placement").none() = nb::none())
+      .def("dispatch", &dispatch)
+      .def("combine", &combine)
+      .def("low_latency_dispatch", &low_latency_dispatch)
+      .def("low_latency_combine",
+           [](const BufferPtr& buffer, const nb::kwargs& keywords) {
+             const CombineInput input =
+                 parsed(*buffer, Operation::kLowLatencyCombine, [&] { return combine_input(keywords); });
+             return CombineTicket(buffer, input, keywords);
+           })
+      .def("weighted_combine_gradient", &weighted_combine_gradient, nb::arg("handle"), nb::arg("grad_out"),
+           nb::arg("weights"), nb::arg("rows"))
+      .def("refuse", &refuse, nb::arg("operation"), nb::arg("why"))
+      .def("allocate", &allocate, nb::arg("like"), nb::arg("shape"))
+      .def(
+          "supports_low_latency",
+          [](const Buffer& buffer, std::int64_t hidden, std::int64_t max_tokens, int num_topk, int num_experts) {
+            CallShape shape{DType::kBf16, hidden, max_tokens, num_topk, num_experts, false, true};
+            return buffer.supports(shape).reason;
+          },
+          nb::arg("hidden"), nb::arg("max_tokens"), nb::arg("num_topk"), nb::arg("num_experts"),
+          "Empty where BF16 rows of this shape fit; else what stands in the way.")
+      .def("set_masked", &Buffer::set_masked, nb::arg("rank"), nb::arg("masked"))
+      .def("masked", &Buffer::masked, nb::arg("rank"))
+      .def("statistics", &statistics)
+      .def("reset_statistics", &Buffer::reset_statistics)
+      .def("close", [](Buffer& buffer) {
+        nb::gil_scoped_release unlocked;
+        buffer.close();
+      });
+}
+
+}  // namespace deep_ep::python

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: MIT
+#include "calls.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+
+#include <string_view>
+#include <utility>
+
+#include "torch_tensor.h"
+
+namespace deep_ep::python {
+
+namespace {
+
+std::chrono::milliseconds milliseconds(nb::handle seconds) {
+  return std::chrono::milliseconds(static_cast<std::int64_t>(nb::cast<double>(seconds) * 1000));
+}
+
+template <typename T>
+std::shared_ptr<const T> shared(nb::handle object) {
+  return object.is_none() ? nullptr : std::shared_ptr<const T>(nb::cast<std::shared_ptr<T>>(object));
+}
+
+bool set_tensor(DispatchInput& in, std::string_view key, nb::handle value) {
+  if (key == "x") {
+    in.x = view_of(value, "x");
+  } else if (key == "scales") {
+    in.scales = view_of(value, "scales");
+  } else if (key == "topk_idx") {
+    in.topk_idx = view_of(value, "topk_idx");
+  } else if (key == "topk_weights") {
+    in.topk_weights = view_of(value, "topk_weights");
+  } else if (key == "side") {
+    for (nb::handle each : value) in.side.push_back(view_of(each, "side"));
+  } else {
+    return false;
+  }
+  return true;
+}
+
+bool set_number(DispatchInput& in, std::string_view key, nb::handle value) {
+  if (key == "num_experts") {
+    in.num_experts = nb::cast<int>(value);
+  } else if (key == "expert_alignment") {
+    in.expert_alignment = nb::cast<int>(value);
+  } else if (key == "max_tokens_per_rank") {
+    in.max_tokens_per_rank = nb::cast<int>(value);
+  } else if (key == "max_rows") {
+    in.max_rows = nb::cast<std::int64_t>(value);
+  } else if (key == "timeout_secs") {
+    in.timeout = milliseconds(value);
+  } else if (key == "num_workers") {
+    in.num_workers = nb::cast<int>(value);
+  } else {
+    return false;
+  }
+  return true;
+}
+
+bool set_choice(DispatchInput& in, std::string_view key, nb::handle value) {
+  if (key == "placement") {
+    in.placement = shared<Placement>(value);
+  } else if (key == "handle") {
+    in.handle = shared<Handle>(value);
+  } else if (key == "layout") {
+    in.layout = nb::cast<OutputLayout>(value);
+  } else if (key == "column_major_scales") {
+    in.scale_order = nb::cast<bool>(value) ? ScaleOrder::kColumnMajor : ScaleOrder::kRowMajor;
+  } else if (key == "mask_topk_weights") {
+    in.mask_topk_weights = nb::cast<bool>(value);
+  } else if (key == "fp8") {  // None, or (round_scale, ue8m0)
+    if (value.is_none()) return true;
+    const auto [round_scale, ue8m0] = nb::cast<std::pair<bool, bool>>(value);
+    in.fp8 = Fp8Options{round_scale, ue8m0};
+  } else {
+    return false;
+  }
+  return true;
+}
+
+bool set_tensor(CombineInput& in, std::string_view key, nb::handle value) {
+  if (key == "x") {
+    in.x = view_of(value, "x");
+  } else if (key == "topk_weights") {
+    in.topk_weights = view_of(value, "topk_weights");
+  } else if (key == "weights") {
+    in.weights = view_of(value, "weights");
+  } else if (key == "bias_0") {
+    in.bias[0] = view_of(value, "bias_0");
+  } else if (key == "bias_1") {
+    in.bias[1] = view_of(value, "bias_1");
+  } else if (key == "out") {
+    in.out = view_of(value, "out");
+  } else {
+    return false;
+  }
+  return true;
+}
+
+bool set_choice(CombineInput& in, std::string_view key, nb::handle value) {
+  if (key == "handle") {
+    in.handle = shared<Handle>(value);
+  } else if (key == "weights_from_owner") {
+    in.weights_home = nb::cast<bool>(value) ? WeightsHome::kFromOwner : WeightsHome::kSumOverRanks;
+  } else if (key == "order") {
+    in.order = nb::cast<SumOrder>(value);
+  } else if (key == "timeout_secs") {
+    in.timeout = milliseconds(value);
+  } else if (key == "num_workers") {
+    in.num_workers = nb::cast<int>(value);
+  } else {
+    return false;
+  }
+  return true;
+}
+
+[[noreturn]] void unknown(std::string_view key) {
+  throw nb::type_error(("unexpected keyword argument '" + std::string(key) + "'").c_str());
+}
+
+}  // namespace
+
+DispatchInput dispatch_input(const nb::kwargs& keywords) {
+  DispatchInput in;
+  for (auto [name, value] : keywords) {
+    const std::string_view key = nb::borrow<nb::str>(name).c_str();
+    if (!set_tensor(in, key, value) && !set_number(in, key, value) && !set_choice(in, key, value)) unknown(key);
+  }
+  return in;
+}
+
+CombineInput combine_input(const nb::kwargs& keywords) {
+  CombineInput in;
+  for (auto [name, value] : keywords) {
+    const std::string_view key = nb::borrow<nb::str>(name).c_str();
+    if (!set_tensor(in, key, value) && !set_choice(in, key, value)) unknown(key);
+  }
+  return in;
+}
+
+nb::tuple to_python(const DispatchOutput& output) {
+  nb::list side;
+  for (const Tensor& each : output.side) side.append(to_torch(each));
+  return nb::make_tuple(to_torch(output.x), to_torch(output.scales), to_torch(output.topk_idx),
+                        to_torch(output.topk_weights), side, nb::cast(std::const_pointer_cast<Handle>(output.handle)));
+}
+
+nb::tuple to_python(const CombineOutput& output, const nb::object& out) {
+  return nb::make_tuple(out.is_none() ? to_torch(output.x) : out, to_torch(output.topk_weights));
+}
+
+}  // namespace deep_ep::python

@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: MIT
+// Handle: what a dispatch made. Readable, and turned into tensors and back, to be saved or to pass through autograd.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <array>
+#include <string>
+
+#include "deep_ep/error.h"
+#include "handles.h"
+#include "parts.h"
+#include "torch_tensor.h"
+
+namespace deep_ep::python {
+
+namespace {
+
+constexpr std::array kTensors{&Handle::dst_rank,      &Handle::dst_row,        &Handle::dst_arrival,
+                              &Handle::first_arrival, &Handle::src_token,      &Handle::arrival_row,
+                              &Handle::slot_rows,     &Handle::slot_first_row, &Handle::tokens_between};
+
+// Saved form: numbers, placement, then kTensors; what is not given is an empty vector.
+constexpr std::int64_t kSavedVersion = 1;
+constexpr std::size_t kNumNumbers = 13;
+
+Tensor numbers_of(const Handle& h) {
+  Tensor tensor = Tensor::allocate(DType::kI64, {kNumNumbers});
+  const std::array<std::int64_t, kNumNumbers> numbers{
+      kSavedVersion,         static_cast<std::int64_t>(h.layout),
+      h.num_ranks,           h.num_topk,
+      h.num_experts,         h.expert_alignment,
+      h.max_tokens_per_rank, h.low_latency,
+      h.topk_idx_64,         static_cast<std::int64_t>(h.placement->policy()),
+      h.num_tokens,          h.num_rows,
+      h.num_arrivals};
+  std::copy(numbers.begin(), numbers.end(), tensor.as<std::int64_t>());
+  return tensor;
+}
+
+// For each rank how many experts it hosts, then which.
+Tensor placement_of(const Placement& placement) {
+  std::vector<std::int32_t> words;
+  for (int rank = 0; rank < placement.num_ranks(); ++rank) {
+    words.push_back(placement.num_slots(rank));
+    for (int slot = 0; slot < placement.num_slots(rank); ++slot) words.push_back(placement.expert_at(rank, slot));
+  }
+  Tensor tensor = Tensor::allocate(DType::kI32, {static_cast<std::int64_t>(words.size())});
+  std::copy(words.begin(), words.end(), tensor.as<std::int32_t>());
+  return tensor;
+}
+
+std::shared_ptr<const Placement> placement_from(const TensorView& saved, const Handle& h, Placement::Policy policy) {
+  std::vector<std::vector<int>> hosted(h.num_ranks);
+  const auto* word = saved.as<const std::int32_t>();
+  for (auto& experts : hosted) {
+    const int count = *word++;
+    experts.assign(word, word + count);
+    word += count;
+  }
+  return Placement::from_lists(hosted, h.num_experts, policy);
+}
+
+nb::list save(const Handle& h) {
+  nb::list saved;
+  saved.append(to_torch(numbers_of(h)));
+  saved.append(to_torch(placement_of(*h.placement)));
+  for (const auto field : kTensors)
+    saved.append(to_torch((h.*field).given() ? copy_of(h.*field) : Tensor::allocate(DType::kI32, {0})));
+  return saved;
+}
+
+std::shared_ptr<Handle> restore(const nb::sequence& saved) {
+  const std::size_t expected = 2 + kTensors.size();
+  if (nb::len(saved) != expected)
+    throw Error(ErrorCode::kInvalidArgument, "tensors of a saved handle: " + std::to_string(nb::len(saved)) +
+                                                 " are given, " + std::to_string(expected) + " are expected");
+  const TensorView numbers = view_of(saved[0], "numbers of a saved handle");
+  if (numbers.dtype != DType::kI64 || numbers.numel() != kNumNumbers ||
+      numbers.as<const std::int64_t>()[0] != kSavedVersion)
+    throw Error(ErrorCode::kInvalidArgument, "this is no saved handle: its numbers are " + describe(numbers));
+  const std::int64_t* n = numbers.as<const std::int64_t>();
+  auto h = std::make_shared<Handle>();
+  h->layout = static_cast<OutputLayout>(n[1]);
+  h->num_ranks = static_cast<int>(n[2]);
+  h->num_topk = static_cast<int>(n[3]);
+  h->num_experts = static_cast<int>(n[4]);
+  h->expert_alignment = static_cast<int>(n[5]);
+  h->max_tokens_per_rank = static_cast<int>(n[6]);
+  h->low_latency = n[7] != 0;
+  h->topk_idx_64 = n[8] != 0;
+  h->num_tokens = n[10];
+  h->num_rows = n[11];
+  h->num_arrivals = n[12];
+  h->placement =
+      placement_from(view_of(saved[1], "placement of a saved handle"), *h, static_cast<Placement::Policy>(n[9]));
+  for (std::size_t i = 0; i < kTensors.size(); ++i) {
+    const TensorView view = view_of(saved[2 + i], "tensor of a saved handle");
+    // A matrix of no rows is a tensor that is there; "not given" was saved as a vector.
+    if (view.ndim > 1 || view.numel() > 0) (*h).*kTensors[i] = copy_of(view);
+  }
+  return h;
+}
+
+// The same routes for an output of so many rows: a bounded dispatch whose caller kept the valid rows only.
+std::shared_ptr<Handle> with_rows(const Handle& handle, std::int64_t num_rows) {
+  auto copy = std::make_shared<Handle>(handle);
+  copy->num_rows = num_rows;
+  if (copy->layout == OutputLayout::kByRank) copy->num_arrivals = num_rows;
+  return copy;
+}
+
+std::vector<std::int64_t> aligned_counts(const Handle& handle) {
+  std::vector<std::int64_t> counts;
+  const std::int32_t* first = handle.slot_first_row.as<const std::int32_t>();
+  for (std::int64_t slot = 0; slot < handle.slot_rows.numel(); ++slot) counts.push_back(first[slot + 1] - first[slot]);
+  return counts;
+}
+
+}  // namespace
+
+void bind_handle(nb::module_& m) {
+  nb::enum_<OutputLayout>(m, "OutputLayout")
+      .value("by_rank", OutputLayout::kByRank)
+      .value("by_expert", OutputLayout::kByExpert)
+      .value("padded", OutputLayout::kPadded);
+  nb::class_<Handle>(m, "Handle", "What one dispatch made that combine and cached dispatches need.")
+      .def_ro("layout", &Handle::layout)
+      .def_ro("num_ranks", &Handle::num_ranks)
+      .def_ro("num_topk", &Handle::num_topk)
+      .def_ro("num_experts", &Handle::num_experts)
+      .def_ro("expert_alignment", &Handle::expert_alignment)
+      .def_ro("max_tokens_per_rank", &Handle::max_tokens_per_rank)
+      .def_ro("low_latency", &Handle::low_latency)
+      .def_ro("num_tokens", &Handle::num_tokens)
+      .def_ro("num_rows", &Handle::num_rows)
+      .def_ro("num_arrivals", &Handle::num_arrivals)
+      .def_prop_ro("num_slots", [](const Handle& h) { return h.slot_rows.numel(); })
+      .def_prop_ro("first_arrival", [](const Handle& h) { return to_torch(copy_of(h.first_arrival)); })
+      .def_prop_ro("slot_rows", [](const Handle& h) { return to_torch(copy_of(h.slot_rows)); })
+      .def_prop_ro("slot_first_row", [](const Handle& h) { return to_torch(copy_of(h.slot_first_row)); })
+      .def_prop_ro("src_token", [](const Handle& h) { return to_torch(h.src_token); })
+      .def("aligned_counts", &aligned_counts, "Rows of each hosted expert, each rounded up to expert_alignment.")
+      .def("with_rows", &with_rows, nb::arg("num_rows"))
+      .def("save", &save, "As a list of tensors, for Handle.restore.")
+      .def_static("restore", &restore, nb::arg("tensors"));
+  m.def(
+      "handle_of",
+      [](nb::handle tensor) -> nb::object {
+        if (tensor.is_none()) return nb::none();
+        const auto* data = reinterpret_cast<const void*>(nb::cast<std::uintptr_t>(tensor.attr("data_ptr")()));
+        const HandlePtr found = handle_at(data);
+        return found ? nb::cast(std::const_pointer_cast<Handle>(found)) : nb::none();
+      },
+      nb::arg("tensor").none(), "The handle that a tensor of a handle tuple stands for, or None.");
+}
+
+}  // namespace deep_ep::python

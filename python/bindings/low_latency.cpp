@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: MIT
+#include "low_latency.h"
+
+#include <nanobind/stl/shared_ptr.h>
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "deep_ep/error.h"
+#include "handles.h"
+#include "parts.h"
+#include "torch_tensor.h"
+
+namespace deep_ep::python {
+
+// The small ones, which are made for every call.
+struct SlotTables {
+  Tensor count;            // i32 [slots]: rows of each expert
+  Tensor src_info;         // i32 [slots, rows of a slot]: token on its source rank
+  KeyTensor layout_range;  // i64 [slots, num_ranks]: (first row << 32) | rows of that source
+
+  SlotTables(std::int64_t slots, std::int64_t slot_rows, int num_ranks)
+      : count(filled({slots}, 0)),
+        src_info(filled({slots, slot_rows}, -1)),
+        layout_range(DType::kI64, {slots, num_ranks}) {
+    std::fill_n(layout_range.tensor().as<std::int64_t>(), slots * num_ranks, 0);
+  }
+
+  void fill(const HandlePtr& handle) {
+    const Handle& h = *handle;
+    const std::int64_t slot_rows = std::int64_t{h.num_ranks} * h.max_tokens_per_rank;
+    std::copy_n(h.slot_rows.as<const std::int32_t>(), count.numel(), count.as<std::int32_t>());
+    const auto* first = h.first_arrival.as<const std::int32_t>();
+    const auto* rows = h.arrival_row.as<const std::int32_t>();
+    const auto* tokens = h.src_token.as<const std::int32_t>();
+    auto* range = layout_range.tensor().as<std::int64_t>();
+    for (int src = 0; src < h.num_ranks; ++src)
+      for (std::int64_t i = std::int64_t{first[src]} * h.num_topk; i < std::int64_t{first[src + 1]} * h.num_topk; ++i) {
+        const std::int64_t row = rows[i];
+        if (row < 0) continue;
+        src_info.as<std::int32_t>()[row] = tokens[i / h.num_topk];
+        std::int64_t& block = range[row / slot_rows * h.num_ranks + src];
+        if (block == 0) block = row % slot_rows << 32;  // rows of a source are contiguous and come in order
+        ++block;
+      }
+    layout_range.set(handle);
+  }
+};
+
+struct PaddedTensors {
+  Tensor x, scales;
+  SlotTables tables;
+};
+
+namespace {
+
+std::vector<Statistics::Peer> peers_of(const Buffer& buffer, const nb::object& wanted) {
+  return wanted.is_none() ? std::vector<Statistics::Peer>{} : buffer.statistics().peers;
+}
+
+// Adds the time that this rank waited for each other one since `before`, in nanoseconds.
+void add_waits(const Buffer& buffer, const std::vector<Statistics::Peer>& before, const nb::object& stats) {
+  if (stats.is_none()) return;
+  const TensorView view = view_of(stats, "wait_recv_cost_stats");
+  const auto after = buffer.statistics().peers;
+  for (std::size_t i = 0; i < after.size(); ++i)
+    view.as<std::int64_t>()[i] += static_cast<std::int64_t>(after[i].wait_ns_sum - before[i].wait_ns_sum);
+}
+
+void add_counts(const Handle& handle, const nb::object& stats) {
+  if (stats.is_none()) return;
+  const TensorView view = view_of(stats, "cumulative_local_expert_recv_stats");
+  for (std::int64_t slot = 0; slot < handle.slot_rows.numel(); ++slot)
+    view.as<std::int32_t>()[slot] += handle.slot_rows.as<const std::int32_t>()[slot];
+}
+
+// The arena's pages are warm; ordinary memory serves where it is full.
+Tensor room_for(Buffer& buffer, DType dtype, std::initializer_list<std::int64_t> shape) {
+  try {
+    return buffer.allocate(dtype, shape);
+  } catch (const Error&) {
+    return Tensor::allocate(dtype, shape);
+  }
+}
+
+// [slots, rows, width] with strides (width * rows, 1, rows).
+Tensor column_major(Tensor tensor) {
+  std::swap(tensor.shape[1], tensor.shape[2]);
+  std::swap(tensor.strides[1], tensor.strides[2]);
+  return tensor;
+}
+
+// Valid rows of `from` to the same place in `to`, which has the same shape.
+void copy_valid_rows(const DispatchOutput& from, PaddedTensors& to) {
+  const Handle& h = *from.handle;
+  const std::int64_t slot_rows = std::int64_t{h.num_ranks} * h.max_tokens_per_rank;
+  const std::size_t row_bytes = static_cast<std::size_t>(from.x.size(2)) * item_bytes(from.x.dtype);
+  for (std::int64_t slot = 0; slot < h.slot_rows.numel(); ++slot) {
+    const auto rows = static_cast<std::size_t>(h.slot_rows.as<const std::int32_t>()[slot]);
+    const std::size_t at = static_cast<std::size_t>(slot * slot_rows) * row_bytes;
+    std::memcpy(to.x.as<std::byte>() + at, from.x.as<const std::byte>() + at, rows * row_bytes);
+    for (std::int64_t i = 0; from.scales.given() && i < from.scales.size(2); ++i) {
+      const std::int64_t column = slot * to.scales.strides[0] + i * to.scales.strides[2];
+      std::memcpy(to.scales.as<std::int32_t>() + column, from.scales.as<const std::int32_t>() + column, rows * 4);
+    }
+  }
+}
+
+}  // namespace
+
+DispatchTicket::DispatchTicket(BufferPtr buffer, const DispatchInput& input) : buffer_(std::move(buffer)) {
+  nb::gil_scoped_release unlocked;
+  ticket_ = buffer_->low_latency_dispatch(input);
+}
+DispatchTicket::~DispatchTicket() = default;
+DispatchTicket::DispatchTicket(DispatchTicket&&) noexcept = default;
+
+void DispatchTicket::send_again(const nb::kwargs& keywords) {
+  const DispatchInput input = dispatch_input(keywords);
+  nb::gil_scoped_release unlocked;
+  ticket_ = buffer_->low_latency_dispatch(input);
+}
+
+nb::tuple DispatchTicket::prepare(const DispatchInput& in) {
+  const int ranks = buffer_->num_ranks();
+  const auto placement = in.placement ? in.placement : Placement::even(in.num_experts, ranks);
+  const std::int64_t slots = placement->num_slots(buffer_->rank()), rows = std::int64_t{ranks} * in.max_tokens_per_rank;
+  const std::int64_t hidden = in.x.size(1);
+  Tensor scales;
+  if (in.fp8) {
+    const std::int64_t channels = in.fp8->ue8m0 ? 512 : 128;
+    scales = column_major(room_for(*buffer_, in.fp8->ue8m0 ? DType::kI32 : DType::kFp32,
+                                   {slots, (hidden + channels - 1) / channels, rows}));
+  }
+  prepared_ = std::make_unique<PaddedTensors>(
+      PaddedTensors{room_for(*buffer_, in.fp8 ? DType::kFp8E4m3 : in.x.dtype, {slots, rows, hidden}), scales,
+                    SlotTables(slots, rows, ranks)});
+  const SlotTables& tables = prepared_->tables;
+  return nb::make_tuple(to_torch(prepared_->x), to_torch(prepared_->scales), to_torch(tables.count),
+                        to_torch(tables.src_info), to_torch(tables.layout_range.tensor()));
+}
+
+DispatchOutput DispatchTicket::wait(const nb::object& wait_stats, const nb::object& count_stats) {
+  const auto before = peers_of(*buffer_, wait_stats);
+  DispatchOutput out;
+  {
+    nb::gil_scoped_release unlocked;
+    out = ticket_.receive();
+    if (prepared_) {
+      copy_valid_rows(out, *prepared_);
+      prepared_->tables.fill(out.handle);
+    }
+  }
+  add_waits(*buffer_, before, wait_stats);
+  add_counts(*out.handle, count_stats);
+  return out;
+}
+
+nb::object DispatchTicket::receive(nb::object wait_stats, nb::object count_stats) {
+  const DispatchOutput out = wait(wait_stats, count_stats);
+  if (prepared_) return nb::cast(std::const_pointer_cast<Handle>(out.handle));
+  return to_python(out);
+}
+
+nb::tuple DispatchTicket::receive_padded(nb::object wait_stats, nb::object count_stats) {
+  const DispatchOutput out = wait(wait_stats, count_stats);
+  const Handle& h = *out.handle;
+  SlotTables tables(h.slot_rows.numel(), std::int64_t{h.num_ranks} * h.max_tokens_per_rank, h.num_ranks);
+  tables.fill(out.handle);
+  return nb::make_tuple(to_torch(out.x), to_torch(out.scales), to_torch(tables.count), to_torch(tables.src_info),
+                        to_torch(tables.layout_range.tensor()), nb::cast(std::const_pointer_cast<Handle>(out.handle)));
+}
+
+CombineTicket::CombineTicket(BufferPtr buffer, const CombineInput& input, const nb::kwargs& keywords)
+    : buffer_(std::move(buffer)), kept_(keywords), out_(nb::none()) {
+  if (keywords.contains("out")) out_ = nb::borrow(keywords["out"]);
+  nb::gil_scoped_release unlocked;
+  ticket_ = buffer_->low_latency_combine(input);
+}
+
+void CombineTicket::send_again() {
+  const CombineInput input = combine_input(nb::borrow<nb::kwargs>(kept_));
+  nb::gil_scoped_release unlocked;
+  ticket_ = buffer_->low_latency_combine(input);
+}
+
+nb::tuple CombineTicket::receive(nb::object wait_stats) {
+  const auto before = peers_of(*buffer_, wait_stats);
+  CombineOutput out;
+  {
+    nb::gil_scoped_release unlocked;
+    out = ticket_.receive();
+  }
+  add_waits(*buffer_, before, wait_stats);
+  nb::tuple result = to_python(out, out_);
+  kept_.clear();
+  return result;
+}
+
+void bind_low_latency(nb::module_& m) {
+  nb::class_<DispatchTicket>(m, "DispatchTicket", "A low-latency dispatch on its way.")
+      .def("receive", &DispatchTicket::receive, nb::arg("wait_stats").none() = nb::none(),
+           nb::arg("count_stats").none() = nb::none())
+      .def("send_again", &DispatchTicket::send_again)
+      .def("receive_padded", &DispatchTicket::receive_padded, nb::arg("wait_stats").none() = nb::none(),
+           nb::arg("count_stats").none() = nb::none());
+  nb::class_<CombineTicket>(m, "CombineTicket", "A low-latency combine on its way.")
+      .def("send_again", &CombineTicket::send_again)
+      .def("receive", &CombineTicket::receive, nb::arg("wait_stats").none() = nb::none());
+}
+
+}  // namespace deep_ep::python

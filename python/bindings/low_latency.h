@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: MIT
+// Low-latency operations that are on their way, as Python holds them.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <memory>
+
+#include "calls.h"
+
+namespace deep_ep::python {
+
+/// The outputs that DeepEP's low_latency_dispatch gives out before its hook has run.
+struct PaddedTensors;
+
+/// A low-latency dispatch between its two halves.
+class DispatchTicket {
+ public:
+  DispatchTicket(BufferPtr buffer, const DispatchInput& input);
+  ~DispatchTicket();
+  DispatchTicket(DispatchTicket&&) noexcept;
+
+  /// (x, scales, count, src_info, layout_range), whose contents are there once receive() has run.
+  nanobind::tuple prepare(const DispatchInput& input);
+
+  /// Sends once more, after receive() gave up on a rank that is masked now.
+  void send_again(const nanobind::kwargs& keywords);
+
+  /// Waits and finishes. With prepared tensors: fills them and returns the handle. Else: as Buffer.dispatch.
+  nanobind::object receive(nanobind::object wait_stats, nanobind::object count_stats);
+
+  /// As receive() without prepared tensors, in the form of prepare(), with the handle as last entry.
+  nanobind::tuple receive_padded(nanobind::object wait_stats, nanobind::object count_stats);
+
+ private:
+  DispatchOutput wait(const nanobind::object& wait_stats, const nanobind::object& count_stats);
+
+  BufferPtr buffer_;
+  Ticket<DispatchOutput> ticket_;
+  std::unique_ptr<PaddedTensors> prepared_;
+};
+
+/// A low-latency combine between its two halves.
+class CombineTicket {
+ public:
+  CombineTicket(BufferPtr buffer, const CombineInput& input, const nanobind::kwargs& keywords);
+
+  nanobind::tuple receive(nanobind::object wait_stats);
+
+  /// Sends once more, after receive() gave up on a rank that is masked now.
+  void send_again();
+
+ private:
+  BufferPtr buffer_;
+  nanobind::dict kept_;  // weights, bias and out are used until the end
+  nanobind::object out_;
+  Ticket<CombineOutput> ticket_;
+};
+
+}  // namespace deep_ep::python

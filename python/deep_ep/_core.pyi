@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: MIT
+import enum
+from collections.abc import Sequence
+from typing import Optional
+
+__version__: str
+
+
+class Error(RuntimeError):
+    """The only exception type that the library raises on purpose."""
+
+    code: "ErrorCode"
+    wait: Optional["WaitRecord"]
+
+
+def use_torch(from_dlpack: object, dtypes: dict) -> None: ...
+
+class ErrorCode(enum.Enum):
+    """What the caller can do about an error."""
+
+    invalid_argument = 1
+
+    unsupported = 2
+
+    system = 3
+
+    timeout = 4
+
+class WaitRecord:
+    """One wait that ended at its deadline."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def phase(self) -> str: ...
+
+    @property
+    def peer(self) -> int: ...
+
+    @property
+    def epoch(self) -> int: ...
+
+    @property
+    def expected(self) -> int: ...
+
+    @property
+    def seen(self) -> int: ...
+
+    @property
+    def peer_gone(self) -> bool: ...
+
+class Group:
+    """Ranks that can exchange small blobs while a Buffer opens."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def num_ranks(self) -> int: ...
+
+    def all_gather(self, mine: bytes, timeout_secs: float = 60.0) -> list: ...
+
+def in_process_group(num_ranks: int) -> list[Group]: ...
+
+def callback_group(rank: int, num_ranks: int, all_gather: object) -> Group: ...
+
+def tcp_group_from_environment() -> Group:
+    """
+    Meets the ranks that MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE name.
+    """
+
+class Placement:
+    """Which ranks host which experts."""
+
+    @staticmethod
+    def even(num_experts: int, num_ranks: int) -> Placement: ...
+
+    @staticmethod
+    def from_lists(hosted: Sequence[Sequence[int]], num_experts: int, local_first: bool = False) -> Placement: ...
+
+    @property
+    def num_experts(self) -> int: ...
+
+    @property
+    def num_ranks(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> int: ...
+
+    def num_slots(self, rank: int) -> int: ...
+
+    def expert_at(self, rank: int, slot: int) -> int: ...
+
+class OutputLayout(enum.Enum):
+    by_rank = 0
+
+    by_expert = 1
+
+    padded = 2
+
+class Handle:
+    """What one dispatch made that combine and cached dispatches need."""
+
+    @property
+    def layout(self) -> OutputLayout: ...
+
+    @property
+    def num_ranks(self) -> int: ...
+
+    @property
+    def num_topk(self) -> int: ...
+
+    @property
+    def num_experts(self) -> int: ...
+
+    @property
+    def expert_alignment(self) -> int: ...
+
+    @property
+    def max_tokens_per_rank(self) -> int: ...
+
+    @property
+    def low_latency(self) -> bool: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def num_arrivals(self) -> int: ...
+
+    @property
+    def num_slots(self) -> int: ...
+
+    @property
+    def first_arrival(self) -> object: ...
+
+    @property
+    def slot_rows(self) -> object: ...
+
+    @property
+    def slot_first_row(self) -> object: ...
+
+    @property
+    def src_token(self) -> object: ...
+
+    def aligned_counts(self) -> list[int]:
+        """Rows of each hosted expert, each rounded up to expert_alignment."""
+
+    def with_rows(self, num_rows: int) -> Handle: ...
+
+    def save(self) -> list:
+        """As a list of tensors, for Handle.restore."""
+
+    @staticmethod
+    def restore(tensors: Sequence) -> Handle: ...
+
+def handle_of(tensor: object | None) -> object:
+    """The handle that a tensor of a handle tuple stands for, or None."""
+
+def intranode_tuple(handle: Handle, is_token_in_rank: object | None, rank: int, num_channels: int) -> tuple: ...
+
+def internode_tuple(handle: Handle, is_token_in_rank: object | None, members: object, rank: int, num_channels: int, ranks_per_node: int) -> tuple: ...
+
+def handle_from_rows_by_rank(rows: object, num_ranks: int, num_rows: int, num_topk: int) -> Handle: ...
+
+def ranks_as_experts(is_token_in_rank: object) -> object: ...
+
+def membership_words(is_token_in_rank: object) -> object: ...
+
+def elastic_fields(handle: Handle, recv_topk_idx: object, num_arrivals: int, max_tokens_per_rank: int, num_scaleup: int) -> tuple:
+    """
+    psum per rank, psum per expert, unaligned counts, source metadata, rows at the destinations.
+    """
+
+def handle_from_elastic(topk_idx: object, dst_row: object, unaligned: object, placement: Placement, num_rows: int, num_arrivals: int, expert_alignment: int, expanded: bool) -> Handle: ...
+
+class DispatchTicket:
+    """A low-latency dispatch on its way."""
+
+    def receive(self, wait_stats: object | None = None, count_stats: object | None = None) -> object: ...
+
+    def send_again(self, **kwargs) -> None: ...
+
+    def receive_padded(self, wait_stats: object | None = None, count_stats: object | None = None) -> tuple: ...
+
+class CombineTicket:
+    """A low-latency combine on its way."""
+
+    def send_again(self) -> None: ...
+
+    def receive(self, wait_stats: object | None = None) -> tuple: ...
+
+class LowLatencyCapacity:
+    def __init__(self) -> None: ...
+
+    @property
+    def max_tokens_per_rank(self) -> int: ...
+
+    @max_tokens_per_rank.setter
+    def max_tokens_per_rank(self, arg: int, /) -> None: ...
+
+    @property
+    def row_bytes(self) -> int: ...
+
+    @row_bytes.setter
+    def row_bytes(self, arg: int, /) -> None: ...
+
+    @property
+    def num_topk(self) -> int: ...
+
+    @num_topk.setter
+    def num_topk(self, arg: int, /) -> None: ...
+
+    @property
+    def side_bytes(self) -> int: ...
+
+    @side_bytes.setter
+    def side_bytes(self, arg: int, /) -> None: ...
+
+class BufferConfig:
+    """What all ranks of a buffer agree on."""
+
+    def __init__(self) -> None: ...
+
+    @property
+    def max_experts(self) -> int: ...
+
+    @max_experts.setter
+    def max_experts(self, arg: int, /) -> None: ...
+
+    @property
+    def ranks_per_node(self) -> list[int]: ...
+
+    @ranks_per_node.setter
+    def ranks_per_node(self, arg: Sequence[int], /) -> None: ...
+
+    @property
+    def low_latency(self) -> LowLatencyCapacity: ...
+
+    @low_latency.setter
+    def low_latency(self, arg: LowLatencyCapacity, /) -> None: ...
+
+    @property
+    def arena_bytes(self) -> int: ...
+
+    @arena_bytes.setter
+    def arena_bytes(self, arg: int, /) -> None: ...
+
+    @property
+    def num_tickets(self) -> int: ...
+
+    @num_tickets.setter
+    def num_tickets(self, arg: int, /) -> None: ...
+
+    @property
+    def timeout_secs(self) -> float: ...
+
+    @timeout_secs.setter
+    def timeout_secs(self, arg: float, /) -> None: ...
+
+    @property
+    def open_timeout_secs(self) -> float: ...
+
+    @open_timeout_secs.setter
+    def open_timeout_secs(self, arg: float, /) -> None: ...
+
+    def plan(self, num_ranks: int) -> int:
+        """Bytes of each rank's window."""
+
+    def describe_plan(self, num_ranks: int) -> str: ...
+
+    def __str__(self) -> str: ...
+
+class SumOrder:
+    """The order in which combine adds."""
+
+    def __init__(self, by_topk: bool = False, round_per_rank: bool = False, round_per_node: bool = False, bias_first: bool = True) -> None: ...
+
+class CoreBuffer:
+    """One rank's end of a group that exchanges tokens."""
+
+    @staticmethod
+    def open(group: Group, config: BufferConfig, num_workers: int = 0) -> CoreBuffer: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def num_ranks(self) -> int: ...
+
+    @property
+    def num_nodes(self) -> int: ...
+
+    def node_of(self, rank: int) -> int: ...
+
+    def dispatch_layout(self, topk_idx: object, num_experts: int, placement: Placement | None = None) -> tuple: ...
+
+    def dispatch(self, **kwargs) -> tuple: ...
+
+    def combine(self, **kwargs) -> tuple: ...
+
+    def low_latency_dispatch(self, arg0: bool, /, **kwargs) -> object: ...
+
+    def low_latency_combine(self, **kwargs) -> CombineTicket: ...
+
+    def weighted_combine_gradient(self, handle: Handle, grad_out: object, weights: object, rows: object) -> tuple: ...
+
+    def refuse(self, operation: str, why: str) -> None: ...
+
+    def allocate(self, like: object, shape: Sequence[int]) -> object: ...
+
+    def supports_low_latency(self, hidden: int, max_tokens: int, num_topk: int, num_experts: int) -> str:
+        """Empty where BF16 rows of this shape fit; else what stands in the way."""
+
+    def set_masked(self, rank: int, masked: bool) -> None: ...
+
+    def masked(self, rank: int) -> bool: ...
+
+    def statistics(self) -> dict: ...
+
+    def reset_statistics(self) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: MIT
+"""`ElasticBuffer`, the second generation of DeepEP's API."""
+
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+
+from . import _core, elastic_sizes
+from ._torch import as_carried, as_given
+from .config import align
+from .engram import EngramMixin
+from .errors import require
+from .event import EventHandle, EventOverlap, finished, wait_for
+from .gather import GatherMixin
+from .group import barrier as group_barrier
+from .handle import EPHandle
+from .normal import Rows, split
+from .pipeline import PipelineMixin
+from .session import Session, two_biases
+from .topology import physical_domains
+
+
+class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
+    """Rows come in order (source rank, source token), as upstream's `deterministic=True`, in every mode. Construction is
+    collective. Keyword-only arguments are ours."""
+
+    def __init__(
+        self,
+        group: Any,
+        num_bytes: Optional[int] = None,
+        num_cpu_bytes: int = 0,
+        num_max_tokens_per_rank: int = 0,
+        hidden: int = 0,
+        num_topk: int = 0,
+        use_fp8_dispatch: bool = False,
+        deterministic: bool = False,
+        allow_hybrid_mode: bool = True,
+        allow_multiple_reduction: bool = True,
+        prefer_overlap_with_compute: bool = True,
+        sl_idx: int = 3,
+        num_allocated_qps: int = 0,
+        num_cpu_timeout_secs: float = 300,
+        num_gpu_timeout_secs: float = 100,
+        explicitly_destroy: bool = False,
+        *,
+        ranks_per_node: Optional[int] = None,
+        arena_bytes: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(group, ranks_per_node, num_workers)
+        self.group = group
+        self.rank_idx, self.num_ranks = self._rank, self._num_ranks
+        self.allow_hybrid_mode, self.allow_multiple_reduction = allow_hybrid_mode, allow_multiple_reduction
+        self.prefer_overlap_with_compute, self.deterministic = prefer_overlap_with_compute, deterministic
+        self.explicitly_destroy = explicitly_destroy
+        self.num_max_tokens_per_rank = num_max_tokens_per_rank
+        self.nccl_comm_handle = None
+        self.num_rdma_ranks, self.num_nvlink_ranks = physical_domains(self._num_ranks, self._node_size)
+        hybrid = allow_hybrid_mode and self.num_rdma_ranks > 1
+        self.num_scaleout_ranks, self.num_scaleup_ranks = self.get_logical_domain_size()
+        self.scaleout_rank_idx = self._rank // self.num_scaleup_ranks
+        self.scaleup_rank_idx = self._rank % self.num_scaleup_ranks
+        self.num_allocated_qps = num_allocated_qps or (129 if hybrid else 17)
+        self.num_bytes = self._bytes(num_bytes, num_cpu_bytes, hidden, num_topk, use_fp8_dispatch)
+        self._cpu_timeout, self._gpu_timeout = float(num_cpu_timeout_secs), float(num_gpu_timeout_secs)
+        self._num_sms: Dict[Any, int] = {}
+        self._config.arena_bytes = arena_bytes
+        self._config.timeout_secs = self._gpu_timeout
+        self._open()
+        self.runtime: Any = self._core
+
+    def _bytes(
+        self, num_bytes: Optional[int], num_cpu_bytes: int, hidden: int, num_topk: int, use_fp8_dispatch: bool
+    ) -> int:
+        if num_bytes is None:
+            require(num_cpu_bytes == 0, f"num_cpu_bytes needs num_bytes: {num_cpu_bytes}")
+            require(
+                self.num_max_tokens_per_rank > 0 and hidden > 0,
+                f"num_bytes, or num_max_tokens_per_rank and hidden, must be given: {num_bytes}, "
+                f"{self.num_max_tokens_per_rank}, {hidden}",
+            )
+            return self.get_buffer_size_hint(
+                self.group,
+                self.num_max_tokens_per_rank,
+                hidden,
+                num_topk,
+                use_fp8_dispatch,
+                self.allow_hybrid_mode,
+                self.allow_multiple_reduction,
+            )
+        page = elastic_sizes.PAGE
+        require(
+            num_bytes > 0 and num_bytes % page == 0, f"num_bytes must be a positive multiple of {page}: {num_bytes}"
+        )
+        require(
+            0 <= num_cpu_bytes <= num_bytes and num_cpu_bytes % page == 0,
+            f"num_cpu_bytes must be a multiple of {page}, at most num_bytes: {num_cpu_bytes}",
+        )
+        return num_bytes
+
+    # Sizes and small things -----------------------------------------------------------------------------------------
+
+    get_buffer_size_hint = staticmethod(elastic_sizes.buffer_size_hint)
+    get_engram_storage_size_hint = staticmethod(elastic_sizes.engram_storage_size_hint)
+    get_pp_buffer_size_hint = staticmethod(elastic_sizes.pp_buffer_size_hint)
+    get_agrs_num_max_session_bytes = staticmethod(elastic_sizes.agrs_num_max_session_bytes)
+
+    @staticmethod
+    def get_agrs_buffer_size_hint(group: Any, num_max_session_bytes: int) -> int:
+        return align(num_max_session_bytes, elastic_sizes.PAGE)
+
+    def close(self) -> None:
+        self.runtime = None
+        super().close()
+
+    def destroy(self) -> None:
+        """Ends the buffer; allowed where it was made with `explicitly_destroy`. May be called twice."""
+        assert self.explicitly_destroy, "destroy() is for buffers made with explicitly_destroy=True"
+        self.close()
+
+    def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True) -> None:
+        """Returns when every rank has called it."""
+        self._opened()
+        group_barrier(self.group)
+
+    @staticmethod
+    def capture() -> EventHandle:
+        return EventHandle()
+
+    def get_comm_stream(self) -> Any:
+        return torch.cpu.current_stream() if hasattr(torch, "cpu") else None
+
+    def get_physical_domain_size(self) -> Tuple[int, int]:
+        return self.num_rdma_ranks, self.num_nvlink_ranks
+
+    def get_logical_domain_size(self) -> Tuple[int, int]:
+        return self.get_physical_domain_size() if self.allow_hybrid_mode else (1, self._num_ranks)
+
+    def get_theoretical_num_sms(
+        self,
+        num_experts: int,
+        num_topk: int,
+        num_scaleout_topk: int = 0,
+        rdma_gbs: float = 0,
+        nvlink_gbs: float = 0,
+        sm_read_gbs: float = 200,
+        sm_write_gbs: float = 50,
+    ) -> int:
+        """Upstream's model. It decides nothing here; frameworks pass it on."""
+        require(num_scaleout_topk == 0, f"num_scaleout_topk must be 0: {num_scaleout_topk}")
+        key = (num_experts, num_topk, rdma_gbs, nvlink_gbs, sm_read_gbs, sm_write_gbs)
+        if key not in self._num_sms:
+            link = nvlink_gbs or 18 * 26.562 * 0.9
+            rates = (sm_read_gbs, sm_write_gbs)
+            self._num_sms[key] = elastic_sizes.theoretical_num_sms(
+                self._num_ranks, num_experts, num_topk, link, rates, self.prefer_overlap_with_compute
+            )
+        return self._num_sms[key]
+
+    def get_theoretical_num_qps(self, num_sms: int) -> int:
+        return min(16 * num_sms + 1 if self.num_scaleout_ranks > 1 else min(num_sms, 9), self.num_allocated_qps)
+
+    # Dispatch -------------------------------------------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        x: Rows,
+        topk_idx: Optional[torch.Tensor] = None,
+        topk_weights: Optional[torch.Tensor] = None,
+        cumulative_local_expert_recv_stats: Optional[torch.Tensor] = None,
+        num_experts: Optional[int] = None,
+        num_max_tokens_per_rank: Optional[int] = None,
+        expert_alignment: Optional[int] = None,
+        num_sms: int = 0,
+        num_qps: int = 0,
+        previous_event: Any = None,
+        previous_event_before_epilogue: Any = None,
+        async_with_compute_stream: bool = False,
+        allocate_on_comm_stream: bool = False,
+        handle: Optional[EPHandle] = None,
+        do_handle_copy: bool = True,
+        do_cpu_sync: Optional[bool] = None,
+        do_expand: bool = False,
+        do_zero_padding: bool = False,
+        use_tma_aligned_col_major_sf: bool = False,
+        *,
+        placement: Any = None,
+    ) -> Tuple[Any, Optional[torch.Tensor], Optional[torch.Tensor], EPHandle, EventOverlap]:
+        wait_for(previous_event)
+        wait_for(previous_event_before_epilogue)
+        data, scales = split(x)
+        keywords: Dict[str, Any] = dict(
+            x=as_carried(data),
+            scales=scales,
+            topk_weights=topk_weights,
+            column_major_scales=use_tma_aligned_col_major_sf,
+        )
+        event = finished(async_with_compute_stream, data, scales, topk_idx, topk_weights)
+        if handle is not None:
+            again = (num_experts, num_max_tokens_per_rank, expert_alignment, do_cpu_sync, do_expand, topk_idx)
+            received = self._dispatch_again(keywords, handle, again, cumulative_local_expert_recv_stats)
+        else:
+            require_sms = num_sms >= 0 and num_qps >= 0
+            max_tokens = num_max_tokens_per_rank or self.num_max_tokens_per_rank
+            cpu_sync = True if do_cpu_sync is None else do_cpu_sync
+
+            def check() -> None:
+                require(require_sms, f"num_sms and num_qps must not be negative: {num_sms}, {num_qps}")
+                require(topk_idx is not None and num_experts is not None, "topk_idx and num_experts must be given")
+                require(do_expand or not do_zero_padding, "do_zero_padding needs do_expand")
+                require(
+                    0 <= data.size(0) <= max_tokens,
+                    f"x: {data.size(0)} tokens are more than num_max_tokens_per_rank: {max_tokens}",
+                )
+
+            self._checked("dispatch", check)
+            sms = num_sms or self.get_theoretical_num_sms(num_experts, topk_idx.size(1))  # type: ignore[arg-type,union-attr]
+            keywords.update(
+                topk_idx=topk_idx,
+                num_experts=num_experts,
+                placement=placement,
+                expert_alignment=expert_alignment or 1,
+                layout=_core.OutputLayout.by_expert if do_expand else _core.OutputLayout.by_rank,
+                mask_topk_weights=False,
+                timeout_secs=self._cpu_timeout if cpu_sync else self._gpu_timeout,
+            )
+            received = self._dispatch_first(keywords, max_tokens, cpu_sync, do_handle_copy, sms)
+            if cumulative_local_expert_recv_stats is not None:
+                cumulative_local_expert_recv_stats.add_(received[4].num_unaligned_recv_tokens_per_expert)
+        recv_data, recv_scales, recv_idx, recv_weights, made = received
+        recv_data = as_given(recv_data, data)
+        return (recv_data if scales is None else (recv_data, recv_scales)), recv_idx, recv_weights, made, event
+
+    def _dispatch_first(
+        self, keywords: Dict[str, Any], max_tokens: int, cpu_sync: bool, do_handle_copy: bool, num_sms: int
+    ) -> Tuple[Any, ...]:
+        topk_idx, alignment = keywords["topk_idx"], keywords["expert_alignment"]
+        expanded = keywords["layout"] == _core.OutputLayout.by_expert
+        bound = self._num_ranks * max_tokens
+        if not cpu_sync:
+            slots = self._num_slots(keywords)
+            rows = bound * min(topk_idx.size(1), slots) + (alignment - 1) * slots
+            keywords["max_rows"] = max(1, align(rows, alignment) if expanded else bound)
+        data, scales, idx, weights, _, core_handle = self._opened().dispatch(**keywords)
+        arrivals = core_handle.num_arrivals if cpu_sync else min(bound, core_handle.num_arrivals)
+        fields = _core.elastic_fields(core_handle, idx, arrivals, max_tokens, self.num_scaleup_ranks)
+        per_rank, per_expert, unaligned, metadata, dst_row = fields
+        made = EPHandle(
+            expanded,
+            keywords["num_experts"],
+            alignment,
+            max_tokens,
+            num_sms,
+            topk_idx.clone() if do_handle_copy else topk_idx,
+            arrivals,
+            core_handle.num_rows if expanded else 0,
+            core_handle.aligned_counts() if cpu_sync else [],
+            per_rank,
+            per_expert,
+            unaligned,
+            metadata,
+            dst_row,
+        )
+        return data, scales, (None if expanded else idx), weights, made
+
+    def _num_slots(self, keywords: Dict[str, Any]) -> int:
+        placement = keywords["placement"] or _core.Placement.even(keywords["num_experts"], self._num_ranks)
+        return placement.num_slots(self._rank)
+
+    def _dispatch_again(
+        self, keywords: Dict[str, Any], handle: EPHandle, again: Tuple[Any, ...], stats: Any
+    ) -> Tuple[Any, ...]:
+        num_experts, max_tokens, alignment, cpu_sync, do_expand, topk_idx = again
+
+        def check() -> Any:
+            require(topk_idx is None, "topk_idx must be None with a handle")
+            require(stats is None, "cumulative_local_expert_recv_stats must be None with a handle")
+            require(not cpu_sync, "do_cpu_sync must not be set with a handle")
+            for name, given, own in (
+                ("num_experts", num_experts, handle.num_experts),
+                ("num_max_tokens_per_rank", max_tokens, handle.num_max_tokens_per_rank),
+                ("expert_alignment", alignment, handle.expert_alignment),
+            ):
+                require(given in (None, own), f"{name} == the handle's: {given} vs {own}")
+            require(handle.do_expand or not do_expand, "do_expand: the handle was made without it")
+            return handle.core_handle(self._num_ranks)
+
+        core_handle = self._checked("dispatch", check)
+        ids = [] if handle.do_expand else [handle.topk_idx]
+        data, scales, _, weights, side, _ = self._opened().dispatch(
+            **keywords, handle=core_handle, side=ids, mask_topk_weights=False
+        )
+        return data, scales, (self._local_ids(side[0], handle) if side else None), weights, handle
+
+    def _local_ids(self, ids: torch.Tensor, handle: EPHandle) -> torch.Tensor:
+        """Global ids that travelled beside the rows, as slots of this rank or -1."""
+        placement = handle_placement(handle, self._num_ranks)
+        slots = placement.num_slots(self._rank)
+        first = placement.expert_at(self._rank, 0) if slots > 0 else 0
+        here = (ids >= first) & (ids < first + slots)
+        valid = handle.psum_num_recv_tokens_per_scaleup_rank[-1]
+        here &= torch.arange(ids.size(0), device="cpu").unsqueeze(1) < valid
+        return torch.where(here, ids - first, -1)
+
+    # Combine --------------------------------------------------------------------------------------------------------
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: EPHandle,
+        topk_weights: Optional[torch.Tensor] = None,
+        bias: Any = None,
+        num_sms: int = 0,
+        num_qps: int = 0,
+        previous_event: Any = None,
+        previous_event_before_epilogue: Any = None,
+        async_with_compute_stream: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
+        wait_for(previous_event)
+        wait_for(previous_event_before_epilogue)
+
+        def check() -> Tuple[Any, Any, Any]:
+            require(
+                topk_weights is None or not handle.do_expand or self.allow_multiple_reduction,
+                "topk_weights must be None for expanded rows with allow_multiple_reduction=False",
+            )
+            return handle.core_handle(self._num_ranks), two_biases(bias), in_order(x, topk_weights, handle)
+
+        core_handle, biases, (rows, weights) = self._checked("combine", check)
+        if rows.size(0) != core_handle.num_rows:
+            core_handle = core_handle.with_rows(rows.size(0))
+        combined, combined_weights = self._opened().combine(
+            x=rows,
+            handle=core_handle,
+            topk_weights=None if weights is None else weights.contiguous(),
+            weights_from_owner=True,
+            bias_0=biases[0],
+            bias_1=biases[1],
+            order=self._order(handle.do_expand),
+        )
+        event = finished(async_with_compute_stream, x, topk_weights, *biases, combined)
+        return combined, combined_weights, event
+
+    def _order(self, expanded: bool) -> Any:
+        multiple = self.allow_multiple_reduction
+        return _core.SumOrder(
+            by_topk=True,
+            round_per_rank=expanded and multiple,
+            round_per_node=multiple and self.num_scaleout_ranks > 1,
+        )
+
+
+def handle_placement(handle: EPHandle, num_ranks: int) -> Any:
+    return _core.Placement.even(handle.num_experts, num_ranks)
+
+
+def in_order(
+    x: torch.Tensor, topk_weights: Optional[torch.Tensor], handle: EPHandle
+) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """Rows in the order that the dispatch gave, for callers who sorted them together with `recv_src_metadata`."""
+    sources = handle.recv_src_metadata[:, 0]
+    if handle.do_expand or sources.size(0) < 2 or sources.size(0) != x.size(0):
+        return x, topk_weights
+    valid = int(handle.psum_num_recv_tokens_per_scaleup_rank[-1])
+    if bool((sources[1:valid] > sources[: max(valid - 1, 0)]).all()):
+        return x, topk_weights
+    order: List[int] = torch.argsort(sources[:valid]).tolist() + list(range(valid, sources.size(0)))
+    return x[order], None if topk_weights is None else topk_weights[order]

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: MIT
+"""`EPHandle`: what a V2 dispatch leaves for combine and for cached dispatches, as tensors that may be read and written."""
+
+from typing import Any, Dict, List, Optional
+
+import torch
+
+from . import _core
+
+_TENSORS = (
+    "topk_idx",
+    "psum_num_recv_tokens_per_scaleup_rank",
+    "psum_num_recv_tokens_per_expert",
+    "num_unaligned_recv_tokens_per_expert",
+    "recv_src_metadata",
+    "dst_buffer_slot_idx",
+    "token_metadata_at_forward",
+    "channel_linked_list",
+)
+
+
+class EPHandle:
+    def __init__(
+        self,
+        do_expand: bool,
+        num_experts: int,
+        expert_alignment: int,
+        num_max_tokens_per_rank: int,
+        num_sms: int,
+        topk_idx: torch.Tensor,
+        num_recv_tokens: int,
+        num_expanded_tokens: int,
+        num_recv_tokens_per_expert_list: List[int],
+        psum_num_recv_tokens_per_scaleup_rank: torch.Tensor,
+        psum_num_recv_tokens_per_expert: torch.Tensor,
+        num_unaligned_recv_tokens_per_expert: torch.Tensor,
+        recv_src_metadata: torch.Tensor,
+        dst_buffer_slot_idx: torch.Tensor,
+        token_metadata_at_forward: Optional[torch.Tensor] = None,
+        channel_linked_list: Optional[torch.Tensor] = None,
+    ) -> None:
+        self.do_expand = do_expand
+        self.num_experts = num_experts
+        self.expert_alignment = expert_alignment
+        self.num_max_tokens_per_rank = num_max_tokens_per_rank
+        self.num_sms = num_sms
+        self.topk_idx = topk_idx
+        self.num_recv_tokens = num_recv_tokens
+        self.num_expanded_tokens = num_expanded_tokens
+        self.num_recv_tokens_per_expert_list = num_recv_tokens_per_expert_list
+        self.psum_num_recv_tokens_per_scaleup_rank = psum_num_recv_tokens_per_scaleup_rank
+        self.psum_num_recv_tokens_per_expert = psum_num_recv_tokens_per_expert
+        self.num_unaligned_recv_tokens_per_expert = num_unaligned_recv_tokens_per_expert
+        self.recv_src_metadata = recv_src_metadata
+        self.dst_buffer_slot_idx = dst_buffer_slot_idx
+        self.token_metadata_at_forward = token_metadata_at_forward
+        self.channel_linked_list = channel_linked_list
+        self.cached_recv_src_metadata_before_sort: Optional[torch.Tensor] = None
+
+    def deterministic_sort(self, *_: Any, **__: Any) -> None:
+        """Nothing to sort: rows come in order (source rank, source token) always."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_expanded_tokens if self.do_expand else self.num_recv_tokens
+
+    def core_handle(self, num_ranks: int) -> Any:
+        """The library's handle: found by the memory of a tensor that it made, or made again from the tensors."""
+        found = _core.handle_of(self.psum_num_recv_tokens_per_scaleup_rank)
+        if found is not None and found.num_rows == self.num_rows and found.num_experts == self.num_experts:
+            return found
+        return _core.handle_from_elastic(
+            self.topk_idx,
+            self.dst_buffer_slot_idx,
+            self.num_unaligned_recv_tokens_per_expert,
+            _core.Placement.even(self.num_experts, num_ranks),
+            self.num_rows,
+            self.num_recv_tokens,
+            self.expert_alignment,
+            self.do_expand,
+        )
+
+    # Above upstream -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Everything, as tensors and numbers, for `from_state_dict`: torch.save writes it."""
+        state = dict(self.__dict__)
+        for name in _TENSORS:
+            if state[name] is not None:
+                state[name] = state[name].clone()
+        return state
+
+    @classmethod
+    def from_state_dict(cls, state: Dict[str, Any]) -> "EPHandle":
+        handle = cls.__new__(cls)
+        handle.__dict__.update(state)
+        return handle

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: MIT
+"""V1's low-latency calls. `send` waits for nobody; the hook, or the call itself without one, waits and places the rows."""
+
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple
+
+import torch
+
+from . import _core
+from .errors import invalid, require
+from .event import EventOverlap, finished
+from .session import Session
+
+Hook = Optional[Callable[[], None]]
+
+_BY_TOPK = _core.SumOrder(by_topk=True)
+
+
+class LowLatencyMode(Session):
+    """Rows of every expert in a block of fixed size, `[experts here, ranks * max tokens, hidden]`."""
+
+    low_latency_mode: bool
+    enable_shrink: bool
+
+    def low_latency_dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        num_max_dispatch_tokens_per_rank: int,
+        num_experts: int,
+        cumulative_local_expert_recv_stats: Optional[torch.Tensor] = None,
+        dispatch_wait_recv_cost_stats: Optional[torch.Tensor] = None,
+        use_fp8: bool = True,
+        round_scale: bool = False,
+        use_ue8m0: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        *,
+        placement: Any = None,
+    ) -> Tuple[Any, torch.Tensor, Tuple[Any, ...], EventOverlap, Hook]:
+        max_tokens, hidden = num_max_dispatch_tokens_per_rank, x.size(-1)
+        core = self._core_for(hidden, max_tokens, topk_idx.size(-1), num_experts)
+        try:
+            self._check_dispatch(async_finish, return_recv_hook, dispatch_wait_recv_cost_stats)
+            if cumulative_local_expert_recv_stats is not None:
+                slots = num_experts // self._num_ranks if placement is None else placement.num_slots(self._rank)
+                _check_stats(
+                    "cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats, torch.int32, slots
+                )
+        except Exception as error:
+            core.refuse("low_latency_dispatch", str(error))
+            raise
+        keywords: Dict[str, Any] = dict(
+            x=x,
+            topk_idx=topk_idx,
+            num_experts=num_experts,
+            max_tokens_per_rank=max_tokens,
+            layout=_core.OutputLayout.padded,
+            column_major_scales=True,
+        )
+        if use_fp8:
+            keywords["fp8"] = (round_scale, use_ue8m0)
+        if placement is not None:
+            keywords["placement"] = placement
+        stats = (dispatch_wait_recv_cost_stats, cumulative_local_expert_recv_stats)
+        made = core.low_latency_dispatch(return_recv_hook, **keywords)
+        hook: Hook = None
+        if return_recv_hook:
+            (data, scales, count, src_info, layout_range), ticket = made
+            hook = self._hook(ticket.receive, stats, lambda: ticket.send_again(**keywords))
+        else:
+            again = lambda: made.send_again(**keywords)  # noqa: E731
+            data, scales, count, src_info, layout_range, _ = self._receive(made.receive_padded, stats, again)
+        handle = (src_info, layout_range, max_tokens, hidden, num_experts)
+        event = finished(async_finish, x, topk_idx, data, scales, count, src_info, layout_range)
+        return ((data, scales) if use_fp8 else data), count, handle, event, hook
+
+    def low_latency_combine(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        handle: Tuple[Any, ...],
+        use_logfmt: bool = False,
+        zero_copy: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        out: Optional[torch.Tensor] = None,
+        combine_wait_recv_cost_stats: Optional[torch.Tensor] = None,
+    ) -> Tuple[torch.Tensor, EventOverlap, Hook]:
+        """`use_logfmt` names a lossy wire format of upstream; rows travel unchanged here, which is at least as exact."""
+
+        def check() -> Any:
+            require(not (use_logfmt and zero_copy), "use_logfmt and zero_copy exclude each other")
+            require(not (async_finish and return_recv_hook), "async_finish and return_recv_hook exclude each other")
+            require(
+                topk_idx.shape == topk_weights.shape,
+                f"topk_weights must be {list(topk_idx.shape)} as topk_idx is: {list(topk_weights.shape)}",
+            )
+            if combine_wait_recv_cost_stats is not None:
+                _check_stats("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats, torch.int64, self._num_ranks)
+            found = self._handle_of(handle)
+            rows = self._take_combine_buffer(x) if zero_copy else x
+            return found, rows
+
+        core_handle, rows = self._checked("low_latency_combine", check)
+        if return_recv_hook and out is None:
+            out = torch.empty((topk_idx.size(0), x.size(-1)), dtype=x.dtype, device="cpu")
+        keywords: Dict[str, Any] = dict(x=rows, handle=core_handle, weights=topk_weights, order=_BY_TOPK)
+        if out is not None:
+            keywords["out"] = out
+        ticket = self._opened().low_latency_combine(**keywords)
+        stats = (combine_wait_recv_cost_stats,)
+        if return_recv_hook:
+            return out, finished(False), self._hook(ticket.receive, stats, ticket.send_again)
+        combined, _ = self._receive(ticket.receive, stats, ticket.send_again)
+        return combined, finished(async_finish, x, topk_idx, topk_weights, combined), None
+
+    def get_next_low_latency_combine_buffer(self, handle: Tuple[Any, ...]) -> torch.Tensor:
+        """Where the rows of the next `low_latency_combine(.., zero_copy=True)` are to be written."""
+        src_info, hidden = handle[0], handle[3]
+        shape = (src_info.size(0), src_info.size(1), hidden)
+        buffers: List[torch.Tensor] = self.__dict__.setdefault("_combine_buffers", [])
+        # Two take turns: the rows of the combine before may still be somebody's.
+        spare = buffers.pop(0) if len(buffers) > 1 else None
+        if spare is None or spare.shape != shape:
+            spare = torch.empty(shape, dtype=torch.bfloat16, device="cpu")
+        buffers.append(spare)
+        return spare
+
+    def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
+        """Nothing to clean: flags carry the number of their operation, and modes mix freely."""
+        assert self.low_latency_mode, "clean_low_latency_buffer() needs low_latency_mode=True"
+        self._opened()
+
+    def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
+        self._require_shrink()
+        self._opened().set_masked(rank_to_mask, bool(mask))
+
+    def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
+        self._require_shrink()
+        masked = self.masked_ranks()
+        require(mask_status.numel() == len(masked), f"mask must have {len(masked)} entries: {mask_status.numel()}")
+        mask_status.copy_(torch.tensor(masked, dtype=mask_status.dtype, device="cpu"))
+
+    def low_latency_clean_mask_buffer(self) -> None:
+        self._require_shrink()
+        for rank in range(self._num_ranks):
+            if self._opened().masked(rank):
+                self._opened().set_masked(rank, False)
+
+    # Capacity -------------------------------------------------------------------------------------------------------
+
+    def _plan_low_latency(self, num_rdma_bytes: int) -> None:
+        """Slots from the bytes that the caller grants; a call that needs more opens a larger buffer, see `_core_for`."""
+        capacity = _core.LowLatencyCapacity()
+        if num_rdma_bytes > 0:
+            # The library asks for a shape; one huge token from each rank is this many bytes.
+            per_ticket = num_rdma_bytes // self._config.num_tickets
+            capacity.max_tokens_per_rank, capacity.num_topk, capacity.side_bytes = 1, 1, 0
+            capacity.row_bytes = -(-per_ticket // self._num_ranks)
+        self._config.low_latency = capacity
+        self._fitting: Set[Tuple[int, int, int, int]] = set()
+        self._largest = (0, 0, 0)
+
+    def _core_for(self, hidden: int, max_tokens: int, num_topk: int, num_experts: int) -> Any:
+        """The C++ buffer, large enough for such a call. All ranks see the same numbers, so all enlarge it together."""
+        core = self._opened()
+        shape = (hidden, max_tokens, num_topk, num_experts)
+        fitting = getattr(self, "_fitting", None)
+        if fitting is None:
+            raise invalid("low-latency calls need a buffer made with low_latency_mode=True")
+        if shape in fitting:
+            return core
+        reason = core.supports_low_latency(*shape)
+        if "Config::low_latency" in reason:
+            self._largest = tuple(map(max, self._largest, (hidden, max_tokens, num_topk)))
+            capacity = _core.LowLatencyCapacity()
+            capacity.row_bytes, capacity.max_tokens_per_rank = 2 * self._largest[0], self._largest[1]
+            capacity.num_topk = self._largest[2]
+            self._config.low_latency = capacity
+            self._open()  # the old one stays until the last ticket and tensor of it is gone
+            fitting.clear()
+            core = self._opened()
+            reason = core.supports_low_latency(*shape)
+        if not reason:
+            fitting.add(shape)
+        return core  # where it does not fit at all, the library's own checks say why
+
+    # Receiving ------------------------------------------------------------------------------------------------------
+
+    def _receive(self, receive: Callable[..., Any], stats: Tuple[Any, ...], again: Callable[[], None]) -> Any:
+        """Finishes an operation. In a buffer that may shrink, a rank that stays silent until the deadline is masked and
+        the operation is made again without it, by all survivors alike."""
+        while True:
+            try:
+                return receive(*stats)
+            except _core.Error as error:
+                if not (self.enable_shrink and error.wait is not None):
+                    raise
+                self._opened().set_masked(error.wait.peer, True)
+            again()
+
+    def _hook(
+        self, receive: Callable[..., Any], stats: Tuple[Any, ...], again: Callable[[], None]
+    ) -> Callable[[], None]:
+        """Runs once; a second call finds nothing to do."""
+        pending = [receive]
+
+        def hook() -> None:
+            if pending:
+                self._receive(pending.pop(), stats, again)
+
+        return hook
+
+    # Checks ---------------------------------------------------------------------------------------------------------
+
+    def _check_dispatch(self, async_finish: bool, return_recv_hook: bool, wait_stats: Optional[torch.Tensor]) -> None:
+        require(not (async_finish and return_recv_hook), "async_finish and return_recv_hook exclude each other")
+        if wait_stats is not None:
+            _check_stats("dispatch_wait_recv_cost_stats", wait_stats, torch.int64, self._num_ranks)
+
+    def _handle_of(self, handle: Tuple[Any, ...]) -> Any:
+        require(
+            isinstance(handle, (tuple, list)) and len(handle) >= 2,
+            "handle must be the tuple that low_latency_dispatch returned",
+        )
+        found = _core.handle_of(handle[1])
+        require(
+            found is not None,
+            "handle: its layout_range is not the tensor that low_latency_dispatch returned, or the dispatch's hook has "
+            "not run yet",
+        )
+        return found
+
+    def _take_combine_buffer(self, x: torch.Tensor) -> torch.Tensor:
+        buffers: List[torch.Tensor] = self.__dict__.get("_combine_buffers", [])
+        require(bool(buffers), "zero_copy: get_next_low_latency_combine_buffer() must be called first")
+        require(buffers[-1].shape == x.shape, f"zero_copy: x must be {list(buffers[-1].shape)}: {list(x.shape)}")
+        return buffers[-1]
+
+    def _require_shrink(self) -> None:
+        require(self.enable_shrink, "masks need a buffer made with enable_shrink=True")
+
+
+def _check_stats(name: str, stats: torch.Tensor, dtype: torch.dtype, entries: int) -> None:
+    require(
+        stats.dtype == dtype and tuple(stats.shape) == (entries,) and stats.is_contiguous(),
+        f"{name} must be contiguous {dtype} [{entries}]: it is {stats.dtype} {list(stats.shape)}",
+    )

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: MIT
+"""V1's high-throughput calls: dispatch layout, dispatch and combine, inside a node and between nodes."""
+
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+import torch
+
+from . import _core
+from ._torch import as_carried, as_given
+from .config import DISPATCH_CONFIGS, Config, align
+from .errors import require
+from .event import EventOverlap, finished, wait_for
+from .legacy_handle import recover
+from .session import Session, two_biases
+
+Rows = Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]
+
+_BY_RANK = _core.SumOrder()
+_BY_RANK_AND_NODE = _core.SumOrder(round_per_node=True)
+
+
+def split(x: Rows) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """(rows, scales or None)"""
+    return x if isinstance(x, tuple) else (x, None)
+
+
+class NormalMode(Session):
+    """Rows come in order (source rank, source token), once per rank; combine adds them unweighted in rank order, between
+    nodes rounded to the rows' dtype per node first."""
+
+    def get_dispatch_layout(
+        self,
+        topk_idx: torch.Tensor,
+        num_experts: int,
+        previous_event: Any = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+        *,
+        placement: Any = None,
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor, EventOverlap]:
+        wait_for(previous_event)
+        per_rank, per_node, per_expert, member = self._opened().dispatch_layout(topk_idx, num_experts, placement)
+        per_node = per_node if self._num_nodes > 1 else None
+        return per_rank, per_node, per_expert, member, finished(async_finish, topk_idx)
+
+    def dispatch(
+        self,
+        x: Rows,
+        handle: Optional[Tuple[Any, ...]] = None,
+        num_tokens_per_rank: Optional[torch.Tensor] = None,
+        num_tokens_per_rdma_rank: Optional[torch.Tensor] = None,
+        is_token_in_rank: Optional[torch.Tensor] = None,
+        num_tokens_per_expert: Optional[torch.Tensor] = None,
+        topk_idx: Optional[torch.Tensor] = None,
+        topk_weights: Optional[torch.Tensor] = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Optional[Config] = None,
+        previous_event: Any = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+        *,
+        placement: Any = None,
+    ) -> Tuple[Any, Any, Any, Any, Any, EventOverlap]:
+        wait_for(previous_event)
+        data, scales = split(x)
+        if handle is not None:
+            received = self._dispatch_again(data, scales, handle, topk_idx, topk_weights)
+            return received, None, None, None, None, finished(async_finish, data, scales)
+        keywords = self._checked(
+            "dispatch",
+            lambda: self._dispatch_keywords(
+                data, scales, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights
+            ),
+        )
+        keywords.update(expert_alignment=expert_alignment, max_rows=num_worst_tokens)
+        if placement is not None:
+            keywords["placement"] = placement
+        out = self._opened().dispatch(**keywords)
+        recv_data, recv_scales, recv_idx, recv_weights, side, core_handle = out
+        if topk_idx is None:
+            recv_idx = None
+        counts = self._expert_counts(core_handle, num_tokens_per_expert, topk_idx, expert_alignment, num_worst_tokens)
+        tuple_ = self._handle_tuple(core_handle, is_token_in_rank, side, config)
+        recv_x = as_given(recv_data, data)
+        event = finished(async_finish, data, scales, topk_idx, topk_weights)
+        return (recv_x if scales is None else (recv_x, recv_scales)), recv_idx, recv_weights, counts, tuple_, event
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: Tuple[Any, ...],
+        topk_weights: Optional[torch.Tensor] = None,
+        bias: Any = None,
+        config: Optional[Config] = None,
+        previous_event: Any = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
+        wait_for(previous_event)
+        num_topk = None if topk_weights is None else topk_weights.size(-1)
+        core_handle, biases = self._checked(
+            "combine", lambda: (recover(handle, self._num_ranks, num_topk), two_biases(bias))
+        )
+        combined, weights = self._opened().combine(
+            x=x,
+            handle=core_handle,
+            topk_weights=None if topk_weights is None else topk_weights.contiguous(),
+            bias_0=biases[0],
+            bias_1=biases[1],
+            order=_BY_RANK if self._num_nodes == 1 else _BY_RANK_AND_NODE,
+        )
+        return combined, weights, finished(async_finish, x, topk_weights, *biases)
+
+    def internode_dispatch(
+        self,
+        x: Rows,
+        handle: Optional[Tuple[Any, ...]] = None,
+        num_tokens_per_rank: Optional[torch.Tensor] = None,
+        num_tokens_per_rdma_rank: Optional[torch.Tensor] = None,
+        is_token_in_rank: Optional[torch.Tensor] = None,
+        num_tokens_per_expert: Optional[torch.Tensor] = None,
+        topk_idx: Optional[torch.Tensor] = None,
+        topk_weights: Optional[torch.Tensor] = None,
+        expert_alignment: int = 1,
+        config: Optional[Config] = None,
+        previous_event: Any = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+        *,
+        num_worst_tokens: int = 0,
+    ) -> Tuple[Any, Any, Any, Any, Any, EventOverlap]:
+        """`dispatch` for a buffer of several nodes."""
+        assert config is not None, "internode_dispatch needs a config"
+        return self.dispatch(
+            x,
+            handle,
+            num_tokens_per_rank,
+            num_tokens_per_rdma_rank,
+            is_token_in_rank,
+            num_tokens_per_expert,
+            topk_idx,
+            topk_weights,
+            expert_alignment,
+            num_worst_tokens,
+            config,
+            previous_event,
+            async_finish,
+            allocate_on_comm_stream,
+        )
+
+    def internode_combine(
+        self,
+        x: torch.Tensor,
+        handle: Tuple[Any, ...],
+        topk_weights: Optional[torch.Tensor] = None,
+        bias: Any = None,
+        config: Optional[Config] = None,
+        previous_event: Any = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
+        """`combine` for a buffer of several nodes."""
+        assert config is not None, "internode_combine needs a config"
+        return self.combine(
+            x, handle, topk_weights, bias, config, previous_event, async_finish, allocate_on_comm_stream
+        )
+
+    # Parts of dispatch ----------------------------------------------------------------------------------------------
+
+    def _dispatch_again(
+        self, data: torch.Tensor, scales: Optional[torch.Tensor], handle: Any, topk_idx: Any, topk_weights: Any
+    ) -> Rows:
+        def check() -> Any:
+            assert topk_idx is None and topk_weights is None, "with a handle, topk_idx and topk_weights must be None"
+            return recover(handle, self._num_ranks, None)
+
+        core_handle = self._checked("dispatch", check)
+        recv_data, recv_scales, *_ = self._opened().dispatch(x=as_carried(data), scales=scales, handle=core_handle)
+        recv_data = as_given(recv_data, data)
+        return recv_data if scales is None else (recv_data, recv_scales)
+
+    def _dispatch_keywords(
+        self,
+        data: torch.Tensor,
+        scales: Optional[torch.Tensor],
+        num_tokens_per_rank: Optional[torch.Tensor],
+        is_token_in_rank: Optional[torch.Tensor],
+        num_tokens_per_expert: Optional[torch.Tensor],
+        topk_idx: Optional[torch.Tensor],
+        topk_weights: Optional[torch.Tensor],
+    ) -> Dict[str, Any]:
+        assert num_tokens_per_rank is not None and is_token_in_rank is not None and num_tokens_per_expert is not None, (
+            "without a handle, num_tokens_per_rank, is_token_in_rank and num_tokens_per_expert must be given"
+        )
+        shape = (data.size(0), self._num_ranks)
+        require(
+            tuple(is_token_in_rank.shape) == shape and is_token_in_rank.dtype == torch.bool,
+            f"is_token_in_rank must be bool {list(shape)}: it is {is_token_in_rank.dtype} {list(is_token_in_rank.shape)}",
+        )
+        require(
+            tuple(num_tokens_per_rank.shape) == (self._num_ranks,),
+            f"num_tokens_per_rank must have {self._num_ranks} entries: {list(num_tokens_per_rank.shape)}",
+        )
+        require(
+            (topk_idx is None) == (topk_weights is None),
+            "topk_idx and topk_weights must be given together, or neither of them",
+        )
+        keywords: Dict[str, Any] = {"x": as_carried(data), "scales": scales}
+        if topk_idx is not None:
+            keywords.update(topk_idx=topk_idx, topk_weights=topk_weights, num_experts=num_tokens_per_expert.size(0))
+        else:
+            # Only the ranks are known: each stands for one expert of its own.
+            keywords.update(topk_idx=_core.ranks_as_experts(is_token_in_rank), num_experts=self._num_ranks)
+        if self._num_nodes > 1:
+            keywords["side"] = [_core.membership_words(is_token_in_rank)]
+        return keywords
+
+    def _expert_counts(
+        self, core_handle: Any, per_expert: torch.Tensor, topk_idx: Any, alignment: int, num_worst_tokens: int
+    ) -> List[int]:
+        if num_worst_tokens > 0:
+            return []
+        if topk_idx is not None:
+            return core_handle.aligned_counts()
+        return [align(count, alignment) for count in self._sum_of_counts(per_expert)]
+
+    def _sum_of_counts(self, per_expert: torch.Tensor) -> List[int]:
+        """All ranks' counts of this rank's experts, which tokens without ids do not say: one more small exchange."""
+        ranks, local = self._num_ranks, per_expert.size(0) // self._num_ranks
+        rows = torch.zeros((ranks, align(max(local, 1), 4)), dtype=torch.int32, device="cpu")
+        rows[:, :local] = per_expert[: ranks * local].view(ranks, local)
+        everyone = torch.arange(ranks, dtype=torch.int32, device="cpu").view(ranks, 1)
+        received = self._opened().dispatch(x=rows, topk_idx=everyone, num_experts=ranks)[0]
+        return received[:, :local].sum(dim=0).tolist()
+
+    def _handle_tuple(self, core_handle: Any, member: Any, side: List[torch.Tensor], config: Optional[Config]) -> Any:
+        channels = self._num_channels(config)
+        if self._num_nodes == 1:
+            return _core.intranode_tuple(core_handle, member, self._rank, channels)
+        return _core.internode_tuple(core_handle, member, side[0], self._rank, channels, self._node_size)
+
+    def _num_channels(self, config: Optional[Config]) -> int:
+        if config is None and self._num_ranks in DISPATCH_CONFIGS:
+            return type(self).num_sms // 2  # type: ignore[attr-defined]
+        return (config or Config()).num_channels

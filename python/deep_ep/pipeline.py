@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: MIT
+"""Pipeline send and receive of DeepEP's V2 between neighbours of the ring. Not collective, so not a dispatch: tensors travel
+through the process group, in order per direction."""
+
+import collections
+from typing import Any, Deque, Dict
+
+import torch
+import torch.distributed as dist
+
+from .errors import require, unsupported
+from .group import ThreadRank, barrier
+from .session import Session
+
+
+class PipelineMixin(Session):
+    group: Any
+    _pp_limits = (0, 0)
+
+    def pp_set_config(self, num_max_tensor_bytes: int, num_max_inflight_tensors: int) -> None:
+        """Collective."""
+        require(
+            num_max_tensor_bytes > 0 and num_max_inflight_tensors > 0,
+            f"sizes must be positive: {num_max_tensor_bytes}, {num_max_inflight_tensors}",
+        )
+        self._pp_limits = (num_max_tensor_bytes, num_max_inflight_tensors)
+        self._pp_sent: Dict[int, Deque[Any]] = collections.defaultdict(collections.deque)
+        barrier(self.group)
+
+    def pp_send(self, t: torch.Tensor, dst_rank_idx: int, num_sms: int = 0) -> None:
+        """Returns at once while fewer than the configured number are under way to that rank."""
+        self._check_pp(t, dst_rank_idx)
+        sent = self._pp_sent[dst_rank_idx]
+        if len(sent) == self._pp_limits[1]:
+            sent.popleft().wait()
+        sent.append(dist.isend(t.clone(), group=self.group, group_dst=dst_rank_idx))
+
+    def pp_recv(self, t: torch.Tensor, src_rank_idx: int, num_sms: int = 0) -> None:
+        self._check_pp(t, src_rank_idx)
+        dist.recv(t, group=self.group, group_src=src_rank_idx)
+
+    def _check_pp(self, t: torch.Tensor, peer: int) -> None:
+        self._opened()
+        if isinstance(self.group, ThreadRank) or not isinstance(self.group, dist.ProcessGroup):
+            raise unsupported("pp_send and pp_recv need a torch process group: this group is something else")
+        size = t.numel() * t.element_size()
+        require(self._pp_limits[0] > 0, "pp_set_config must come first")
+        require(
+            t.is_contiguous() and size <= self._pp_limits[0] and size % 32 == 0,
+            f"t must be contiguous, of a multiple of 32 bytes and at most {self._pp_limits[0]}: {size}",
+        )
+        neighbours = ((self._rank + 1) % self._num_ranks, (self._rank - 1) % self._num_ranks)
+        require(peer in neighbours, f"the peer must be a neighbour of {self._rank} in the ring: {peer}")

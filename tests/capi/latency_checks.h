@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: MIT
+// The low-latency calls of one rank, and FP8 rows.
+#pragma once
+
+#include "capi/input.h"
+
+static void low_latency_and_back(const struct rank* me, deep_ep_buffer* buffer, const struct tokens* t) {
+  const deep_ep_tensor x = deep_ep_make_tensor(t->x, DEEP_EP_FP32, 2, t->num_tokens, kHidden, 0);
+  const deep_ep_tensor idx = deep_ep_make_tensor(t->idx, DEEP_EP_I64, 2, t->num_tokens, kTopk, 0);
+  const deep_ep_tensor weights = deep_ep_make_tensor(t->weights, DEEP_EP_FP32, 2, t->num_tokens, kTopk, 0);
+  const deep_ep_dispatch_input input = {.size = sizeof(input),
+                                        .x = &x,
+                                        .topk_idx = &idx,
+                                        .num_experts = kExperts,
+                                        .layout = DEEP_EP_PADDED,
+                                        .max_tokens_per_rank = kTokens};
+  deep_ep_dispatch_ticket *ticket = NULL, *dropped = NULL;
+  deep_ep_dispatch_result* result = NULL;
+  REQUIRE_OK(deep_ep_low_latency_dispatch(buffer, &input, &ticket));
+  CHECK_OK(deep_ep_low_latency_dispatch(buffer, &input, &dropped));
+  deep_ep_dispatch_ticket_free(dropped);
+  CHECK_OK(deep_ep_low_latency_dispatch_receive(ticket, &result));
+  deep_ep_dispatch_result* twice = NULL;
+  CHECK_FAILS(deep_ep_low_latency_dispatch_receive(ticket, &twice), DEEP_EP_INVALID_ARGUMENT, "ticket");
+  deep_ep_dispatch_ticket_free(ticket);
+  if (result == NULL) return;
+  deep_ep_tensor rows = any_tensor();
+  CHECK_OK(deep_ep_dispatch_result_tensor(result, DEEP_EP_DISPATCH_X, &rows));
+  CHECK(rows.ndim == 3 && rows.shape[0] == experts_per_rank(me->num_ranks) && rows.shape[1] == me->num_ranks * kTokens);
+
+  const deep_ep_combine_input back = {.size = sizeof(back),
+                                      .handle = deep_ep_dispatch_result_handle(result),
+                                      .x = &rows,
+                                      .weights = &weights,
+                                      .sum_key = DEEP_EP_SUM_BY_TOPK};
+  deep_ep_combine_ticket* returning = NULL;
+  deep_ep_combine_result* sum = NULL;
+  if (CHECK_OK(deep_ep_low_latency_combine(buffer, &back, &returning))) {
+    CHECK_OK(deep_ep_low_latency_combine_receive(returning, &sum));
+    deep_ep_tensor home = any_tensor();
+    CHECK_OK(deep_ep_combine_result_tensor(sum, DEEP_EP_COMBINE_X, &home));
+    for (int i = 0; i < t->num_tokens && home.data != NULL; ++i) {
+      float factor = 0;
+      for (int k = 0; k < kTopk; ++k) factor += expert_of(me->rank, i, k) >= 0 ? weight_of(i, k) : 0.0f;
+      CHECK(((const float*)home.data)[i * kHidden + 5] == factor * value_of(me->rank, i, 5));
+    }
+  }
+  deep_ep_combine_result_free(sum);
+  deep_ep_combine_ticket_free(returning);
+  deep_ep_dispatch_result_free(result);
+}
+
+// Received FP8 rows decode to the tokens within the format's error; E4M3 by hand here, apart from the library's own.
+static float from_fp8(unsigned char code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  const float magnitude = exponent == 0 ? (float)mantissa * power2(-9) : (float)(8 + mantissa) * power2(exponent - 10);
+  return code & 0x80 ? -magnitude : magnitude;
+}
+
+static void fp8_rows_are_close(const struct rank* me, deep_ep_buffer* buffer, const struct tokens* t) {
+  enum { kWide = 32 };  // an FP8 row of 16 bytes times 2
+  float narrow[kTokens * kWide];
+  for (int i = 0; i < t->num_tokens; ++i) memcpy(narrow + i * kWide, t->x + i * kHidden, kWide * sizeof(float));
+  const deep_ep_tensor rows = deep_ep_make_tensor(narrow, DEEP_EP_FP32, 2, t->num_tokens, kWide, 0);
+  const deep_ep_tensor idx = deep_ep_make_tensor(t->idx, DEEP_EP_I64, 2, t->num_tokens, kTopk, 0);
+  deep_ep_dispatch_input input = {.size = sizeof(input),
+                                  .x = &rows,
+                                  .topk_idx = &idx,
+                                  .num_experts = kExperts,
+                                  .fp8 = DEEP_EP_FP8_SCALES,
+                                  .scale_order = DEEP_EP_COLUMN_MAJOR};
+  deep_ep_dispatch_result* result = NULL;
+  REQUIRE_OK(deep_ep_dispatch(buffer, &input, &result));
+  deep_ep_tensor codes = any_tensor(), scales = any_tensor(), src = any_tensor(), first = any_tensor();
+  CHECK_OK(deep_ep_dispatch_result_tensor(result, DEEP_EP_DISPATCH_X, &codes));
+  CHECK_OK(deep_ep_dispatch_result_tensor(result, DEEP_EP_DISPATCH_SCALES, &scales));
+  CHECK_OK(deep_ep_handle_tensor(deep_ep_dispatch_result_handle(result), DEEP_EP_HANDLE_SRC_TOKEN, &src));
+  CHECK_OK(deep_ep_handle_tensor(deep_ep_dispatch_result_handle(result), DEEP_EP_HANDLE_FIRST_ARRIVAL, &first));
+  CHECK(codes.dtype == DEEP_EP_FP8 && scales.dtype == DEEP_EP_FP32 && scales.strides[0] == 1);
+  for (int r = 0; r < me->num_ranks; ++r) {
+    for (int row = ((const int32_t*)first.data)[r]; row < ((const int32_t*)first.data)[r + 1]; ++row) {
+      const float scale = ((const float*)scales.data)[row];
+      int close = 1;
+      for (int c = 0; c < kWide; ++c) {
+        const float true_value = value_of(r, ((const int32_t*)src.data)[row], c);
+        const float got = scale * from_fp8(((const unsigned char*)codes.data)[row * kWide + c]);
+        close = close && magnitude_of(got - true_value) <= true_value * power2(-4) + scale * power2(-10);
+      }
+      CHECK(close);
+    }
+  }
+  deep_ep_dispatch_result_free(result);
+  input.fp8 = (deep_ep_fp8_mode)4;
+  CHECK_FAILS(deep_ep_dispatch(buffer, &input, &result), DEEP_EP_INVALID_ARGUMENT, "fp8");
+}

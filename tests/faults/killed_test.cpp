@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: MIT
+// Ranks as processes, one of them killed: the survivors hear of it, open again without it, and nothing stays behind.
+#include <dirent.h>
+#include <gtest/gtest.h>
+
+#include <csignal>
+#include <set>
+#include <string>
+#include <thread>
+
+#include "exchange.h"
+
+namespace deep_ep::test {
+namespace {
+
+constexpr int kRanks = 4;
+constexpr int kVictim = 2;
+
+std::set<std::string> shared_memory() {
+  std::set<std::string> names;
+  if (DIR* dir = ::opendir("/dev/shm")) {
+    while (const dirent* entry = ::readdir(dir)) names.insert(entry->d_name);
+    ::closedir(dir);
+  }
+  return names;
+}
+
+Shape of(int ranks) {
+  Shape s;
+  s.ranks = ranks;
+  s.tokens = 16;
+  return s;
+}
+
+struct Scene {
+  World world{of(kRanks)};
+  World smaller{of(kRanks - 1)};
+  Homeward home = homeward(world, {});
+  std::vector<oracle::Combined> sums = oracle::combine(world.exchange, world.expected, home.ranks, SumOrder::by_rank());
+  int port = free_port();
+};
+
+// Exchanges until one fails. Every result before that is right.
+Outcome exchange_for_ever(Buffer& buffer, const Scene& scene, std::atomic<int>& progress) {
+  const int rank = buffer.rank();
+  return outcome_of([&] {
+    for (;;) {
+      const auto sent = buffer.dispatch(scene.world.input(rank));
+      EXPECT_EQ(difference(scene.world, rank, sent), "");
+      const auto got = buffer.combine(combine_input(scene.home, rank, sent.handle, SumOrder::by_rank()));
+      EXPECT_EQ(difference(scene.sums[rank], got), "");
+      ++progress;
+    }
+  });
+}
+
+void survive(int rank, std::shared_ptr<Bootstrap> group, Blackboard& board, const Scene& scene) {
+  Config config = scene.world.config();
+  config.timeout = 2000ms;
+  auto buffer = Buffer::open(std::move(group), config);
+  const Outcome outcome = exchange_for_ever(*buffer, scene, board.progress[rank]);
+  EXPECT_EQ(outcome.code, ErrorCode::kTimeout) << outcome.message;
+  EXPECT_TRUE(outcome.wait.has_value()) << outcome.message;
+  buffer->close();
+
+  TcpRendezvous where;
+  where.port = scene.port;
+  where.rank = rank < kVictim ? rank : rank - 1;
+  where.num_ranks = kRanks - 1;
+  where.generation = 1;
+  const auto again = Buffer::open(tcp_group(where), scene.smaller.config());
+  EXPECT_EQ(difference(scene.smaller, again->rank(), again->dispatch(scene.smaller.input(again->rank()))), "");
+}
+
+TEST(KilledRank, is_noticed_by_the_survivors_who_open_again_without_it) {
+  const auto before = shared_memory();
+  for (const int moment : {1, 5, 23}) {
+    const Scene scene;
+    Processes processes(kRanks, [&](int rank, std::shared_ptr<Bootstrap> group, Blackboard& board) {
+      survive(rank, std::move(group), board, scene);
+    });
+    ASSERT_TRUE(Blackboard::wait_for(processes.board().progress[kVictim], moment));
+    processes.kill_rank(kVictim);
+    EXPECT_EQ(processes.wait(), (std::vector<int>{0, 0, 128 + SIGKILL, 0}))
+        << "killed after " << moment << " exchanges";
+  }
+  EXPECT_EQ(shared_memory(), before);
+}
+
+TEST(KilledRank, is_named_with_the_reason_that_it_ended) {
+  const Scene scene;
+  Processes processes(kRanks, [&](int rank, std::shared_ptr<Bootstrap> group, Blackboard& board) {
+    auto buffer = Buffer::open(std::move(group), scene.world.config());
+    buffer->dispatch(scene.world.input(rank));
+    ++board.progress[rank];
+    if (rank == kVictim) {
+      for (;;) std::this_thread::sleep_for(1s);
+    }
+    if (!Blackboard::wait_for(board.go, 1)) throw std::runtime_error("nobody was killed");
+    const Outcome outcome = outcome_of([&] { buffer->dispatch(scene.world.input(rank)); });
+    EXPECT_EQ(outcome.code, ErrorCode::kTimeout) << outcome.message;
+    ASSERT_TRUE(outcome.wait.has_value());
+    EXPECT_EQ(outcome.wait->peer, kVictim);
+    EXPECT_TRUE(outcome.wait->peer_gone) << outcome.message;
+  });
+  for (int rank = 0; rank < kRanks; ++rank) ASSERT_TRUE(Blackboard::wait_for(processes.board().progress[rank], 1));
+  processes.kill_rank(kVictim);
+  std::this_thread::sleep_for(50ms);
+  processes.board().go = 1;
+  EXPECT_EQ(processes.wait(), (std::vector<int>{0, 0, 128 + SIGKILL, 0}));
+}
+
+TEST(KilledRank, may_be_masked_and_the_others_go_on) {
+  Scene scene;
+  World without = scene.world;
+  without.exchange.masked = {false, false, true, false};
+  without.expect_again();
+  Processes processes(kRanks, [&](int rank, std::shared_ptr<Bootstrap> group, Blackboard& board) {
+    auto buffer = Buffer::open(std::move(group), scene.world.config());
+    buffer->dispatch(scene.world.input(rank));
+    ++board.progress[rank];
+    if (rank == kVictim) {
+      for (;;) std::this_thread::sleep_for(1s);
+    }
+    if (!Blackboard::wait_for(board.go, 1)) throw std::runtime_error("nobody was killed");
+    buffer->set_masked(kVictim, true);
+    for (int i = 0; i < 10; ++i) EXPECT_EQ(difference(without, rank, buffer->dispatch(without.input(rank))), "");
+  });
+  for (int rank = 0; rank < kRanks; ++rank) ASSERT_TRUE(Blackboard::wait_for(processes.board().progress[rank], 1));
+  processes.kill_rank(kVictim);
+  std::this_thread::sleep_for(50ms);
+  processes.board().go = 1;
+  EXPECT_EQ(processes.wait(), (std::vector<int>{0, 0, 128 + SIGKILL, 0}));
+}
+
+TEST(KilledRank, all_of_them_at_once_leave_no_shared_memory) {
+  const auto before = shared_memory();
+  {
+    const Scene scene;
+    Processes processes(kRanks, [&](int rank, std::shared_ptr<Bootstrap> group, Blackboard& board) {
+      auto buffer = Buffer::open(std::move(group), scene.world.config());
+      exchange_for_ever(*buffer, scene, board.progress[rank]);
+    });
+    ASSERT_TRUE(Blackboard::wait_for(processes.board().progress[0], 2));
+    for (int rank = 0; rank < kRanks; ++rank) processes.kill_rank(rank);
+    EXPECT_EQ(processes.wait(), std::vector<int>(kRanks, 128 + SIGKILL));
+  }
+  EXPECT_EQ(shared_memory(), before);
+}
+
+}  // namespace
+}  // namespace deep_ep::test

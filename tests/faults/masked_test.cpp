@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: MIT
+// A rank that is left out, and taken back.
+#include <gtest/gtest.h>
+
+#include "exchange.h"
+
+namespace deep_ep::test {
+namespace {
+
+constexpr int kRanks = 4;
+
+World with_masks(const Shape& shape, std::vector<bool> masked) {
+  World world(shape);
+  world.exchange.masked = std::move(masked);
+  world.expect_again();
+  return world;
+}
+
+class MaskedRank : public testing::TestWithParam<std::tuple<OutputLayout, bool>> {
+ protected:
+  Shape shape() const {
+    Shape s;
+    s.layout = std::get<0>(GetParam());
+    s.low_latency = std::get<1>(GetParam());
+    s.tokens = 12;
+    return s;
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Host, MaskedRank,
+                         testing::Combine(testing::Values(OutputLayout::kByRank, OutputLayout::kByExpert,
+                                                          OutputLayout::kPadded),
+                                          testing::Bool()));
+
+void expect_exchange(Buffer& buffer, const World& world, const Homeward& home,
+                     const std::vector<oracle::Combined>& sums) {
+  const int rank = buffer.rank();
+  const auto sent = dispatch(buffer, world.input(rank), world.shape.low_latency);
+  EXPECT_EQ(difference(world, rank, sent), "") << "rank " << rank << " " << world.shape.to_string();
+  const auto got =
+      combine(buffer, combine_input(home, rank, sent.handle, SumOrder::by_rank()), world.shape.low_latency);
+  EXPECT_EQ(difference(sums[rank], got), "") << "rank " << rank << " " << world.shape.to_string();
+}
+
+TEST_P(MaskedRank, is_skipped_by_the_others_who_go_on) {
+  const World world = with_masks(shape(), {false, false, true, false});
+  const Homeward home = homeward(world, {});
+  const auto sums = oracle::combine(world.exchange, world.expected, home.ranks, SumOrder::by_rank());
+  run_ranks(kRanks, world.config(), [&](Buffer& buffer) {
+    if (buffer.rank() == 2) return;  // never calls anything
+    buffer.set_masked(2, true);
+    EXPECT_TRUE(buffer.masked(2));
+    EXPECT_FALSE(buffer.masked(0));
+    for (int i = 0; i < 12; ++i) expect_exchange(buffer, world, home, sums);
+  });
+}
+
+// Both sides make the same calls, each without the other; then all are together again.
+TEST_P(MaskedRank, is_taken_back) {
+  const World all(shape());
+  const World without = with_masks(shape(), {false, false, true, false});
+  const World alone = with_masks(shape(), {true, true, false, true});
+  const auto plan = [](const World& world) {
+    Homeward home = homeward(world, {});
+    auto sums = oracle::combine(world.exchange, world.expected, home.ranks, SumOrder::by_rank());
+    return std::pair(std::move(home), std::move(sums));
+  };
+  const auto [all_home, all_sums] = plan(all);
+  const auto [without_home, without_sums] = plan(without);
+  const auto [alone_home, alone_sums] = plan(alone);
+  Barrier barrier(kRanks);
+  run_ranks(kRanks, all.config(), [&](Buffer& buffer) {
+    const bool apart = buffer.rank() == 2;
+    expect_exchange(buffer, all, all_home, all_sums);
+    for (int r = 0; r < kRanks; ++r) {
+      if (r != buffer.rank() && (r == 2) != apart) buffer.set_masked(r, true);
+    }
+    for (int i = 0; i < 10; ++i) {
+      apart ? expect_exchange(buffer, alone, alone_home, alone_sums)
+            : expect_exchange(buffer, without, without_home, without_sums);
+    }
+    barrier.wait();
+    for (int r = 0; r < kRanks; ++r) {
+      if (r != buffer.rank()) buffer.set_masked(r, false);
+    }
+    barrier.wait();
+    for (int i = 0; i < 10; ++i) expect_exchange(buffer, all, all_home, all_sums);
+  });
+}
+
+}  // namespace
+}  // namespace deep_ep::test

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: MIT
+"""Contract 1.9 to 1.11: the low-latency calls of V1."""
+
+import itertools
+
+import pytest
+import torch
+from deep_ep import Buffer, Error
+from deep_ep.utils.math import calc_diff, per_token_cast_back
+
+from ranks import make_tokens, run_ranks
+
+RANKS, EXPERTS, HIDDEN, TOPK, MAX_TOKENS = 4, 8, 512, 4, 16
+LOCAL = EXPERTS // RANKS
+FORMATS = [(False, False, False), (True, False, False), (True, True, False), (True, True, True)]
+
+
+def with_buffer(body, num_ranks=RANKS, sized=True, **options):
+    def run(group):
+        hint = Buffer.get_low_latency_rdma_size_hint(MAX_TOKENS, HIDDEN, num_ranks, EXPERTS) if sized else 0
+        tokens = make_tokens(group.rank(), 10 + group.rank(), HIDDEN, TOPK, EXPERTS)
+        options.setdefault("timeout_secs", 20)
+        with Buffer(group, 0, hint, low_latency_mode=True, num_qps_per_rank=2, **options) as buffer:
+            return tokens, body(buffer, tokens)
+
+    results = run_ranks(num_ranks, run)
+    return [result for _, result in results], [tokens for tokens, _ in results]
+
+
+def dequantised(recv, slot, count):
+    if isinstance(recv, tuple):
+        return per_token_cast_back(recv[0][slot, :count].contiguous(), recv[1][slot, :count].contiguous())
+    return recv[slot, :count]
+
+
+@pytest.mark.parametrize("use_fp8, round_scale, use_ue8m0", FORMATS)
+@pytest.mark.parametrize("hook", [False, True], ids=["direct", "hook"])
+def test_1_10_every_selection_arrives_in_its_experts_block(use_fp8, round_scale, use_ue8m0, hook):
+    def body(buffer, tokens):
+        stats = torch.full((LOCAL,), 3, dtype=torch.int32)
+        waits = torch.zeros(RANKS, dtype=torch.int64)
+        recv, count, handle, event, receive = buffer.low_latency_dispatch(
+            tokens.x,
+            tokens.topk_idx,
+            MAX_TOKENS,
+            EXPERTS,
+            cumulative_local_expert_recv_stats=stats,
+            dispatch_wait_recv_cost_stats=waits,
+            use_fp8=use_fp8,
+            round_scale=round_scale,
+            use_ue8m0=use_ue8m0,
+            return_recv_hook=hook,
+        )
+        assert (receive is not None) == hook and event.event is None
+        views = recv[0][0] if use_fp8 else recv[0]  # taken before the hook: outputs are where they will be
+        if hook:
+            receive()
+            receive()
+        assert torch.equal(stats - 3, count)
+        assert bool((waits >= 0).all())
+        return recv, count, handle, views.data_ptr() == (recv[0] if use_fp8 else recv).data_ptr()
+
+    results, sources = with_buffer(body)
+    tolerance = 1e-2 if use_fp8 else 0
+    for rank, (recv, count, (src_info, layout_range, *sizes), in_place) in enumerate(results):
+        assert sizes == [MAX_TOKENS, HIDDEN, EXPERTS] and in_place
+        assert src_info.shape == (LOCAL, RANKS * MAX_TOKENS) and src_info.dtype == torch.int32
+        assert layout_range.shape == (LOCAL, RANKS) and layout_range.dtype == torch.int64
+        data = recv[0] if use_fp8 else recv
+        assert data.shape == (LOCAL, RANKS * MAX_TOKENS, HIDDEN)
+        if use_fp8:
+            width = HIDDEN // 512 if use_ue8m0 else HIDDEN // 128
+            rows = RANKS * MAX_TOKENS
+            assert recv[1].shape == (LOCAL, rows, width)
+            assert recv[1].dtype == (torch.int32 if use_ue8m0 else torch.float32)
+            assert recv[1].stride() == (width * rows, 1, rows)
+        for slot, src in itertools.product(range(LOCAL), range(RANKS)):
+            begin, rows = int(layout_range[slot, src]) >> 32, int(layout_range[slot, src]) & 0xFFFFFFFF
+            chosen = (sources[src].topk_idx == rank * LOCAL + slot).any(dim=1).nonzero().flatten()
+            assert sorted(src_info[slot, begin : begin + rows].tolist()) == chosen.tolist()
+            got = dequantised(recv, slot, int(count[slot]))[begin : begin + rows]
+            if rows > 0:
+                wanted = sources[src].x[src_info[slot, begin : begin + rows].long()]
+                assert calc_diff(got, wanted) <= tolerance
+        assert int((layout_range & 0xFFFFFFFF).sum()) == int(count.sum())
+
+
+def scaled_rows(recv, count, handle):
+    """What experts give back: row times (expert + 1) / 4, in BF16."""
+    rows = torch.zeros(handle[0].shape + (HIDDEN,), dtype=torch.bfloat16)
+    for slot in range(LOCAL):
+        n = int(count[slot])
+        rows[slot, :n] = (dequantised(recv, slot, n).float() * (slot + 1) / 4).to(torch.bfloat16)
+    return rows
+
+
+@pytest.mark.parametrize("hook", [False, True], ids=["direct", "hook"])
+@pytest.mark.parametrize("zero_copy", [False, True])
+@pytest.mark.parametrize("with_out", [False, True])
+def test_1_11_combine_is_one_weighted_sum_in_order_of_k(hook, zero_copy, with_out):
+    def body(buffer, tokens):
+        recv, count, handle, _, receive = buffer.low_latency_dispatch(
+            tokens.x, tokens.topk_idx, MAX_TOKENS, EXPERTS, use_fp8=False, return_recv_hook=hook
+        )
+        if hook:
+            receive()
+        rows = scaled_rows(recv, count, handle)
+        if zero_copy:
+            buffer.get_next_low_latency_combine_buffer(handle)[:, :, :] = rows
+        out = torch.empty_like(tokens.x) if with_out else None
+        combined, event, receive = buffer.low_latency_combine(
+            rows, tokens.topk_idx, tokens.topk_weights, handle, zero_copy=zero_copy, return_recv_hook=hook, out=out
+        )
+        if hook:
+            receive()
+        assert out is None or combined is out
+        return combined
+
+    results, sources = with_buffer(body)
+    for tokens, combined in zip(sources, results):
+        total = torch.zeros(tokens.x.shape, dtype=torch.float64)
+        for k in range(TOPK):
+            slot = tokens.topk_idx[:, k : k + 1] % LOCAL
+            row = (tokens.x.float() * (slot + 1) / 4).to(torch.bfloat16).double()
+            # A fused multiply-add rounds once: exact in double here, then to float.
+            step = (total + tokens.topk_weights[:, k : k + 1].double() * row).float().double()
+            total = torch.where(tokens.topk_idx[:, k : k + 1] >= 0, step, total)
+        assert torch.equal(combined, total.to(torch.float32).to(torch.bfloat16))
+
+
+def test_1_11_handles_may_be_repacked_and_serve_after_other_dispatches():
+    def body(buffer, tokens):
+        made = [
+            buffer.low_latency_dispatch(tokens.x * (i + 1), tokens.topk_idx, MAX_TOKENS, EXPERTS, use_fp8=False)
+            for i in range(2)
+        ]
+        results = []
+        for recv, count, handle, *_ in made:
+            src_info, layout_range, max_tokens, hidden, experts = handle
+            packed = (src_info.detach(), layout_range.view(-1).view(layout_range.shape), max_tokens, experts)
+            rows = scaled_rows(recv, count, handle)
+            results.append(buffer.low_latency_combine(rows, tokens.topk_idx, tokens.topk_weights, packed)[0])
+        return results
+
+    for first, second in with_buffer(body)[0]:
+        assert calc_diff(first * 2, second) < 1e-5 and float(first.float().abs().sum()) > 0
+
+
+def test_1_9_a_buffer_that_is_too_small_grows_with_the_call():
+    def body(buffer, tokens):
+        return [
+            buffer.low_latency_dispatch(tokens.x, tokens.topk_idx, m, EXPERTS, use_fp8=False)[1].sum().item()
+            for m in (16, 64, 17)
+        ]
+
+    results, sources = with_buffer(body, sized=False)
+    total = sum(int((tokens.topk_idx >= 0).sum()) for tokens in sources)
+    assert [sum(column) for column in zip(*results)] == [total] * 3
+
+
+def test_1_10_normal_and_low_latency_calls_mix_without_cleaning():
+    def body(buffer, tokens):
+        from ranks import dispatch_v1
+
+        first = buffer.low_latency_dispatch(
+            tokens.x, tokens.topk_idx, MAX_TOKENS, EXPERTS, use_fp8=False, return_recv_hook=True
+        )
+        normal = dispatch_v1(buffer, tokens, EXPERTS)
+        buffer.clean_low_latency_buffer(MAX_TOKENS, HIDDEN, EXPERTS)
+        first[4]()
+        return int(first[1].sum()), int((normal[1] >= 0).sum())
+
+    for low, normal in with_buffer(body)[0]:
+        assert low == normal
+
+
+def test_1_11_masked_ranks_are_left_out():
+    def body(buffer, tokens):
+        mask = torch.full((RANKS,), 7, dtype=torch.int32)
+        if buffer.rank == 3:
+            return None
+        buffer.low_latency_update_mask_buffer(3, True)
+        buffer.low_latency_query_mask_buffer(mask)
+        recv, count, handle, *_ = buffer.low_latency_dispatch(
+            tokens.x, tokens.topk_idx, MAX_TOKENS, EXPERTS, use_fp8=False
+        )
+        rows = scaled_rows(recv, count, handle)
+        combined = buffer.low_latency_combine(rows, tokens.topk_idx, tokens.topk_weights, handle)[0]
+        buffer.low_latency_clean_mask_buffer()
+        return mask.tolist(), int((handle[1][:, 3] & 0xFFFFFFFF).sum()), combined, buffer.masked_ranks()
+
+    results, sources = with_buffer(body, enable_shrink=True)
+    for tokens, (mask, rows_of_masked, combined, after) in zip(sources[:3], results[:3]):
+        assert mask == [0, 0, 0, 1] and rows_of_masked == 0 and not any(after)
+        nobody = ((tokens.topk_idx < 0) | (tokens.topk_idx >= 3 * LOCAL)).all(dim=1)
+        assert bool((combined[nobody] == 0).all())
+
+
+@pytest.mark.parametrize("hook", [False, True], ids=["direct", "hook"])
+def test_1_11_a_silent_rank_is_masked_after_the_timeout_and_the_others_go_on(hook):
+    def body(buffer, tokens):
+        if buffer.rank == 1:
+            return None
+        recv, count, handle, _, receive = buffer.low_latency_dispatch(
+            tokens.x, tokens.topk_idx, MAX_TOKENS, EXPERTS, use_fp8=False, return_recv_hook=hook
+        )
+        if hook:
+            receive()
+        combined = buffer.low_latency_combine(
+            scaled_rows(recv, count, handle), tokens.topk_idx, tokens.topk_weights, handle
+        )
+        return buffer.masked_ranks(), int(count.sum()), combined[0].isnan().any().item()
+
+    results, sources = with_buffer(body, enable_shrink=True, timeout_secs=1)
+    for rank in (0, 2, 3):
+        masked, count, has_nan = results[rank]
+        assert masked == [False, True, False, False] and not has_nan
+        here = [t.topk_idx // LOCAL == rank for i, t in enumerate(sources) if i != 1]
+        assert count == sum(
+            int((h & (t.topk_idx >= 0)).sum()) for h, t in zip(here, [sources[0], sources[2], sources[3]])
+        )
+
+
+def test_1_10_the_rank_local_mistakes_are_clear_and_the_group_stays_usable():
+    def body(buffer, tokens):
+        def call(**changes):
+            arguments = dict(use_fp8=False)
+            arguments.update(changes)
+            return buffer.low_latency_dispatch(tokens.x, tokens.topk_idx, MAX_TOKENS, EXPERTS, **arguments)
+
+        messages = []
+        for changes in (
+            dict(async_finish=True, return_recv_hook=True),
+            dict(use_fp8=True, use_ue8m0=True),
+            dict(dispatch_wait_recv_cost_stats=torch.zeros((RANKS, RANKS), dtype=torch.int64)),
+            dict(cumulative_local_expert_recv_stats=torch.zeros(LOCAL, dtype=torch.int64)),
+        ):
+            with pytest.raises(Error) as caught:
+                call(**changes)
+            messages.append(str(caught.value))
+        with pytest.raises(Error, match="more than max_tokens_per_rank"):
+            buffer.low_latency_dispatch(tokens.x, tokens.topk_idx, 4, EXPERTS)
+        return messages, int(call()[1].sum())
+
+    results, sources = with_buffer(body)
+    assert sum(count for _, count in results) == sum(int((t.topk_idx >= 0).sum()) for t in sources)
+    assert "exclude each other" in results[0][0][0] and "ue8m0" in results[0][0][1]
+    assert "wait_recv_cost_stats" in results[0][0][2] and "recv_stats" in results[0][0][3]

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: MIT
+"""Contract 1.1 to 1.4 and section 2: construction, sizes, names, events; section 0: upstream's quirks."""
+
+import inspect
+import subprocess
+import sys
+
+import deep_ep
+import pytest
+import torch
+from deep_ep import Buffer, Config, ElasticBuffer, EventHandle, EventOverlap
+
+from ranks import run_ranks
+
+
+def test_2_every_name_is_where_users_import_it():
+    import deep_ep._C as compiled
+    import deep_ep_cpp
+    from deep_ep.buffer import Buffer as by_file
+    from deep_ep.buffers.elastic import ElasticBuffer as by_folder
+    from deep_ep.buffers.legacy import Buffer as legacy
+    from deep_ep.utils import EventHandle as handle  # Q10
+    from deep_ep.utils import EventOverlap as overlap
+    from deep_ep.utils import comm, envs, event, find_pkgs, gate, math, refs, semantic, testing
+
+    assert by_file is legacy is Buffer is compiled.Buffer and by_folder is ElasticBuffer
+    assert handle is EventHandle is deep_ep_cpp.EventHandle and overlap is EventOverlap is event.EventOverlap
+    assert deep_ep_cpp.Config is Config and compiled.topk_idx_t is deep_ep.topk_idx_t is torch.int64
+    assert all((comm, envs, find_pkgs, gate, math, refs, semantic, testing))
+    assert isinstance(deep_ep.__version__, str)
+    assert compiled.is_sm90_compiled() and Buffer.is_sm90_compiled()
+
+
+def test_2_event_overlap_waits_releases_and_runs_its_hook():
+    ran = []
+    event = EventOverlap(EventHandle(), (torch.zeros(1),))
+    event.register_hook_after_wait(lambda: ran.append(1))
+    with pytest.raises(AssertionError):
+        event.register_hook_after_wait(lambda: None)
+    with event(release_handle=True) as same:
+        assert same is event
+    assert ran == [1] and event.event is None and event.hook_after_wait is None
+    with pytest.raises(AssertionError):
+        EventOverlap().current_stream_wait()
+    with EventOverlap():
+        pass
+    assert EventOverlap(None, None).extra_tensors is None
+
+
+def test_1_1_constructor_arguments_are_visible_to_inspect():
+    names = inspect.signature(Buffer.__init__).parameters
+    for name in (
+        "group num_nvl_bytes num_rdma_bytes low_latency_mode num_qps_per_rank allow_nvlink_for_low_latency_mode allow_mnnvl "
+        "use_fabric explicitly_destroy enable_shrink comm"
+    ).split():
+        assert name in names
+
+
+def test_1_1_attributes_and_runtime():
+    def body(group):
+        buffer = Buffer(
+            group, 128, 256, True, 12, True, False, explicitly_destroy=True, use_fabric=True, enable_shrink=True
+        )
+        seen = (buffer.rank, buffer.group_size, buffer.num_nvl_bytes, buffer.num_rdma_bytes, buffer.low_latency_mode)
+        assert buffer.group is group and buffer.explicitly_destroy and buffer.enable_shrink
+        assert buffer.nvshmem_qp_depth == 1024
+        runtime = buffer.runtime
+        assert runtime.is_available() and runtime.get_num_rdma_ranks() == 1 and runtime.get_rdma_rank() == 0
+        buffer.destroy()
+        buffer.destroy()
+        assert buffer.runtime is None and not runtime.is_available()
+        with pytest.raises(deep_ep.Error, match="closed"):
+            buffer.get_dispatch_layout(torch.zeros((1, 1), dtype=torch.int64), 2)
+        return seen
+
+    assert run_ranks(2, body)[1] == (1, 2, 128, 256, True)
+
+
+def test_1_1_without_group_and_comm_there_is_a_value_error():
+    with pytest.raises(ValueError):
+        Buffer(None)
+
+
+def test_1_1_an_mpi_communicator_serves_as_group():
+    class Comm:
+        def Get_rank(self):  # noqa: N802  (mpi4py's name)
+            return 0
+
+        def Get_size(self):  # noqa: N802
+            return 1
+
+        def allgather(self, mine):
+            return [mine]
+
+    with Buffer(None, comm=Comm()) as buffer:
+        assert (buffer.rank, buffer.group_size) == (0, 1) and isinstance(buffer.group, Comm)
+
+
+def test_1_1_sizes_that_are_no_multiple_of_128_are_refused():
+    with pytest.raises(RuntimeError, match="num_nvl_bytes"):
+        run_ranks(1, lambda group: Buffer(group, 100))
+
+
+def test_1_2_destroy_needs_explicitly_destroy():
+    def body(group):
+        with Buffer(group) as buffer, pytest.raises(AssertionError):
+            buffer.destroy()
+
+    run_ranks(1, body)
+
+
+def test_q3_local_buffer_offsets_count_bytes_and_views_end_with_the_memory():
+    def body(group):
+        with Buffer(group, 1024, 256) as buffer:
+            whole = buffer.get_local_buffer_tensor(torch.uint8)
+            whole.copy_(torch.arange(1024) % 256)
+            part = buffer.get_local_buffer_tensor(torch.int32, torch.Size((2, 3)), offset=4)
+            assert part.shape == (2, 3) and part.view(torch.uint8)[0, 0] == 4
+            assert buffer.get_local_buffer_tensor(torch.int32, offset=8).numel() == 254
+            assert buffer.get_local_buffer_tensor(torch.int8, use_rdma_buffer=True).zero_().numel() == 256
+            with pytest.raises(AssertionError):
+                buffer.get_local_buffer_tensor(torch.int32, torch.Size((300,)))
+
+    run_ranks(1, body)
+
+
+def test_1_2_set_num_sms_is_class_wide_and_even():
+    before = Buffer.num_sms
+    try:
+        Buffer.set_num_sms(24)
+        assert Buffer.get_dispatch_config(8).num_sms == 24
+        with pytest.raises(AssertionError):
+            Buffer.set_num_sms(23)
+    finally:
+        Buffer.set_num_sms(before)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160])
+def test_1_3_recommended_configs_exist(ranks):
+    assert isinstance(Buffer.get_dispatch_config(ranks), Config) and isinstance(
+        Buffer.get_combine_config(ranks), Config
+    )
+
+
+def test_1_3_unknown_rank_counts_have_no_recommended_config():
+    with pytest.raises(AssertionError):
+        Buffer.get_dispatch_config(3)
+
+
+def test_appendix_a_v1_sizes():
+    assert Config(20, 6, 256, 6, 128).get_nvl_buffer_size_hint(14336, 8) == 335709824
+    assert Config(24, 6, 256, 6, 128).get_nvl_buffer_size_hint(14336, 8) == 402851712
+    assert Config(20, 6, 256, 6, 128).get_rdma_buffer_size_hint(14336, 8) == 0
+    assert Config(20, 36, 288, 20, 128).get_nvl_buffer_size_hint(14336, 16) == 377673984
+    assert Config(20, 36, 288, 20, 128).get_rdma_buffer_size_hint(14336, 16) == 91887744
+    assert Config(20, 4, 288, 12, 128).get_rdma_buffer_size_hint(14336, 16) == 86637184
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [((128, 7168, 8, 288), 2146961792), ((128, 7168, 8, 256), 1908410496), ((16, 5120, 8, 256), 170395776)],
+)
+def test_appendix_a_low_latency_sizes(arguments, expected):
+    assert Buffer.get_low_latency_rdma_size_hint(*arguments) == expected
+
+
+@pytest.mark.parametrize("values", [(-1,), (20, 6, 6), (20, 0, 256), (20, 6, 256, 0), (20, 6, 256, 200, 128)])
+def test_1_3_configs_are_checked(values):
+    with pytest.raises(RuntimeError):
+        Config(*values)
+
+
+def test_2_import_takes_less_than_a_second_beside_torch():
+    code = "import torch, time; a = time.perf_counter(); import deep_ep; print(time.perf_counter() - a)"
+    seconds = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(2)
+    ]
+    assert min(seconds) < 1

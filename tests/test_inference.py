@@ -1,0 +1,68 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""Inference time per batch of one MoE layer: low-latency dispatch, experts, combine, as a decoding step does them."""
+
+import argparse
+import time
+from typing import Any, List
+
+import deep_ep
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from deep_ep.utils.envs import init_dist
+
+
+def step(buffer: Any, x: torch.Tensor, topk: Any, experts: torch.Tensor, args: argparse.Namespace) -> List[float]:
+    """Seconds of dispatch, experts and combine."""
+    times = [time.perf_counter()]
+    recv, count, handle, _, hook = buffer.low_latency_dispatch(
+        x, topk[0], args.batch_size, args.num_experts, use_fp8=False, return_recv_hook=True
+    )
+    hook()
+    times.append(time.perf_counter())
+    for slot in range(count.numel()):
+        rows = recv[slot, : int(count[slot])]
+        rows.mul_(experts[slot])
+    times.append(time.perf_counter())
+    buffer.low_latency_combine(recv, topk[0], topk[1], handle)
+    times.append(time.perf_counter())
+    return [after - before for before, after in zip(times, times[1:])]
+
+
+def run(local_rank: int, num_processes: int, args: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    rank, ranks, group = init_dist(local_rank, num_processes)
+    hint = deep_ep.Buffer.get_low_latency_rdma_size_hint(args.batch_size, args.hidden_size, ranks, args.num_experts)
+    with torch.inference_mode(), deep_ep.Buffer(group, 0, hint, low_latency_mode=True) as buffer:
+        x = torch.randn((args.batch_size, args.hidden_size), dtype=torch.bfloat16)
+        scores = torch.rand((args.batch_size, args.num_experts), dtype=torch.float32)
+        weights, ids = scores.softmax(dim=1).topk(args.num_topk, dim=1)
+        topk = (ids.to(deep_ep.topk_idx_t), weights.contiguous())
+        experts = torch.randn((args.num_experts // ranks, args.hidden_size), dtype=torch.bfloat16)
+        for _ in range(args.num_warmups):
+            step(buffer, x, topk, experts, args)
+        taken = torch.tensor([step(buffer, x, topk, experts, args) for _ in range(args.num_tests)], dtype=torch.float64)
+        dist.barrier()
+    if rank == 0:
+        total = taken.sum(dim=1).sort().values * 1e6
+        parts = (taken.median(dim=0).values * 1e6).tolist()
+        print(
+            f"{ranks} ranks, batch {args.batch_size} per rank, hidden {args.hidden_size}, top-{args.num_topk} of {args.num_experts}"
+        )
+        print(f"inference time per batch: median {total[len(total) // 2]:.0f} us, longest {total[-1]:.0f} us")
+        print(f"dispatch {parts[0]:.0f} us, experts {parts[1]:.0f} us, combine {parts[2]:.0f} us (medians)", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--num-processes", "--num_processes", type=int, default=2, help="ranks on this machine")
+    parser.add_argument("--batch_size", "--batch-size", type=int, default=128, help="tokens of each rank")
+    parser.add_argument("--hidden_size", "--hidden-size", type=int, default=7168)
+    parser.add_argument("--num-topk", type=int, default=8)
+    parser.add_argument("--num-experts", type=int, default=32)
+    parser.add_argument("--num-warmups", type=int, default=3)
+    parser.add_argument("--num-tests", type=int, default=20)
+    arguments = parser.parse_args()
+    mp.spawn(run, args=(arguments.num_processes, arguments), nprocs=arguments.num_processes)
