@@ -345,6 +345,7 @@ Support check_support(const CallShape& shape, const CallScope& scope) {
   if (shape.num_tokens < 0 || shape.num_tokens > INT_MAX)
     return no(fmt::format("num_tokens must be 0 .. {}: {}", INT_MAX, shape.num_tokens));
   if (!shape.low_latency) return {};
+  if (scope.on_device) return no("the CUDA backend has no low-latency calls yet: use dispatch and combine");
   plan::RowShape row;
   row.row_bytes = row_bytes;
   row.num_topk = shape.num_topk;

@@ -56,8 +56,10 @@ Bytes pack(const WindowAddress& address, const std::string& config) {
 }
 
 void require_same_config(const std::string& ours, const Bytes& blob, int our_rank, int their_rank) {
-  require(blob.size() >= sizeof(WindowAddress), "rank {} sent {} bytes of introduction, {} are needed: do all ranks "
-          "open a CUDA buffer?", their_rank, blob.size(), sizeof(WindowAddress));
+  require(blob.size() >= sizeof(WindowAddress),
+          "rank {} sent {} bytes of introduction, {} are needed: do all ranks "
+          "open a CUDA buffer?",
+          their_rank, blob.size(), sizeof(WindowAddress));
   std::istringstream a(ours);
   std::istringstream b(std::string(reinterpret_cast<const char*>(blob.data()) + sizeof(WindowAddress),
                                    blob.size() - sizeof(WindowAddress)));
@@ -92,10 +94,12 @@ Context::Context(const BackendInput& input)
   cuda::check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
   cuda::check(cudaStreamCreateWithFlags(&copies_, cudaStreamNonBlocking), "cudaStreamCreate");
   cuda::check(cudaEventCreateWithFlags(&last_done_, cudaEventDisableTiming), "cudaEventCreate");
-  cuda::check(cudaHostAlloc(reinterpret_cast<void**>(&mailbox_), sizeof(Mailbox), cudaHostAllocMapped | cudaHostAllocPortable),
-        "cudaHostAlloc");
+  cuda::check(
+      cudaHostAlloc(reinterpret_cast<void**>(&mailbox_), sizeof(Mailbox), cudaHostAllocMapped | cudaHostAllocPortable),
+      "cudaHostAlloc");
   std::memset(static_cast<void*>(mailbox_), 0, sizeof(Mailbox));
-  cuda::check(cudaHostGetDevicePointer(reinterpret_cast<void**>(&device_mailbox_), mailbox_, 0), "cudaHostGetDevicePointer");
+  cuda::check(cudaHostGetDevicePointer(reinterpret_cast<void**>(&device_mailbox_), mailbox_, 0),
+              "cudaHostGetDevicePointer");
   cuda::check(cudaMalloc(reinterpret_cast<void**>(&state_), sizeof(State)), "cudaMalloc");
   cuda::check(cudaMemset(state_, 0, sizeof(State)), "cudaMemset");
   cuda::check(cudaMalloc(reinterpret_cast<void**>(&device_peers_), sizeof(Peer) * num_ranks), "cudaMalloc");
@@ -132,7 +136,8 @@ void Context::open_windows(const BackendInput& input) {
     if (error.code() == ErrorCode::kInvalidArgument) throw;
     failure = error.what();
   }
-  const auto failures = group.all_gather({reinterpret_cast<const std::byte*>(failure.data()), failure.size()}, config.open_timeout);
+  const auto failures =
+      group.all_gather({reinterpret_cast<const std::byte*>(failure.data()), failure.size()}, config.open_timeout);
   own->seal();
   for (int peer = 0; peer < num_ranks; ++peer)
     if (!failures[peer].empty())
@@ -151,8 +156,8 @@ void Context::prepare_kernels() {
     cudaFuncAttributes attributes;
     cuda::check(cudaFuncGetAttributes(&attributes, kernel), "loading a kernel for this GPU");
     cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               most - static_cast<int>(attributes.sharedSizeBytes)),
-          "cudaFuncSetAttribute");
+                                     most - static_cast<int>(attributes.sharedSizeBytes)),
+                "cudaFuncSetAttribute");
   };
   prepare(notify_kernel());
   prepare(refuse_kernel());
@@ -320,13 +325,20 @@ void Context::raise(const Fault& fault) {
       require(false, "rank {} refused this {}: topk_idx: selection {} is expert {}, which does not exist", fault.peer,
               name(operation), fault.expected, fault.seen);
       break;
-    case Fault::kRefused: require(false, "rank {} refused this {}: {}", fault.peer, name(operation), fault.refusal); break;
+    case Fault::kRefused:
+      require(false, "rank {} refused this {}: {}", fault.peer, name(operation), fault.refusal);
+      break;
     case Fault::kNoRoom:
       require(false, "arena_bytes: rank {} needs {} bytes of arena for this dispatch, {} are free there", fault.peer,
               fault.expected, fault.seen);
       break;
+    case Fault::kFullSlot:
+      require(false, "kPadded: a slot of rank {} would get {} rows, it has room for {}", fault.peer, fault.expected,
+              fault.seen);
+      break;
     case Fault::kTooManyRows:
-      require(false, "max_rows: rank {} would receive {} rows, max_rows there is {}", fault.peer, fault.expected, fault.seen);
+      require(false, "max_rows: rank {} would receive {} rows, max_rows there is {}", fault.peer, fault.expected,
+              fault.seen);
       break;
     case Fault::kNone: break;
   }

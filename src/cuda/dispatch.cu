@@ -49,6 +49,11 @@ __device__ void reply(const Now& now, const DispatchParams& p) {
       Reply answer{p.verdict, p.needed, p.there, p.block_at, p.rows, p.arrivals, p.cached ? 0 : p.first_arrival[src]};
       if (p.max_rows > 0 && p.common.state->rows > p.max_rows && answer.verdict == Reply::kAccepted)
         answer.verdict = Reply::kMoreThanMaxRows, answer.needed = p.common.state->rows, answer.there = p.max_rows;
+      if (!p.cached && p.common.state->full_slot_rows > 0 && answer.verdict == Reply::kAccepted) {
+        answer.verdict = Reply::kSlotTooSmall;
+        answer.needed = static_cast<std::uint64_t>(p.common.state->full_slot_rows);
+        answer.there = static_cast<std::uint64_t>(p.shape.padded_slot_rows);
+      }
       now.reply(src, me) = answer;
     }
     __threadfence_system();  // every lane's first rows, before lane 0's release
@@ -73,8 +78,10 @@ __device__ bool await_reply(const Now& now, const DispatchParams& p, int dst, De
   }
   const Reply answer = now.reply(me, dst);
   if (answer.verdict != Reply::kAccepted) {
-    const bool rows = answer.verdict == Reply::kMoreThanMaxRows;
-    report(now, rows ? Fault::kTooManyRows : Fault::kNoRoom, dst, static_cast<std::int64_t>(answer.needed),
+    const Fault::Kind kind = answer.verdict == Reply::kMoreThanMaxRows ? Fault::kTooManyRows
+                             : answer.verdict == Reply::kSlotTooSmall  ? Fault::kFullSlot
+                                                                       : Fault::kNoRoom;
+    report(now, kind, dst, static_cast<std::int64_t>(answer.needed),
            static_cast<std::int64_t>(answer.there));
     return false;
   }

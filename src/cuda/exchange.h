@@ -30,7 +30,7 @@ enum Announced : std::uint32_t { kSame = 0, kBadExpert = 1, kRefusedByHost = 2 }
 
 /// Where a receiver's output begins; first rows of the sender's selections in each slot follow at kReplyHead.
 struct Reply {
-  enum Verdict : std::uint64_t { kAccepted, kArenaTooSmall, kMoreThanMaxRows };
+  enum Verdict : std::uint64_t { kAccepted, kArenaTooSmall, kMoreThanMaxRows, kSlotTooSmall };
   std::uint64_t verdict;
   std::uint64_t needed, there;
   std::uint64_t block_at;
@@ -41,13 +41,14 @@ static_assert(sizeof(Reply) <= plan::WindowLayout::kReplyHead);
 
 /// What went wrong first. Written by a kernel into pinned memory, read by the host once `kind` is set.
 struct Fault {
-  enum Kind : std::uint32_t { kNone, kTimeout, kDiffers, kBadId, kRefused, kNoRoom, kTooManyRows, kGaveUp };
+  enum Kind : std::uint32_t { kNone, kTimeout, kDiffers, kBadId, kRefused, kNoRoom, kTooManyRows, kFullSlot, kGaveUp };
   std::uint32_t kind;
   std::int32_t phase;  // Operation
   std::int32_t peer;
   std::int32_t field;  // kDiffers: of the signature
   std::uint64_t epoch;
-  std::int64_t expected, seen;  // kDiffers: ours, theirs. kNoRoom, kTooManyRows: needed, there. kBadId: at, expert
+  std::int64_t expected,
+      seen;  // kDiffers: ours, theirs. kNoRoom, kTooManyRows, kFullSlot: needed, there. kBadId: at, expert
   char refusal[kRefusalBytes];
 };
 
@@ -69,12 +70,13 @@ struct State {
   std::uint32_t blocks_done;
   std::uint64_t bad_selection;  // 0: none, else 1 + lowest index in topk_idx
   std::int64_t rows, arrivals;  // notify -> dispatch
+  std::int32_t full_slot_rows;  // kPadded: rows of a slot that would get more than it has room for; 0: none
 };
 
 struct Peer {
-  std::byte* window;          // as this rank maps it
-  std::int32_t active;        // not masked
-  std::int32_t same_device;   // writes there do not cross a link
+  std::byte* window;         // as this rank maps it
+  std::int32_t active;       // not masked
+  std::int32_t same_device;  // writes there do not cross a link
 };
 
 /// What every kernel is told.

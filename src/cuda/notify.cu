@@ -192,6 +192,7 @@ __device__ void plan_rows(const Now& now, const NotifyParams& p) {
   }
   __shared__ std::int64_t num_arrivals;
   if (threadIdx.x == 0) {
+    p.common.state->full_slot_rows = 0;
     std::int32_t sum = 0;
     for (int src = 0; src < ranks; ++src) {
       p.first_arrival[src] = sum;
@@ -213,6 +214,8 @@ __device__ void plan_rows(const Now& now, const NotifyParams& p) {
     std::int32_t row = base + block_prefix(mine ? place : 0, total);
     base += total;
     if (!mine) continue;
+    // Duplicate ids only. After block_prefix's barriers, and so after the 0 above.
+    if (p.layout == OutputLayout::kPadded && rows > padded_rows) atomicMax(&p.common.state->full_slot_rows, rows);
     p.slot_rows[slot] = rows;
     p.slot_first_row[slot] = row;
     for (int src = 0; src < ranks; ++src) {

@@ -135,6 +135,24 @@ TEST(CudaFailure, a_bound_or_an_arena_that_is_too_small_is_named_and_the_next_ca
   });
 }
 
+TEST(CudaFailure, a_slot_that_duplicate_ids_would_overfill_is_named_and_the_next_call_works) {
+  EP_NEEDS_GPU();
+  run_ranks(2, small_config(), on_gpu(), [](Buffer& buffer) {
+    auto in = inputs_of(buffer.rank());
+    const std::vector<std::int64_t> same(kTokens * kTopk, 3);  // every selection the same expert
+    const Tensor idx = to_gpu(TensorView(same.data(), DType::kI64, {kTokens, kTopk}));
+    auto padded = in->call;
+    padded.topk_idx = idx;
+    padded.layout = OutputLayout::kPadded;
+    padded.max_tokens_per_rank = kTokens;
+    std::string text;
+    EXPECT_EQ(code_of([&] { buffer.dispatch(padded); }, &text), ErrorCode::kInvalidArgument);
+    EXPECT_NE(text.find("kPadded: a slot of rank 0 would get 512 rows, it has room for 128"), std::string::npos)
+        << text;
+    EXPECT_GT(buffer.dispatch(in->call).handle->num_rows, 0);
+  });
+}
+
 TEST(CudaFailure, outputs_that_the_caller_keeps_leave_a_full_arena_by_a_copy) {
   EP_NEEDS_GPU();
   Config config = small_config();
