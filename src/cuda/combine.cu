@@ -272,8 +272,8 @@ __device__ float weight_from_home(const CombineParams& p, const Source* sources,
   const std::int64_t first = std::int64_t{token} * p.num_topk;
   const std::int32_t* rank = p.dst_rank + first;
   const bool by_rank = p.layout == OutputLayout::kByRank;
+  if (rank[k] < 0 || sources[rank[k]].x == nullptr) return 0;
   if (!by_rank || p.weights_home == WeightsHome::kFromOwner) {
-    if (rank[k] < 0 || sources[rank[k]].x == nullptr) return 0;
     const std::int64_t row = p.dst_row[first + k];
     return __ldcv(sources[rank[k]].weights + (by_rank ? row * p.num_topk + k : row));
   }
