@@ -96,6 +96,7 @@ struct Config {
   /// Budget for packed outputs (what dispatch returns), buffers of Buffer::allocate and combine input that must be
   /// staged; pages are taken from the system only as they are first used. 0: an eighth of this machine's memory per
   /// rank, 16 GiB at most.
+  /// The last quarter is kept for landing: results that do not fit before it are copied out to ordinary memory.
   std::size_t arena_bytes = 0;
   int num_tickets =
       4;  // sets of low-latency slots: a ticket may stay open while this many - 1 more operations are called

@@ -38,7 +38,8 @@ class Error : public std::runtime_error {
   explicit Error(const WaitRecord& wait);
 
   ErrorCode code() const noexcept { return code_; }
-  /// Present exactly for kTimeout raised by a wait for a peer.
+  /// Present for kTimeout raised by a buffer's wait for a peer; not where ranks did not meet, of whom several may be
+  /// missing.
   const std::optional<WaitRecord>& wait() const noexcept { return wait_; }
 
  private:
