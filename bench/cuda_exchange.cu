@@ -96,7 +96,8 @@ __global__ void sum_two(const std::byte* a, const std::byte* b, std::byte* dst, 
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       if (at + i * step < bytes)
-        __stcs(reinterpret_cast<uint4*>(dst + at + i * step), uint4{v[i].x ^ w[i].x, v[i].y ^ w[i].y, v[i].z ^ w[i].z, v[i].w ^ w[i].w});
+        __stcs(reinterpret_cast<uint4*>(dst + at + i * step),
+               uint4{v[i].x ^ w[i].x, v[i].y ^ w[i].y, v[i].z ^ w[i].z, v[i].w ^ w[i].w});
   }
 }
 
@@ -196,9 +197,11 @@ void bench(Rank& r, std::shared_ptr<Bootstrap> group) {
       copy_by_bulk<<<sms, kCopyWarps * 32, kCopyWarps * kRing * kChunk, r.stream>>>(x.at, own.at, peer, bytes / kChunk);
     });
     const double bulk_half = timed(r, [&] {
-      copy_by_bulk<<<sms, kCopyWarps * 32, kCopyWarps * kRing * kChunk, r.stream>>>(x.at, own.at, peer, bytes / 2 / kChunk);
+      copy_by_bulk<<<sms, kCopyWarps * 32, kCopyWarps * kRing * kChunk, r.stream>>>(x.at, own.at, peer,
+                                                                                    bytes / 2 / kChunk);
     });
-    const double stores_half = timed(r, [&] { copy_by_stores<<<sms, 1024, 0, r.stream>>>(x.at, own.at, peer, bytes / 2); });
+    const double stores_half =
+        timed(r, [&] { copy_by_stores<<<sms, 1024, 0, r.stream>>>(x.at, own.at, peer, bytes / 2); });
     const double sum = timed(r, [&] { sum_two<<<sms, 1024, 0, r.stream>>>(own.at, peer, x.at + 0, bytes); });
     gpu(cudaMemcpy(x.at, values.data(), bytes, cudaMemcpyHostToDevice));
     input.num_workers = sms;
@@ -223,13 +226,14 @@ void bench(Rank& r, std::shared_ptr<Bootstrap> group) {
     const double combine = timed(r, [&] { buffer->combine(back); });
     buffer->check();
     char line[640];
-    std::snprintf(line, sizeof line,
-                  "%s  {\"sms\": %d, \"limit_stores_us\": %.1f, \"limit_bulk_us\": %.1f, \"limit_half_stores_us\": %.1f, "
-                  "\"limit_half_bulk_us\": %.1f, \"limit_sum_us\": %.1f, \"dispatch_bf16_us\": %.1f, \"dispatch_fp8_us\": "
-                  "%.1f, \"dispatch_bf16_uncached_us\": %.1f, \"dispatch_fp8_uncached_us\": %.1f, \"combine_bf16_us\": "
-                  "%.1f, \"bf16_of_limit\": %.3f, \"fp8_of_limit\": %.3f, \"combine_of_limit\": %.3f}",
-                  json.empty() ? "" : ",\n", sms, stores, bulk, stores_half, bulk_half, sum, bf16, fp8, bf16_uncached,
-                  fp8_uncached, combine, std::min(stores, bulk) / bf16, std::min(stores_half, bulk_half) / fp8, sum / combine);
+    std::snprintf(
+        line, sizeof line,
+        "%s  {\"sms\": %d, \"limit_stores_us\": %.1f, \"limit_bulk_us\": %.1f, \"limit_half_stores_us\": %.1f, "
+        "\"limit_half_bulk_us\": %.1f, \"limit_sum_us\": %.1f, \"dispatch_bf16_us\": %.1f, \"dispatch_fp8_us\": "
+        "%.1f, \"dispatch_bf16_uncached_us\": %.1f, \"dispatch_fp8_uncached_us\": %.1f, \"combine_bf16_us\": "
+        "%.1f, \"bf16_of_limit\": %.3f, \"fp8_of_limit\": %.3f, \"combine_of_limit\": %.3f}",
+        json.empty() ? "" : ",\n", sms, stores, bulk, stores_half, bulk_half, sum, bf16, fp8, bf16_uncached,
+        fp8_uncached, combine, std::min(stores, bulk) / bf16, std::min(stores_half, bulk_half) / fp8, sum / combine);
     json += line;
     if (r.rank == 0) std::fprintf(stderr, "%s\n", line);
   }

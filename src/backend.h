@@ -132,6 +132,6 @@ std::unique_ptr<Backend> open_backend(const BackendInput& input);
 namespace cuda {
 /// Only in a library that was built with CUDA (EP_WITH_CUDA).
 std::unique_ptr<Backend> open_backend(const BackendInput& input);
-}
+}  // namespace cuda
 
 }  // namespace deep_ep

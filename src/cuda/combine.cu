@@ -16,7 +16,9 @@ constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * 32;
 // Fours of elements that a lane sums at a time: as many as registers hold. 14 cut 7168 channels into four even pieces.
 template <class Number, bool kLevels>
-constexpr int kFoursOf = kLevels ? 4 : Number::kBytes == 4 ? 8 : 14;
+constexpr int kFoursOf = kLevels               ? 4
+                         : Number::kBytes == 4 ? 8
+                                               : 14;
 
 static_assert(sizeof(plan::SumStep) == 12);  // operations.cpp makes room for so much
 
@@ -65,7 +67,8 @@ __device__ void add_four(float (&sum)[4], typename Number::Four v, float weight)
 
 // Adds a lane's part of a piece that lies at `from`, in shared or in global memory.
 template <class Number, bool kWeighted, int kFours>
-__device__ void add_piece(float (&sum)[kFours][4], const typename Number::Four* from, int fours, float weight, int lane) {
+__device__ void add_piece(float (&sum)[kFours][4], const typename Number::Four* from, int fours, float weight,
+                          int lane) {
   if (fours == 32 * kFours) {
 #pragma unroll
     for (int i = 0; i < kFours; ++i) add_four<Number, kWeighted>(sum[i], from[32 * i + lane], weight);
@@ -197,8 +200,7 @@ __device__ void sum_token(const CombineParams& p, Feed<Number, kFours>& feed, Te
   const std::byte* row = feed.row_of(terms);
   float weight = 1;
   for (int piece = 0; piece < feed.pieces; ++piece) {
-    const std::int64_t home =
-        terms.token * feed.row_bytes() + std::int64_t{piece} * Feed<Number, kFours>::kPiece;
+    const std::int64_t home = terms.token * feed.row_bytes() + std::int64_t{piece} * Feed<Number, kFours>::kPiece;
     const int fours = feed.bytes_of(piece) / static_cast<int>(sizeof(Four));
     float of_all[kFours][4] = {};
     float of_rank[kLevels ? kFours : 1][4] = {}, of_node[kLevels ? kFours : 1][4] = {};
@@ -248,8 +250,8 @@ __device__ void sum_token(const CombineParams& p, Feed<Number, kFours>& feed, Te
 }
 
 template <class Number, bool kLevels, bool kWeighted>
-__device__ void sum_tokens(const CombineParams& p, const Source* sources, std::byte* rings, std::uint64_t* full, int warp,
-                           int lane) {
+__device__ void sum_tokens(const CombineParams& p, const Source* sources, std::byte* rings, std::uint64_t* full,
+                           int warp, int lane) {
   constexpr int kFours = kFoursOf<Number, kLevels>;
   using MyFeed = Feed<Number, kFours>;
   const int first = static_cast<int>(blockIdx.x) + warp * static_cast<int>(gridDim.x);
@@ -289,9 +291,9 @@ __device__ float weight_from_home(const CombineParams& p, const Source* sources,
 
 __device__ void bring_weights_home(const CombineParams& p, const Source* sources) {
   const std::int64_t entries = std::int64_t{p.num_tokens} * p.num_topk;
-  for (std::int64_t i = blockIdx.x * std::int64_t{kThreads} + threadIdx.x; i < entries; i += std::int64_t{gridDim.x} * kThreads)
-    p.weights_out[i] =
-        weight_from_home(p, sources, static_cast<int>(i / p.num_topk), static_cast<int>(i % p.num_topk));
+  for (std::int64_t i = blockIdx.x * std::int64_t{kThreads} + threadIdx.x; i < entries;
+       i += std::int64_t{gridDim.x} * kThreads)
+    p.weights_out[i] = weight_from_home(p, sources, static_cast<int>(i / p.num_topk), static_cast<int>(i % p.num_topk));
 }
 
 // Phase part: nobody leaves while another still reads its rows.
@@ -332,7 +334,8 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
       continue;
     }
     const Announcement& theirs = now.announcement(p.common.rank, peer);
-    sources[peer] = {now.window(peer) + theirs.x_at, reinterpret_cast<const float*>(now.window(peer) + theirs.weights_at)};
+    sources[peer] = {now.window(peer) + theirs.x_at,
+                     reinterpret_cast<const float*>(now.window(peer) + theirs.weights_at)};
   }
 #if EP_BULK_COPY
   if (threadIdx.x == 0) {
@@ -355,10 +358,13 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
 
 const void* combine_kernel(DType dtype, bool levels) {
   if (dtype == DType::kBf16)
-    return levels ? reinterpret_cast<const void*>(&combine<Bf16, true>) : reinterpret_cast<const void*>(&combine<Bf16, false>);
+    return levels ? reinterpret_cast<const void*>(&combine<Bf16, true>)
+                  : reinterpret_cast<const void*>(&combine<Bf16, false>);
   if (dtype == DType::kFp16)
-    return levels ? reinterpret_cast<const void*>(&combine<Fp16, true>) : reinterpret_cast<const void*>(&combine<Fp16, false>);
-  return levels ? reinterpret_cast<const void*>(&combine<Fp32, true>) : reinterpret_cast<const void*>(&combine<Fp32, false>);
+    return levels ? reinterpret_cast<const void*>(&combine<Fp16, true>)
+                  : reinterpret_cast<const void*>(&combine<Fp16, false>);
+  return levels ? reinterpret_cast<const void*>(&combine<Fp32, true>)
+                : reinterpret_cast<const void*>(&combine<Fp32, false>);
 }
 
 void launch_combine(const CombineParams& params, int blocks, cudaStream_t stream) {

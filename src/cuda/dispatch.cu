@@ -17,8 +17,8 @@ struct Crew {
   int movers, companions;
 };
 __host__ __device__ constexpr Crew crew_of(bool quantize) { return quantize ? Crew{12, 4} : Crew{kMaxMoverWarps, 8}; }
-constexpr int kStages = 3;        // row pieces that one mover warp has in shared memory
-constexpr int kGroupsAhead = 8;   // groups of channels that a quantising warp holds in registers
+constexpr int kStages = 3;       // row pieces that one mover warp has in shared memory
+constexpr int kGroupsAhead = 8;  // groups of channels that a quantising warp holds in registers
 
 // One receiver's output, seen from here.
 struct Destination {
@@ -32,7 +32,8 @@ struct Destination {
 // Phase reply: a thread per source says where its rows begin. With a cached handle the call is announced here too.
 __device__ void reply(const Now& now, const DispatchParams& p) {
   const int me = p.common.rank;
-  for (int src = static_cast<int>(threadIdx.x / 32); src < p.common.num_ranks; src += static_cast<int>(blockDim.x / 32)) {
+  for (int src = static_cast<int>(threadIdx.x / 32); src < p.common.num_ranks;
+       src += static_cast<int>(blockDim.x / 32)) {
     if (!now.active(src)) continue;
     const int lane = static_cast<int>(threadIdx.x % 32);
     if (p.cached) {
@@ -81,8 +82,7 @@ __device__ bool await_reply(const Now& now, const DispatchParams& p, int dst, De
     const Fault::Kind kind = answer.verdict == Reply::kMoreThanMaxRows ? Fault::kTooManyRows
                              : answer.verdict == Reply::kSlotTooSmall  ? Fault::kFullSlot
                                                                        : Fault::kNoRoom;
-    report(now, kind, dst, static_cast<std::int64_t>(answer.needed),
-           static_cast<std::int64_t>(answer.there));
+    report(now, kind, dst, static_cast<std::int64_t>(answer.needed), static_cast<std::int64_t>(answer.there));
     return false;
   }
   to.block = now.window(dst) + answer.block_at;
@@ -96,8 +96,8 @@ __device__ bool await_reply(const Now& now, const DispatchParams& p, int dst, De
 
 // One selection of a token, as the lane that looks at it sees it.
 struct Selection {
-  int rank;     // -1: none, or nobody to write to
-  bool first;   // the token's first to that rank: what goes once per rank goes with this one
+  int rank;    // -1: none, or nobody to write to
+  bool first;  // the token's first to that rank: what goes once per rank goes with this one
   std::int64_t arrival, row;
 };
 
@@ -130,7 +130,8 @@ __device__ Selection select(const DispatchParams& p, const Destination* to, int 
 // Where a lane's selection is written by this block's movers; null: nowhere.
 __device__ std::byte* row_address(const DispatchParams& p, const Destination* to, const Selection& s) {
   const bool writes = s.rank >= 0 && to[s.rank].writes_here && (s.first || p.layout != OutputLayout::kByRank);
-  return writes ? to[s.rank].block + to[s.rank].at.x_at + s.row * static_cast<std::int64_t>(p.shape.row_bytes) : nullptr;
+  return writes ? to[s.rank].block + to[s.rank].at.x_at + s.row * static_cast<std::int64_t>(p.shape.row_bytes)
+                : nullptr;
 }
 
 // The rows of a mover warp: tokens first, first + step, ...; a token again for each 32 of its selections, in pieces.
@@ -182,8 +183,8 @@ __device__ void move_rows(const DispatchParams& p, const Destination* to, std::b
                           int warp, int lane) {
   const Jobs jobs = jobs_of(p, warp);
 #if EP_BULK_COPY
-  // A ring of stages: one bulk load fills a stage, each lane with a destination empties it by one bulk store. A stage is
-  // filled again once the stores of the job before the last have read it.
+  // A ring of stages: one bulk load fills a stage, each lane with a destination empties it by one bulk store. A stage
+  // is filled again once the stores of the job before the last have read it.
   std::byte* const ring = stages + std::int64_t{warp} * kStages * p.stage_bytes;
   std::uint64_t* const full = barriers + warp * kStages;
   Job ahead = jobs.begin();
@@ -191,10 +192,10 @@ __device__ void move_rows(const DispatchParams& p, const Destination* to, std::b
   const auto load = [&] {
     if (!jobs.has(ahead)) return;
     if (lane == 0)
-      ptx::bulk_load(ring + filling.at * p.stage_bytes,
-                     p.x + ahead.token * static_cast<std::int64_t>(p.shape.row_bytes) +
-                         std::int64_t{ahead.piece} * p.piece_bytes,
-                     bytes_of_piece(p, ahead.piece), full + filling.at);
+      ptx::bulk_load(
+          ring + filling.at * p.stage_bytes,
+          p.x + ahead.token * static_cast<std::int64_t>(p.shape.row_bytes) + std::int64_t{ahead.piece} * p.piece_bytes,
+          bytes_of_piece(p, ahead.piece), full + filling.at);
     jobs.advance(ahead);
     filling.advance();
   };
@@ -227,8 +228,8 @@ __device__ void move_rows(const DispatchParams& p, const Destination* to, std::b
       for (int i = 0; i < kAhead; ++i)
         if (first + 32 * i < vectors) v[i] = ptx::load_streaming(src + 16 * (first + 32 * i));
       for (unsigned rest = lanes; rest != 0; rest &= rest - 1) {
-        auto* at = reinterpret_cast<std::byte*>(
-            __shfl_sync(kAll, reinterpret_cast<unsigned long long>(dst), __ffs(rest) - 1));
+        auto* at =
+            reinterpret_cast<std::byte*>(__shfl_sync(kAll, reinterpret_cast<unsigned long long>(dst), __ffs(rest) - 1));
 #pragma unroll
         for (int i = 0; i < kAhead; ++i)
           if (first + 32 * i < vectors) ptx::store_streaming(at + piece_at + 16 * (first + 32 * i), v[i]);
@@ -239,15 +240,16 @@ __device__ void move_rows(const DispatchParams& p, const Destination* to, std::b
 }
 
 // A lane's place among a row's scales, for one receiver's row.
-__device__ void store_scale(const DispatchParams& p, const Destination& to, std::int64_t row, int word, std::int32_t value) {
+__device__ void store_scale(const DispatchParams& p, const Destination& to, std::int64_t row, int word,
+                            std::int32_t value) {
   auto* scales = reinterpret_cast<std::int32_t*>(to.block + to.at.scales_at) + to.at.first_scale(row);
   scales[word * to.at.scale_column_stride] = value;
 }
 
-// The stored words of `count` scales, lane g holding group first + g; exponents of four groups share a word. `row_scales`:
-// where the scales of the lane's row begin, null for a lane that writes nowhere.
-__device__ void store_scales(const DispatchParams& p, std::int32_t* row_scales, std::int64_t stride, float scale, int first,
-                             int count, int lane) {
+// The stored words of `count` scales, lane g holding group first + g; exponents of four groups share a word.
+// `row_scales`: where the scales of the lane's row begin, null for a lane that writes nowhere.
+__device__ void store_scales(const DispatchParams& p, std::int32_t* row_scales, std::int64_t stride, float scale,
+                             int first, int count, int lane) {
   const bool packed = p.scale_kind == plan::Fp8Scale::kUe8m0;
   std::uint32_t word = packed ? plan::ue8m0_in_word(scale, lane) : __float_as_uint(scale);
   if (packed) {
@@ -274,8 +276,7 @@ __device__ void load_groups(const std::byte* row, std::int64_t hidden, int first
   for (int g = 0; g < kGroupsAhead; ++g) {
     const std::int64_t channel = (first_group + std::int64_t{g}) * plan::kFp8Group + 4 * lane;
     v[g] = {};
-    if (channel < hidden)
-      v[g] = __ldcs(reinterpret_cast<const typename Number::Four*>(row + channel * Number::kBytes));
+    if (channel < hidden) v[g] = __ldcs(reinterpret_cast<const typename Number::Four*>(row + channel * Number::kBytes));
   }
 }
 
@@ -408,8 +409,8 @@ __device__ void write_arrival(const DispatchParams& p, const Destination& to, in
 }
 
 // What goes beside each row: its weight where a row is one selection's, and the caller's scales. All lanes, one row.
-__device__ void write_beside_row(const DispatchParams& p, const Destination& to, std::int64_t row, std::int64_t selection,
-                                 int lane) {
+__device__ void write_beside_row(const DispatchParams& p, const Destination& to, std::int64_t row,
+                                 std::int64_t selection, int lane) {
   if (p.shape.topk_weights && p.layout != OutputLayout::kByRank && lane == 0)
     reinterpret_cast<float*>(to.block + to.at.topk_weights_at)[row] = p.topk_weights[selection];
   if (p.scales == nullptr) return;
@@ -423,11 +424,11 @@ __device__ bool has_companions(const DispatchParams& p) {
 }
 
 // Companion warps: everything beside the rows, and this rank's own record of where its tokens went.
-__device__ void write_companions(const DispatchParams& p, const Destination* to, int warp, int warps,
-                                 int lane) {
+__device__ void write_companions(const DispatchParams& p, const Destination* to, int warp, int warps, int lane) {
   if (!has_companions(p)) return;
   const int step = static_cast<int>(gridDim.x) * warps;
-  for (int token = static_cast<int>(blockIdx.x) + warp * static_cast<int>(gridDim.x); token < p.num_tokens; token += step) {
+  for (int token = static_cast<int>(blockIdx.x) + warp * static_cast<int>(gridDim.x); token < p.num_tokens;
+       token += step) {
     for (int chunk = 0; chunk * 32 < p.num_topk; ++chunk) {
       const Selection s = select(p, to, token, chunk, lane);
       const std::int64_t first = std::int64_t{token} * p.num_topk + chunk * 32;
@@ -436,7 +437,8 @@ __device__ void write_companions(const DispatchParams& p, const Destination* to,
         p.routes.dst_arrival[first + lane] = s.rank >= 0 ? static_cast<std::int32_t>(s.arrival) : -1;
       }
       const bool one_per_rank = p.layout == OutputLayout::kByRank;
-      for (unsigned rest = __ballot_sync(kAll, s.rank >= 0 && (s.first || !one_per_rank)); rest != 0; rest &= rest - 1) {
+      for (unsigned rest = __ballot_sync(kAll, s.rank >= 0 && (s.first || !one_per_rank)); rest != 0;
+           rest &= rest - 1) {
         const int from = __ffs(rest) - 1;
         const int rank = __shfl_sync(kAll, s.rank, from);
         const std::int64_t row = __shfl_sync(kAll, static_cast<long long>(s.row), from);
@@ -449,8 +451,7 @@ __device__ void write_companions(const DispatchParams& p, const Destination* to,
 }
 
 // Rows that no source writes: padding between experts is zero, ids behind a bounded output's rows say "nobody".
-__device__ void clear_unwritten(const DispatchParams& p, const Destination& mine, int warp, int of_block,
-                                int lane) {
+__device__ void clear_unwritten(const DispatchParams& p, const Destination& mine, int warp, int of_block, int lane) {
   const int warps = static_cast<int>(gridDim.x) * of_block;
   const int number = static_cast<int>(blockIdx.x) + warp * static_cast<int>(gridDim.x);
   if (p.layout == OutputLayout::kByExpert) {
@@ -475,7 +476,8 @@ __device__ void clear_unwritten(const DispatchParams& p, const Destination& mine
 __device__ void receive(const Now& now, const DispatchParams& p) {
   const int me = p.common.rank;
   const bool failed = ptx::load_acquire(&p.common.state->failed) != 0;
-  for (int peer = static_cast<int>(threadIdx.x); !failed && peer < p.common.num_ranks; peer += static_cast<int>(blockDim.x)) {
+  for (int peer = static_cast<int>(threadIdx.x); !failed && peer < p.common.num_ranks;
+       peer += static_cast<int>(blockDim.x)) {
     if (!now.active(peer)) continue;
     publish(now, &now.words(peer, me).arrived, 1);
     std::uint32_t value = 0;
@@ -488,7 +490,8 @@ enum class Rows { kAsTheyAre, kBf16, kFp16, kFp32 };
 }  // namespace
 
 template <Rows kRows>
-__global__ void __launch_bounds__((crew_of(kRows != Rows::kAsTheyAre).movers + crew_of(kRows != Rows::kAsTheyAre).companions) * 32, 1)
+__global__ void __launch_bounds__(
+    (crew_of(kRows != Rows::kAsTheyAre).movers + crew_of(kRows != Rows::kAsTheyAre).companions) * 32, 1)
     dispatch(const __grid_constant__ DispatchParams p) {
   extern __shared__ __align__(128) std::byte shared[];
   __shared__ std::uint64_t barriers[kMaxMoverWarps * kStages];
@@ -557,7 +560,8 @@ const void* kernel_of(bool quantize, DType dtype) {
 void launch_dispatch(DispatchParams params, bool quantize, int blocks, cudaStream_t stream, int shared_limit) {
   const std::size_t head = (sizeof(Destination) * params.common.num_ranks + 127) / 128 * 128;
   share_work(params, quantize, static_cast<std::size_t>(shared_limit) - head);
-  const std::size_t stages = static_cast<std::size_t>(params.mover_warps) * params.stage_bytes * (quantize ? 2 : kStages);
+  const std::size_t stages =
+      static_cast<std::size_t>(params.mover_warps) * params.stage_bytes * (quantize ? 2 : kStages);
   void* arguments[] = {&params};
   const dim3 threads(static_cast<unsigned>(params.mover_warps + crew_of(quantize).companions) * 32);
   cudaLaunchKernel(kernel_of(quantize, params.x_dtype), dim3(static_cast<unsigned>(blocks)), threads, arguments,

@@ -53,8 +53,10 @@ struct Fp16 {
   static constexpr int kBytes = 2;
   using Four = uint2;
   __device__ static void widen(uint2 v, float (&x)[4]) {
-    x[0] = plan::from_fp16(static_cast<std::uint16_t>(v.x)), x[1] = plan::from_fp16(static_cast<std::uint16_t>(v.x >> 16));
-    x[2] = plan::from_fp16(static_cast<std::uint16_t>(v.y)), x[3] = plan::from_fp16(static_cast<std::uint16_t>(v.y >> 16));
+    x[0] = plan::from_fp16(static_cast<std::uint16_t>(v.x)),
+    x[1] = plan::from_fp16(static_cast<std::uint16_t>(v.x >> 16));
+    x[2] = plan::from_fp16(static_cast<std::uint16_t>(v.y)),
+    x[3] = plan::from_fp16(static_cast<std::uint16_t>(v.y >> 16));
   }
   __device__ static uint2 narrow(const float (&x)[4]) {
     return {Bf16::pair(plan::to_fp16(x[0]), plan::to_fp16(x[1])), Bf16::pair(plan::to_fp16(x[2]), plan::to_fp16(x[3]))};

@@ -10,7 +10,8 @@
 
 namespace deep_ep::cuda {
 
-/// Where this rank's tokens go. notify writes numbers relative to what the receivers will say; dispatch makes them final.
+/// Where this rank's tokens go. notify writes numbers relative to what the receivers will say; dispatch makes them
+/// final.
 struct Routes {
   std::int32_t* dst_rank;     // [tokens, topk], of the handle
   std::int32_t* dst_row;      // likewise
@@ -26,8 +27,8 @@ struct NotifyParams {
   const void* topk_idx;
   bool topk_idx_64;
   int num_tokens, num_topk, num_experts;
-  plan::PlacementView placement;     // on the device
-  const std::int32_t* first_copy;    // [num_ranks + 1]: slots of all ranks, one after the other
+  plan::PlacementView placement;   // on the device
+  const std::int32_t* first_copy;  // [num_ranks + 1]: slots of all ranks, one after the other
   int num_copies;
   std::int32_t* segment_counts;  // [segments][num_ranks + num_copies]; a segment is one warp's tokens
   std::int32_t* totals;          // [num_ranks + num_copies]
@@ -36,8 +37,8 @@ struct NotifyParams {
   OutputLayout layout;
   int expert_alignment, max_tokens_per_rank, num_slots;
   std::int32_t *first_arrival, *slot_rows, *slot_first_row, *tokens_between;  // of the handle
-  std::int32_t* first_row;  // [num_ranks][num_slots]
-  bool alone;               // no dispatch kernel follows if this fails
+  std::int32_t* first_row;                                                    // [num_ranks][num_slots]
+  bool alone;  // no dispatch kernel follows if this fails
 };
 
 struct DispatchParams {

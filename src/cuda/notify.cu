@@ -47,8 +47,7 @@ __device__ void route_selection(const NotifyParams& p, std::int64_t at, int& ran
     // Kept as the complement, so that zero stands for none and the largest is the first.
     atomicMax(lowest, ~static_cast<unsigned long long>(at));
   } else if (expert >= 0) {
-    const Placement::Replica to =
-        plan::route(p.placement, static_cast<int>(expert), p.common.rank, at / p.num_topk);
+    const Placement::Replica to = plan::route(p.placement, static_cast<int>(expert), p.common.rank, at / p.num_topk);
     if (p.common.peers[to.rank].active) {
       rank = to.rank;
       slot = to.slot;
@@ -145,7 +144,8 @@ __device__ void announce(const Now& now, const NotifyParams& p, int warp, int la
     if (lane == 0) await_room(now, peer);  // after the deadline nobody waits for what we would have overwritten
     __syncwarp();
     Announcement& mine = now.announcement(peer, p.common.rank);
-    for (int field = lane; field < Signature::kNumFields; field += 32) mine.signature[field] = p.common.signature[field];
+    for (int field = lane; field < Signature::kNumFields; field += 32)
+      mine.signature[field] = p.common.signature[field];
     for (int r = lane; r < p.common.num_ranks; r += 32) now.announced_tokens(peer, p.common.rank)[r] = p.totals[r];
     const std::int32_t* rows = p.totals + p.common.num_ranks + p.first_copy[peer];
     const int slots = p.first_copy[peer + 1] - p.first_copy[peer];

@@ -57,8 +57,8 @@ class Dispatch {
   }
 
   Routes routes(const Handle& handle) const {
-    return {data(handle.dst_rank), data(handle.dst_row),  data(handle.dst_arrival),
-            data(slot_),           data(relative_row_), data(relative_arrival_)};
+    return {data(handle.dst_rank), data(handle.dst_row), data(handle.dst_arrival),
+            data(slot_),           data(relative_row_),  data(relative_arrival_)};
   }
 
   void notify() {
@@ -83,7 +83,8 @@ class Dispatch {
     p.segment_counts = data(counts_);
     p.totals = data(counts_) + segments * keys;
     p.segment_tokens = std::max(1, (call_.num_tokens + segments - 1) / segments);
-    p.counters_in_shared = static_cast<std::size_t>(keys) * kNotifyWarps * sizeof(std::int32_t) <= std::size_t{96} << 10;
+    p.counters_in_shared = static_cast<std::size_t>(keys) * kNotifyWarps * sizeof(std::int32_t) <= std::size_t{96}
+                                                                                                       << 10;
     p.layout = call_.layout;
     p.expert_alignment = call_.expert_alignment;
     p.max_tokens_per_rank = call_.max_tokens_per_rank;
@@ -230,10 +231,10 @@ class Combine {
     p.out = static_cast<std::byte*>(out.x.data);
     p.weights_out = static_cast<float*>(out.topk_weights.data);
     p.weights_home = call_.in.weights_home;
-    const Tensor steps = context_.local_tensor(
-        DType::kU8, {std::max<std::int64_t>(handle_.num_tokens, 1), handle_.num_topk, static_cast<std::int64_t>(kStepBytes)});
-    const Tensor terms = context_.local_tensor(
-        DType::kU8, {std::max<std::int64_t>(handle_.num_tokens, 1), handle_.num_topk, static_cast<std::int64_t>(sizeof(Term))});
+    const Tensor steps = context_.local_tensor(DType::kU8, {std::max<std::int64_t>(handle_.num_tokens, 1),
+                                                            handle_.num_topk, static_cast<std::int64_t>(kStepBytes)});
+    const Tensor terms = context_.local_tensor(DType::kU8, {std::max<std::int64_t>(handle_.num_tokens, 1),
+                                                            handle_.num_topk, static_cast<std::int64_t>(sizeof(Term))});
     const Tensor num_steps = context_.local_tensor(DType::kI32, {handle_.num_tokens});
     p.steps = steps.data;
     p.terms = static_cast<Term*>(terms.data);
@@ -287,7 +288,8 @@ class Combine {
     if (call_.hidden > 0)
       out.x = call_.in.out.given() ? Tensor(call_.in.out, nullptr)
                                    : context_.local_tensor(call_.dtype, {tokens, call_.hidden});
-    if (call_.in.topk_weights.given()) out.topk_weights = context_.local_tensor(DType::kFp32, {tokens, handle_.num_topk});
+    if (call_.in.topk_weights.given())
+      out.topk_weights = context_.local_tensor(DType::kFp32, {tokens, handle_.num_topk});
     return out;
   }
 

@@ -44,10 +44,10 @@ struct Now {
   }
 };
 
-/// Marks the operation as failed; the first to say so in an operation writes the record, unless an older one still waits
-/// for the host.
-__device__ __noinline__ inline void report(const Now& now, Fault::Kind kind, int peer, std::int64_t expected, std::int64_t seen,
-                              int field = 0, const char* refusal = nullptr) {
+/// Marks the operation as failed; the first to say so in an operation writes the record, unless an older one still
+/// waits for the host.
+__device__ __noinline__ inline void report(const Now& now, Fault::Kind kind, int peer, std::int64_t expected,
+                                           std::int64_t seen, int field = 0, const char* refusal = nullptr) {
   atomicExch(&now.common.state->failed, 1u);
   const auto epoch = static_cast<unsigned long long>(now.epoch);
   if (atomicExch(reinterpret_cast<unsigned long long*>(&now.common.state->fault_epoch), epoch) == epoch) return;
@@ -120,8 +120,8 @@ __device__ inline bool await_same_call(const Now& now, int peer) {
   return true;
 }
 
-/// All blocks of the grid meet. Every thread calls it; false after the deadline. They are resident together (the grid is
-/// at most the SMs that this rank may take), so only a foreign kernel that holds SMs can delay it.
+/// All blocks of the grid meet. Every thread calls it; false after the deadline. They are resident together (the grid
+/// is at most the SMs that this rank may take), so only a foreign kernel that holds SMs can delay it.
 __device__ inline bool grid_barrier(const Now& now, int which) {
   __syncthreads();  // orders this block's writes before thread 0's release
   __shared__ bool met;
@@ -140,9 +140,9 @@ __device__ inline bool grid_barrier(const Now& now, int which) {
   return met;
 }
 
-/// Every thread calls it at the end of its block's work; true in the block that is last. What the blocks wrote before is
-/// then released by whatever that block publishes: each block's writes are ordered by the block barrier before thread 0's
-/// system fence and its acquire-release addition, and that chain is transitive.
+/// Every thread calls it at the end of its block's work; true in the block that is last. What the blocks wrote before
+/// is then released by whatever that block publishes: each block's writes are ordered by the block barrier before
+/// thread 0's system fence and its acquire-release addition, and that chain is transitive.
 __device__ inline bool last_block(const Now& now) {
   __shared__ bool last;
   __syncthreads();

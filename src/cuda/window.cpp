@@ -148,8 +148,9 @@ std::shared_ptr<Window> Window::create(int device, std::size_t bytes) {
   int shareable = 0;
   EP_DRIVER(cuDeviceGetAttribute, &shareable, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED, device);
   if (shareable == 0)
-    throw Error(ErrorCode::kUnsupported,
-                fmt::format("GPU {} cannot share its memory by file descriptor (CUDA virtual memory management)", device));
+    throw Error(
+        ErrorCode::kUnsupported,
+        fmt::format("GPU {} cannot share its memory by file descriptor (CUDA virtual memory management)", device));
   const CUmemAllocationProp properties = properties_of(device);
   std::size_t granularity = 0;
   EP_DRIVER(cuMemGetAllocationGranularity, &granularity, &properties, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED);
@@ -207,8 +208,9 @@ std::shared_ptr<Window> Window::open(const WindowAddress& address, int device, s
   std::uint8_t boot_id[16] = {};
   read_boot_id(boot_id);
   if (std::memcmp(boot_id, address.boot_id, sizeof boot_id) != 0)
-    throw Error(ErrorCode::kUnsupported,
-                fmt::format("process {} is on another machine: the CUDA backend shares memory within one", address.pid));
+    throw Error(
+        ErrorCode::kUnsupported,
+        fmt::format("process {} is on another machine: the CUDA backend shares memory within one", address.pid));
   const int socket = connect_to(address, timeout);
   int fd = -1;
   try {

@@ -17,9 +17,9 @@ struct WindowAddress {
   std::uint8_t boot_id[16] = {};
   std::uint8_t device_uuid[16] = {};
   std::int64_t pid = 0;
-  std::int32_t device = 0;       // in that process
-  std::uint32_t nonce = 0;       // of the socket's name
-  std::uint64_t serial = 0;      // of the window in its process
+  std::int32_t device = 0;   // in that process
+  std::uint32_t nonce = 0;   // of the socket's name
+  std::uint64_t serial = 0;  // of the window in its process
   std::uint64_t bytes = 0;
 };
 

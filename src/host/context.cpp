@@ -97,7 +97,8 @@ Context::Context(const BackendInput& input)
       layout_(
           plan::WindowLayout::place(config, num_ranks, plan::arena_bytes_of(config, num_ranks, plan::machine_bytes()))),
       windows_(open_windows(input, layout_.total_bytes)),
-      arena_(std::make_shared<plan::Arena>(windows_[rank], windows_[rank]->base(), layout_.arena_at, layout_.arena_bytes)),
+      arena_(
+          std::make_shared<plan::Arena>(windows_[rank], windows_[rank]->base(), layout_.arena_at, layout_.arena_bytes)),
       masked_(num_ranks, 0) {
   const int count = workers_of(input.options, num_ranks);
   workers_ = std::make_unique<Workers>(count, input.options.pin_workers ? rank * count : -1);

@@ -47,7 +47,8 @@ struct OutputBlock {
     return row / scale_group_rows * scale_group_stride + row % scale_group_rows * scale_row_stride;
   }
 
-  EP_HOST_DEVICE static OutputBlock place(const RowShape& shape, OutputLayout layout, std::int64_t rows, std::int64_t arrivals) {
+  EP_HOST_DEVICE static OutputBlock place(const RowShape& shape, OutputLayout layout, std::int64_t rows,
+                                          std::int64_t arrivals) {
     const auto r = static_cast<std::size_t>(rows), a = static_cast<std::size_t>(arrivals);
     const std::size_t topk = static_cast<std::size_t>(shape.num_topk);
     const bool by_rank = layout == OutputLayout::kByRank;

@@ -62,11 +62,17 @@ struct WindowLayout {
   EP_HOST_DEVICE std::size_t announcement(std::uint64_t epoch, int peer) const {
     return announcements_at + announcement_bytes * pair(epoch, peer);
   }
-  EP_HOST_DEVICE std::size_t reply(std::uint64_t epoch, int peer) const { return replies_at + reply_bytes * pair(epoch, peer); }
-  EP_HOST_DEVICE std::size_t low_latency(int ticket) const { return low_latency_at + low_latency_ticket_bytes * ticket; }
+  EP_HOST_DEVICE std::size_t reply(std::uint64_t epoch, int peer) const {
+    return replies_at + reply_bytes * pair(epoch, peer);
+  }
+  EP_HOST_DEVICE std::size_t low_latency(int ticket) const {
+    return low_latency_at + low_latency_ticket_bytes * ticket;
+  }
 
  private:
-  EP_HOST_DEVICE std::size_t pair(std::uint64_t epoch, int peer) const { return epoch % kOperationsInFlight * num_ranks + peer; }
+  EP_HOST_DEVICE std::size_t pair(std::uint64_t epoch, int peer) const {
+    return epoch % kOperationsInFlight * num_ranks + peer;
+  }
 };
 static_assert(sizeof(Words) <= WindowLayout::kLine);
 

@@ -31,9 +31,9 @@ struct Case {
 };
 
 std::ostream& operator<<(std::ostream& out, const Case& c) {
-  return out << c.ranks << " ranks, " << c.tokens << " tokens of " << c.hidden << " " << name(c.dtype) << ", top-" << c.topk
-             << " of " << c.experts << ", layout " << static_cast<int>(c.layout) << ", fp8 " << c.fp8 << c.round_scale
-             << c.ue8m0 << ", column-major " << c.column_major << ", max_rows " << c.max_rows;
+  return out << c.ranks << " ranks, " << c.tokens << " tokens of " << c.hidden << " " << name(c.dtype) << ", top-"
+             << c.topk << " of " << c.experts << ", layout " << static_cast<int>(c.layout) << ", fp8 " << c.fp8
+             << c.round_scale << c.ue8m0 << ", column-major " << c.column_major << ", max_rows " << c.max_rows;
 }
 
 // One rank's inputs in ordinary memory.
@@ -53,7 +53,8 @@ std::uint16_t half_bits(float x) {  // of a small positive normal number
   return static_cast<std::uint16_t>((bits >> 16 & 0x8000) | (((bits >> 13) - (112 << 10)) & 0x7fff));
 }
 
-Tensor random_numbers(std::mt19937& random, DType dtype, std::initializer_list<std::int64_t> shape, bool specials = false) {
+Tensor random_numbers(std::mt19937& random, DType dtype, std::initializer_list<std::int64_t> shape,
+                      bool specials = false) {
   Tensor tensor = Tensor::allocate(dtype, shape);
   if (dtype == DType::kU8 || dtype == DType::kFp8E4m3) return random_bytes(random, dtype, shape);
   std::uniform_real_distribution<float> range(-3, 3);
@@ -67,7 +68,10 @@ Tensor random_numbers(std::mt19937& random, DType dtype, std::initializer_list<s
     } else if (dtype == DType::kBf16) {
       std::uint32_t bits;
       std::memcpy(&bits, &x, 4);
-      tensor.as<std::uint16_t>()[i] = special == 0 ? 0xffc1 : special == 1 ? 0xff80 : special == 2 ? 0x8000 : bits >> 16;
+      tensor.as<std::uint16_t>()[i] = special == 0   ? 0xffc1
+                                      : special == 1 ? 0xff80
+                                      : special == 2 ? 0x8000
+                                                     : bits >> 16;
     } else {
       tensor.as<std::uint16_t>()[i] = special == 0 ? 0xfe01 : special == 1 ? 0x7c00 : special == 2 ? 3 : half_bits(x);
     }
@@ -122,7 +126,8 @@ void keep(Result& result, const std::string& name, const TensorView& tensor) {
 }
 
 // Zeroes rows that hold nothing, in a copy: undefined on both sides.
-void keep_rows(Result& result, const std::string& name, const TensorView& tensor, const Handle& handle, std::int64_t valid) {
+void keep_rows(Result& result, const std::string& name, const TensorView& tensor, const Handle& handle,
+               std::int64_t valid) {
   if (!tensor.given()) return;
   std::vector<std::byte> bytes = bytes_of(tensor);
   if (handle.layout == OutputLayout::kPadded) {
@@ -133,7 +138,8 @@ void keep_rows(Result& result, const std::string& name, const TensorView& tensor
       for (std::int64_t r = reinterpret_cast<const std::int32_t*>(counts.data())[s]; r < rows; ++r) {
         if (tensor.ndim == 3 && tensor.strides[2] != 1) {
           for (std::int64_t j = 0; j < tensor.shape[2]; ++j)
-            std::memset(bytes.data() + 4 * (s * tensor.strides[0] + r * tensor.strides[1] + j * tensor.strides[2]), 0, 4);
+            std::memset(bytes.data() + 4 * (s * tensor.strides[0] + r * tensor.strides[1] + j * tensor.strides[2]), 0,
+                        4);
         } else {
           std::memset(bytes.data() + (s * rows + r) * words, 0, words);
         }
@@ -179,14 +185,15 @@ Result run_case(const Case& c, Buffer& buffer, const Inputs& in, bool device) {
   const auto first_arrival = bytes_of(h.first_arrival), first_row = bytes_of(h.slot_first_row);
   const std::int64_t arrivals = reinterpret_cast<const std::int32_t*>(first_arrival.data())[c.ranks];
   const auto slots = h.slot_first_row.shape[0] - 1;
-  const std::int64_t rows = c.layout == OutputLayout::kByRank ? arrivals
-                                                              : reinterpret_cast<const std::int32_t*>(first_row.data())[slots];
+  const std::int64_t rows =
+      c.layout == OutputLayout::kByRank ? arrivals : reinterpret_cast<const std::int32_t*>(first_row.data())[slots];
   const auto keep_output = [&](const std::string& call, const DispatchOutput& o) {
     keep_rows(result, call + " x", o.x, h, rows);
     keep_rows(result, call + " scales", o.scales, h, rows);
     if (o.topk_idx.given()) keep(result, call + " topk_idx", o.topk_idx);
     keep_rows(result, call + " topk_weights", o.topk_weights, h, rows);
-    for (const Tensor& t : o.side) result.emplace_back(call + " side", bytes_of(TensorView(t.data, t.dtype, {arrivals, t.shape[1]})));
+    for (const Tensor& t : o.side)
+      result.emplace_back(call + " side", bytes_of(TensorView(t.data, t.dtype, {arrivals, t.shape[1]})));
   };
   keep_output("dispatch", out);
   keep(result, "dst_rank", h.dst_rank);
@@ -258,8 +265,9 @@ void expect_same_as_host(const Case& c) {
       if (expected == seen) continue;
       std::size_t at = 0;
       while (expected[at] == seen[at]) ++at;
-      ADD_FAILURE() << what << " of rank " << rank << " differs first at byte " << at << " of " << expected.size() << ": "
-                    << static_cast<int>(expected[at]) << " on the host, " << static_cast<int>(seen[at]) << " on the GPU";
+      ADD_FAILURE() << what << " of rank " << rank << " differs first at byte " << at << " of " << expected.size()
+                    << ": " << static_cast<int>(expected[at]) << " on the host, " << static_cast<int>(seen[at])
+                    << " on the GPU";
       break;
     }
   }
@@ -300,7 +308,8 @@ TEST(CudaExchange, serves_rows_of_any_width) {
   EP_NEEDS_GPU();
   for (std::int64_t hidden : {8, 16, 136, 1000, 4096, 7168, 16400, 40000}) {
     expect_same_as_host({.tokens = 20, .hidden = hidden});
-    if (hidden % 16 == 0) expect_same_as_host({.tokens = 20, .hidden = hidden, .layout = OutputLayout::kByExpert, .fp8 = true});
+    if (hidden % 16 == 0)
+      expect_same_as_host({.tokens = 20, .hidden = hidden, .layout = OutputLayout::kByExpert, .fp8 = true});
   }
 }
 
@@ -311,7 +320,8 @@ TEST(CudaExchange, serves_many_selections_and_many_experts) {
     expect_same_as_host({.ranks = 4, .tokens = 30, .hidden = 64, .topk = 32, .experts = 64, .layout = layout});
     expect_same_as_host({.ranks = 2, .tokens = 10, .hidden = 64, .topk = 70, .experts = 400, .layout = layout});
   }
-  expect_same_as_host({.ranks = 4, .tokens = 300, .hidden = 64, .topk = 8, .experts = 4096, .layout = OutputLayout::kByExpert});
+  expect_same_as_host(
+      {.ranks = 4, .tokens = 300, .hidden = 64, .topk = 8, .experts = 4096, .layout = OutputLayout::kByExpert});
 }
 
 TEST(CudaExchange, follows_placements_and_nodes) {
@@ -325,7 +335,8 @@ TEST(CudaExchange, serves_no_tokens_and_bounded_outputs_on_any_number_of_sms) {
   for (OutputLayout layout : kLayouts) expect_same_as_host({.tokens = 0, .layout = layout});
   for (int sms : {1, 3, 16}) {
     expect_same_as_host({.tokens = 700, .max_rows = 2000, .sms = sms});
-    expect_same_as_host({.tokens = 700, .layout = OutputLayout::kByExpert, .alignment = 8, .max_rows = 8000, .sms = sms});
+    expect_same_as_host(
+        {.tokens = 700, .layout = OutputLayout::kByExpert, .alignment = 8, .max_rows = 8000, .sms = sms});
   }
 }
 
