@@ -4,7 +4,9 @@ SHELL := /bin/sh
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # What `make build` and `make demo` use, and what `make test` goes through.
 PRESET ?= host
-PRESETS ?= host host-asan host-tsan
+# With nvcc the preset cuda, which builds and tests all that host does and more, takes the place of host.
+NVCC := $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
+PRESETS ?= $(if $(NVCC),cuda,host) host-asan host-tsan
 # More arguments for the demo or the benchmark: make demo ARGS="--text book.txt"
 ARGS ?=
 
@@ -20,7 +22,7 @@ demo:  ## eight ranks run an MoE layer over real text; report in out/demo (ARGS=
 	cmake --build --preset $(PRESET) -j $(JOBS) --target moe_layer
 	build/$(PRESET)/examples/moe_layer $(ARGS)
 
-test:  ## all presets' tests, lint, Python tests, one summary line (PRESETS="host host-asan host-tsan")
+test:  ## all presets' tests, lint, Python tests, one summary line (PRESETS="host host-asan host-tsan"; cuda for host where nvcc is)
 	@python3 tools/run_tests.py --jobs $(JOBS) $(PRESETS)
 
 asan:  ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
