@@ -88,6 +88,32 @@ struct MemoryPlan {
   std::string to_string() const;
 };
 
+/// The network between nodes. A field that is left at its default takes the environment variable beside it, where that
+/// is set (present and malformed is an error). Ranks agree on `provider`; the rest is each rank's own. What the chosen
+/// provider does not apply is listed in the network's report as "not applied: <provider>".
+struct NetworkConfig {
+  /// EP_NETWORK_PROVIDER. A libfabric provider by name ("tcp;ofi_rxm", "shm", "verbs", "efa", "cxi"), "loopback"
+  /// (in memory, ranks as threads of one process, for tests), or empty: the best one that every rank has.
+  std::string provider;
+  /// EP_NETWORK_INTERFACE. Name of the network interface or NIC ("eth0", "mlx5_0"), or an IP address of it; empty: the
+  /// one nearest by PCIe to this rank's GPU, or what the provider lists first.
+  std::string interface;
+  /// EP_OVERRIDE_RDMA_SL, else NVSHMEM_IB_SL. InfiniBand service level 0 .. 15; -1: not set.
+  int service_level = -1;
+  /// EP_NETWORK_TRAFFIC_CLASS, else NVSHMEM_IB_TRAFFIC_CLASS. 0 .. 255 (RoCE: DSCP * 4); -1: not set.
+  int traffic_class = -1;
+  /// NVSHMEM_ENABLE_ADAPTIVE_ROUTING. 1: low-latency calls prefer the service level that the subnet manager routes
+  /// adaptively; 0: they do not; -1: not set. Either is correct: nothing here relies on the order of writes.
+  int adaptive_routing = -1;
+  /// Bytes of writes that one rank may have under way; 0: EP_NETWORK_MB_IN_FLIGHT, else 32 MiB.
+  std::size_t bytes_in_flight = 0;
+
+  /// The same with what the environment adds.
+  NetworkConfig with_environment() const;
+  /// One line per field.
+  std::string to_string() const;
+};
+
 /// What all ranks of a buffer agree on; compared when it opens.
 struct Config {
   int max_experts = 1024;           // largest number of experts (with replicas: of hosted copies) in any call
@@ -102,10 +128,11 @@ struct Config {
       4;  // sets of low-latency slots: a ticket may stay open while this many - 1 more operations are called
   std::chrono::milliseconds timeout{30000};       // deadline of every wait for a peer, unless a call brings its own
   std::chrono::milliseconds open_timeout{60000};  // until all ranks have opened the buffer
+  NetworkConfig network;                          // used only where ranks_per_node says that there are several nodes
 
   /// The regions of each rank's window in a group of so many. Throws kInvalidArgument where a field makes no sense.
   MemoryPlan plan(int num_ranks) const;
-  /// One line per field, for logs and error messages.
+  /// One line per field that ranks agree on, for logs and error messages; `network` prints itself.
   std::string to_string() const;
 };
 
