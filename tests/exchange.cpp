@@ -6,11 +6,11 @@
 
 namespace deep_ep::test {
 
-DispatchOutput dispatch(Buffer& buffer, const DispatchInput& input, bool low_latency) {
+DispatchOutput dispatch(AnyBuffer& buffer, const DispatchInput& input, bool low_latency) {
   return low_latency ? buffer.low_latency_dispatch(input).receive() : buffer.dispatch(input);
 }
 
-CombineOutput combine(Buffer& buffer, const CombineInput& input, bool low_latency) {
+CombineOutput combine(AnyBuffer& buffer, const CombineInput& input, bool low_latency) {
   return low_latency ? buffer.low_latency_combine(input).receive() : buffer.combine(input);
 }
 
@@ -18,7 +18,7 @@ void expect_dispatch(const World& world, const Options& options) {
   SCOPED_TRACE(world.shape.to_string());
   run_ranks(
       world.shape.ranks, world.config(),
-      [&](Buffer& buffer) {
+      [&](AnyBuffer& buffer) {
         const DispatchOutput got = dispatch(buffer, world.input(buffer.rank()), world.shape.low_latency);
         EXPECT_EQ(difference(world, buffer.rank(), got), "")
             << "rank " << buffer.rank() << " of " << world.shape.to_string();
@@ -35,7 +35,7 @@ void expect_combine(const World& world, const HomewardShape& shape, const std::v
     expected.push_back(oracle::combine(world.exchange, world.expected, home.ranks, order));
   run_ranks(
       world.shape.ranks, world.config(),
-      [&](Buffer& buffer) {
+      [&](AnyBuffer& buffer) {
         const int rank = buffer.rank();
         const DispatchOutput sent = dispatch(buffer, world.input(rank), world.shape.low_latency);
         for (std::size_t i = 0; i < orders.size(); ++i) {

@@ -7,8 +7,8 @@
 namespace deep_ep::test {
 
 /// The dispatch that the shape asks for: high throughput, or low latency received at once.
-DispatchOutput dispatch(Buffer& buffer, const DispatchInput& input, bool low_latency);
-CombineOutput combine(Buffer& buffer, const CombineInput& input, bool low_latency);
+DispatchOutput dispatch(AnyBuffer& buffer, const DispatchInput& input, bool low_latency);
+CombineOutput combine(AnyBuffer& buffer, const CombineInput& input, bool low_latency);
 
 /// Opens a buffer on every rank, dispatches, and compares every rank's output with the oracle's.
 void expect_dispatch(const World& world, const Options& options = {});

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Threads, forks, and the shared page by which forked ranks meet.
+// Threads, processes, and the shared pages by which ranks that are processes meet.
 #include "ranks.h"
 
 #include <arpa/inet.h>
@@ -56,6 +56,35 @@ int run_child(int rank, Blackboard& board, const Processes::Body& body) {
   return outcome.failed || ::testing::Test::HasFailure() ? 1 : 0;
 }
 
+constexpr const char* kRankVariable = "EP_TEST_RANK";
+constexpr const char* kBoardVariable = "EP_TEST_BOARD";
+
+void* map_board(int memory) {
+  void* page = ::mmap(nullptr, sizeof(Blackboard), PROT_READ | PROT_WRITE, MAP_SHARED, memory, 0);
+  if (page == MAP_FAILED) throw std::runtime_error("mmap of the blackboard failed");
+  return page;
+}
+
+// Everything that the child needs is made before the fork: between it and exec only system calls are safe.
+pid_t run_test_again(int rank, int memory) {
+  const testing::TestInfo& test = *testing::UnitTest::GetInstance()->current_test_info();
+  std::string filter = std::string("--gtest_filter=") + test.test_suite_name() + "." + test.name();
+  std::string quiet = "--gtest_brief=1";
+  char program[] = "/proc/self/exe";
+  char* arguments[] = {program, filter.data(), quiet.data(), nullptr};
+  std::vector<std::string> more = {std::string(kRankVariable) + "=" + std::to_string(rank),
+                                   std::string(kBoardVariable) + "=" + std::to_string(memory)};
+  std::vector<char*> variables;
+  for (char** entry = environ; *entry != nullptr; ++entry) variables.push_back(*entry);
+  for (std::string& entry : more) variables.push_back(entry.data());
+  variables.push_back(nullptr);
+  const pid_t pid = ::fork();
+  if (pid != 0) return pid;
+  ::dup2(STDERR_FILENO, STDOUT_FILENO);
+  ::execve(program, arguments, variables.data());
+  ::_exit(127);
+}
+
 }  // namespace
 
 Config small_config() {
@@ -94,9 +123,10 @@ std::vector<Outcome> run_threads(int num_ranks, const std::function<void(int, st
   return outcomes;
 }
 
-void run_ranks(int num_ranks, const Config& config, const std::function<void(Buffer&)>& body, const Options& options) {
+void run_ranks(int num_ranks, const Config& config, const std::function<void(AnyBuffer&)>& body,
+               const Options& options) {
   const auto outcomes = run_threads(num_ranks, [&](int, std::shared_ptr<Bootstrap> group) {
-    const auto buffer = Buffer::open(std::move(group), config, options);
+    const auto buffer = AnyBuffer::open(std::move(group), config, options);
     body(*buffer);
   });
   for (int rank = 0; rank < num_ranks; ++rank)
@@ -104,16 +134,27 @@ void run_ranks(int num_ranks, const Config& config, const std::function<void(Buf
 }
 
 Processes::Processes(int num_ranks, const Body& body) {
-  void* page = ::mmap(nullptr, sizeof(Blackboard), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-  if (page == MAP_FAILED) throw std::runtime_error("mmap of the blackboard failed");
-  board_ = new (page) Blackboard;
+  if (const char* rank = std::getenv(kRankVariable)) {  // we are a child that runs the test again
+    board_ = static_cast<Blackboard*>(map_board(std::atoi(std::getenv(kBoardVariable))));
+    ::_exit(run_child(std::atoi(rank), *board_, body));
+  }
+  const int memory = ::memfd_create("deep_ep_test", 0);
+  if (memory < 0 || ::ftruncate(memory, sizeof(Blackboard)) != 0)
+    throw std::runtime_error("no memory for a blackboard");
+  board_ = new (map_board(memory)) Blackboard;
   board_->num_ranks = num_ranks;
+  board_->port = free_port();
   std::fflush(nullptr);
   for (int rank = 0; rank < num_ranks; ++rank) {
+    if (on_cuda()) {
+      pids_.push_back(run_test_again(rank, memory));
+      continue;
+    }
     const pid_t pid = ::fork();
     if (pid == 0) ::_exit(run_child(rank, *board_, body));
     pids_.push_back(pid);
   }
+  ::close(memory);
 }
 
 Processes::~Processes() {

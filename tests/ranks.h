@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Runs one body per rank: ranks as threads, or ranks as forked processes that may be killed.
+// Runs one body per rank: ranks as threads, or ranks as processes that may be killed.
 #pragma once
 
 #include <sys/types.h>
@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "deep_ep/buffer.h"
+#include "any_buffer.h"
 
 namespace deep_ep::test {
 
@@ -44,8 +44,8 @@ Outcome outcome_of(const std::function<void()>& body);
 /// One thread per rank of an in-process group; returns when all have ended.
 std::vector<Outcome> run_threads(int num_ranks, const std::function<void(int rank, std::shared_ptr<Bootstrap>)>& body);
 
-/// The same with an open Buffer each. A rank that throws is a test failure.
-void run_ranks(int num_ranks, const Config& config, const std::function<void(Buffer&)>& body,
+/// The same with an open buffer each, of the backend under test. A rank that throws is a test failure.
+void run_ranks(int num_ranks, const Config& config, const std::function<void(AnyBuffer&)>& body,
                const Options& options = {});
 
 /// Ranks that wait for one another outside the library; everybody must come.
@@ -72,7 +72,9 @@ class Barrier {
 /// Memory that forked ranks share with the test: how they meet, and words to tell it how far they are.
 struct Blackboard;
 
-/// Ranks as forked processes. The body runs in the child; an exception or a failed EXPECT there is exit code 1.
+/// Ranks as processes. The body runs in the child; an exception or a failed EXPECT there is exit code 1. Children are
+/// forks; on a GPU, where a fork is of no use, they run this program's test again up to this constructor. So a test
+/// makes one of these at most, and what its body captures is the same each time the test begins.
 class Processes {
  public:
   using Body = std::function<void(int rank, std::shared_ptr<Bootstrap>, Blackboard&)>;
@@ -89,8 +91,8 @@ class Processes {
   std::vector<int> wait(std::chrono::milliseconds limit = 60s);
 
  private:
-  std::vector<pid_t> pids_;
   Blackboard* board_;
+  std::vector<pid_t> pids_;
 };
 
 struct Blackboard {
@@ -105,6 +107,7 @@ struct Blackboard {
   };
 
   int num_ranks = 0;
+  int port = 0;  // a TCP port that was free when the test began
   std::atomic<int> progress[kMaxRanks] = {};
   std::atomic<int> go{0};
   Mailbox mailboxes[kMaxRanks];

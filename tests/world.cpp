@@ -11,13 +11,6 @@ namespace deep_ep::test {
 
 using oracle::Array;
 
-std::string name(Backend backend) {
-  switch (backend) {
-    case Backend::kHost: return "host";
-  }
-  return "?";
-}
-
 std::uint64_t Random::next() {
   state_ += 0x9e3779b97f4a7c15ull;
   std::uint64_t z = state_;
@@ -319,7 +312,7 @@ std::string compare_scale_strides(const World& world, const TensorView& scales) 
 
 std::string Shape::to_string() const {
   std::ostringstream text;
-  text << name(backend) << " ranks " << ranks << " nodes{";
+  text << name(backend_under_test()) << " ranks " << ranks << " nodes{";
   for (const int n : ranks_per_node) text << n << ' ';
   text << "} " << name(dtype) << " hidden " << hidden << " topk " << topk << " experts " << experts << " tokens "
        << tokens << (uneven_tokens ? " uneven" : "") << " missing " << percent_missing
@@ -420,10 +413,11 @@ DispatchInput World::input(int rank) const {
 }
 
 std::string difference(const char* what, const TensorView& got, const Array& expected) {
-  return compare(what, got, expected);
+  return compare(what, to_host(got), expected);
 }
 
-std::string difference(const World& world, int rank, const DispatchOutput& got, bool cached) {
+std::string difference(const World& world, int rank, const DispatchOutput& output, bool cached) {
+  const DispatchOutput got = to_host(output);
   const oracle::Dispatched& e = world.expected[rank];
   const std::vector<bool>* written = world.shape.layout == OutputLayout::kPadded ? &e.row_written : nullptr;
   if (!got.handle) return "there is no handle";
@@ -438,7 +432,8 @@ std::string difference(const World& world, int rank, const DispatchOutput& got, 
                    side});
 }
 
-std::string difference_bounded(const World& world, int rank, const DispatchOutput& got, std::int64_t max_rows) {
+std::string difference_bounded(const World& world, int rank, const DispatchOutput& output, std::int64_t max_rows) {
+  const DispatchOutput got = to_host(output);
   const oracle::Dispatched& e = world.expected[rank];
   if (!got.handle) return "there is no handle";
   const std::int64_t arrivals = got.handle->num_arrivals;
@@ -502,7 +497,8 @@ CombineInput combine_input(const Homeward& homeward, int rank, std::shared_ptr<c
   return in;
 }
 
-std::string difference(const oracle::Combined& expected, const CombineOutput& got) {
+std::string difference(const oracle::Combined& expected, const CombineOutput& output) {
+  const CombineOutput got = to_host(output);
   return first_of({compare("combined x", got.x, expected.x),
                    compare("combined topk_weights", got.topk_weights, expected.topk_weights)});
 }

@@ -14,10 +14,6 @@
 
 namespace deep_ep::test {
 
-/// The backend that a test runs on. A test body must not care which.
-enum class Backend { kHost };
-std::string name(Backend backend);
-
 /// A small random generator whose sequence is the same everywhere.
 class Random {
  public:
@@ -39,7 +35,6 @@ class Random {
 enum class Homes { kEven, kUneven, kReplicas };
 
 struct Shape {
-  Backend backend = Backend::kHost;
   int ranks = 4;
   std::vector<int> ranks_per_node;  // as in Config
   DType dtype = DType::kBf16;

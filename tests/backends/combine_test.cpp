@@ -12,13 +12,12 @@ namespace {
 
 constexpr OutputLayout kLayouts[] = {OutputLayout::kByRank, OutputLayout::kByExpert, OutputLayout::kPadded};
 
-using MatrixParam = std::tuple<Backend, int, DType, OutputLayout>;
+using MatrixParam = std::tuple<int, DType, OutputLayout>;
 class CombineMatrix : public testing::TestWithParam<MatrixParam> {};
 
 TEST_P(CombineMatrix, sums_are_bit_identical_to_the_oracle_in_every_order) {
-  const auto& [backend, ranks, dtype, layout] = GetParam();
+  const auto& [ranks, dtype, layout] = GetParam();
   Shape shape;
-  shape.backend = backend;
   shape.ranks = ranks;
   shape.layout = layout;
   shape.ranks_per_node = ranks == 4 ? std::vector<int>{3, 1} : std::vector<int>{2};
@@ -36,8 +35,8 @@ TEST_P(CombineMatrix, sums_are_bit_identical_to_the_oracle_in_every_order) {
   expect_combine(World(shape), home, all_orders());
 }
 
-INSTANTIATE_TEST_SUITE_P(Host, CombineMatrix,
-                         testing::Combine(testing::Values(Backend::kHost), testing::Values(1, 2, 3, 4, 7, 8),
+INSTANTIATE_TEST_SUITE_P(All, CombineMatrix,
+                         testing::Combine(testing::Values(1, 2, 3, 4, 7, 8),
                                           testing::Values(DType::kBf16, DType::kFp16, DType::kFp32),
                                           testing::ValuesIn(kLayouts)));
 
@@ -52,7 +51,7 @@ class CombineEveryLayout : public testing::TestWithParam<OutputLayout> {
   bool by_rank() const { return GetParam() == OutputLayout::kByRank; }
 };
 
-INSTANTIATE_TEST_SUITE_P(Host, CombineEveryLayout, testing::ValuesIn(kLayouts));
+INSTANTIATE_TEST_SUITE_P(All, CombineEveryLayout, testing::ValuesIn(kLayouts));
 
 TEST_P(CombineEveryLayout, adds_no_one_or_two_biases_first_or_last) {
   for (int biases = 0; biases <= 2; ++biases) {
@@ -94,7 +93,7 @@ TEST_P(CombineEveryLayout, brings_topk_weights_home_in_both_ways) {
       wanted.topk_weights = true;
       const Homeward home = homeward(world, wanted);
       const auto expected = oracle::combine(world.exchange, world.expected, home.ranks, SumOrder::by_rank(), way);
-      run_ranks(s.ranks, world.config(), [&](Buffer& buffer) {
+      run_ranks(s.ranks, world.config(), [&](AnyBuffer& buffer) {
         const int rank = buffer.rank();
         const auto sent = buffer.dispatch(world.input(rank));
         CombineInput in = combine_input(home, rank, sent.handle, SumOrder::by_rank());
@@ -117,7 +116,7 @@ TEST_P(CombineEveryLayout, reads_rows_wherever_they_lie_and_writes_where_it_is_t
         for (int r = 0; r < world.shape.ranks; ++r) home.ranks[r].x = world.expected[r].x;
       }
       const auto expected = oracle::combine(world.exchange, world.expected, home.ranks, SumOrder::by_rank());
-      run_ranks(world.shape.ranks, world.config(), [&](Buffer& buffer) {
+      run_ranks(world.shape.ranks, world.config(), [&](AnyBuffer& buffer) {
         const int rank = buffer.rank();
         const auto sent = buffer.dispatch(world.input(rank));
         CombineInput in = combine_input(home, rank, sent.handle, SumOrder::by_rank());
@@ -127,7 +126,7 @@ TEST_P(CombineEveryLayout, reads_rows_wherever_they_lie_and_writes_where_it_is_t
           memory = s.size() == 3 ? buffer.allocate(DType::kBf16, {s[0], s[1], s[2]})
                                  : buffer.allocate(DType::kBf16, {s[0], s[1]});
           if (!home.ranks[rank].x.bytes.empty()) {
-            std::memcpy(memory.data, home.ranks[rank].x.bytes.data(), home.ranks[rank].x.bytes.size());
+            overwrite(memory, home.ranks[rank].x.bytes.data());
           }
           in.x = memory;
         }
@@ -186,7 +185,7 @@ TEST_P(CombineEveryLayout, works_after_bounded_and_cached_dispatches) {
       rank.x.shape[0] = bound;
     }
   }
-  run_ranks(world.shape.ranks, world.config(), [&](Buffer& buffer) {
+  run_ranks(world.shape.ranks, world.config(), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     DispatchInput in = world.input(rank);
     if (bounded) in.max_rows = bound;

@@ -12,13 +12,12 @@ namespace {
 
 constexpr OutputLayout kLayouts[] = {OutputLayout::kByRank, OutputLayout::kByExpert, OutputLayout::kPadded};
 
-using MatrixParam = std::tuple<Backend, int, DType, OutputLayout>;
+using MatrixParam = std::tuple<int, DType, OutputLayout>;
 class DispatchMatrix : public testing::TestWithParam<MatrixParam> {};
 
 TEST_P(DispatchMatrix, every_rank_gets_exactly_what_the_oracle_says) {
-  const auto& [backend, ranks, dtype, layout] = GetParam();
+  const auto& [ranks, dtype, layout] = GetParam();
   Shape shape;
-  shape.backend = backend;
   shape.ranks = ranks;
   shape.dtype = dtype;
   shape.layout = layout;
@@ -32,8 +31,8 @@ TEST_P(DispatchMatrix, every_rank_gets_exactly_what_the_oracle_says) {
   expect_dispatch(World(shape));
 }
 
-INSTANTIATE_TEST_SUITE_P(Host, DispatchMatrix,
-                         testing::Combine(testing::Values(Backend::kHost), testing::Values(1, 2, 3, 4, 7, 8),
+INSTANTIATE_TEST_SUITE_P(All, DispatchMatrix,
+                         testing::Combine(testing::Values(1, 2, 3, 4, 7, 8),
                                           testing::Values(DType::kBf16, DType::kFp16, DType::kFp32, DType::kU8,
                                                           DType::kFp8E4m3),
                                           testing::ValuesIn(kLayouts)));
@@ -48,7 +47,7 @@ class DispatchEveryLayout : public testing::TestWithParam<OutputLayout> {
   bool padded() const { return GetParam() == OutputLayout::kPadded; }
 };
 
-INSTANTIATE_TEST_SUITE_P(Host, DispatchEveryLayout, testing::ValuesIn(kLayouts));
+INSTANTIATE_TEST_SUITE_P(All, DispatchEveryLayout, testing::ValuesIn(kLayouts));
 
 TEST_P(DispatchEveryLayout, groups_of_experts_are_aligned_and_padded_with_zeros) {
   if (padded()) return expect_dispatch(World(shape()));  // has no groups; its alignment is the slot itself
@@ -219,7 +218,7 @@ TEST_P(DispatchEveryLayout, gives_bounded_outputs_with_the_valid_rows_first) {
     std::int64_t bound = 0;
     for (const auto& e : world.expected) bound = std::max(bound, e.num_rows);
     for (const std::int64_t max_rows : {bound, bound + 37}) {
-      run_ranks(s.ranks, world.config(), [&](Buffer& buffer) {
+      run_ranks(s.ranks, world.config(), [&](AnyBuffer& buffer) {
         DispatchInput in = world.input(buffer.rank());
         in.max_rows = max_rows;
         const auto got = buffer.dispatch(in);
@@ -236,7 +235,7 @@ TEST_P(DispatchEveryLayout, refuses_a_bound_that_is_too_small_and_works_on) {
   s.uneven_tokens = false;
   const World world(s);
   const std::int64_t need = world.expected[1].num_rows;
-  run_ranks(s.ranks, world.config(), [&](Buffer& buffer) {
+  run_ranks(s.ranks, world.config(), [&](AnyBuffer& buffer) {
     DispatchInput in = world.input(buffer.rank());
     if (buffer.rank() == 1) in.max_rows = need - 1;
     const Outcome outcome = outcome_of([&] { buffer.dispatch(in); });
@@ -272,7 +271,7 @@ TEST_P(DispatchEveryLayout, repeats_the_routes_of_a_handle_with_other_rows) {
   const World first(s);
   const std::vector<World> repeats = {along(first, DType::kFp32, 48, true), along(first, DType::kU8, 32, false),
                                       along(first, DType::kBf16, 64, true), along(first, DType::kFp16, 1024, false)};
-  run_ranks(s.ranks, first.config(), [&](Buffer& buffer) {
+  run_ranks(s.ranks, first.config(), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     const auto sent = buffer.dispatch(first.input(rank));
     std::shared_ptr<const Handle> handle = sent.handle;
@@ -297,7 +296,7 @@ TEST_P(DispatchEveryLayout, keeps_outputs_valid_while_later_calls_run) {
   const World first(s);
   s.seed = 2;
   const World second(s);
-  run_ranks(s.ranks, first.config(), [&](Buffer& buffer) {
+  run_ranks(s.ranks, first.config(), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     std::vector<DispatchOutput> kept;
     for (int i = 0; i < 6; ++i) kept.push_back(buffer.dispatch((i % 2 == 0 ? first : second).input(rank)));
@@ -307,9 +306,9 @@ TEST_P(DispatchEveryLayout, keeps_outputs_valid_while_later_calls_run) {
   });
 }
 
-TEST(Dispatch, works_with_64_ranks) {
+TEST(Dispatch, works_with_many_ranks) {
   Shape s;
-  s.ranks = 64;
+  s.ranks = on_cuda() ? 12 : 64;  // a GPU has 32 queues for streams, and each rank takes two
   s.tokens = 3;
   s.hidden = 16;
   s.experts = 128;
@@ -323,7 +322,7 @@ TEST(Dispatch, works_with_64_ranks) {
         c.timeout = 60s;
         return c;
       }(),
-      [&](Buffer& buffer) {
+      [&](AnyBuffer& buffer) {
         const auto got = buffer.dispatch(world.input(buffer.rank()));
         EXPECT_EQ(difference(world, buffer.rank(), got), "") << "rank " << buffer.rank();
       },
@@ -341,7 +340,7 @@ TEST(DispatchLayout, counts_what_the_oracle_counts) {
       s.duplicates = true;
       s.experts = 9;
       const World world(s);
-      run_ranks(s.ranks, world.config(), [&](Buffer& buffer) {
+      run_ranks(s.ranks, world.config(), [&](AnyBuffer& buffer) {
         const int rank = buffer.rank();
         const auto& tokens = world.ranks[rank];
         const oracle::Layout want = oracle::layout(world.exchange, tokens, rank);
@@ -365,7 +364,7 @@ TEST(DispatchLayout, counts_what_the_oracle_counts) {
 TEST(Topology, nodes_are_the_logical_ones_of_the_config) {
   Config config = small_config();
   config.ranks_per_node = {3, 1};
-  run_ranks(4, config, [](Buffer& buffer) {
+  run_ranks(4, config, [](AnyBuffer& buffer) {
     EXPECT_EQ(buffer.num_ranks(), 4);
     EXPECT_EQ(buffer.num_nodes(), 2);
     for (int r = 0; r < 4; ++r) EXPECT_EQ(buffer.node_of(r), r < 3 ? 0 : 1);

@@ -165,7 +165,7 @@ std::vector<Mistake<DispatchInput>> dispatch_mistakes(const Spare& spare) {
 TEST(DispatchErrors, each_wrong_argument_is_named_on_every_rank_and_the_next_call_works) {
   const World world(plain());
   const Spare spare;
-  run_ranks(kRanks, roomy(world), [&](Buffer& buffer) {
+  run_ranks(kRanks, roomy(world), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     Spare mine = spare;  // ids are written there
     for (const auto& mistake : dispatch_mistakes(mine)) {
@@ -182,7 +182,7 @@ TEST(DispatchErrors, each_wrong_argument_is_named_on_every_rank_and_the_next_cal
 
 TEST(DispatchErrors, everybody_makes_the_same_mistake_and_the_next_call_works) {
   const World world(plain());
-  run_ranks(kRanks, roomy(world), [&](Buffer& buffer) {
+  run_ranks(kRanks, roomy(world), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     DispatchInput in = world.input(rank);
     in.expert_alignment = 0;
@@ -201,7 +201,7 @@ TEST(DispatchErrors, what_a_handle_says_must_be_left_out) {
       {"an alignment", [](auto& in) { in.expert_alignment = 4; }, {"expert_alignment", "handle"}},
       {"other tokens", [](auto& in) { in.x.shape[0] = 9; }, {"x", "9", "10"}},
   };
-  run_ranks(kRanks, roomy(world), [&](Buffer& buffer) {
+  run_ranks(kRanks, roomy(world), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     const auto sent = buffer.dispatch(world.input(rank));
     for (const auto& mistake : mistakes) {
@@ -266,7 +266,7 @@ TEST(CombineErrors, each_wrong_argument_is_named_on_every_rank_and_the_next_call
   const Homeward home = homeward(world, {});
   const auto expected = oracle::combine(world.exchange, world.expected, home.ranks, SumOrder::by_rank());
   const Spare spare;
-  run_ranks(kRanks, roomy(world), [&](Buffer& buffer) {
+  run_ranks(kRanks, roomy(world), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     const auto sent = buffer.dispatch(world.input(rank));
     for (const auto& mistake : combine_mistakes(spare)) {
@@ -287,7 +287,7 @@ TEST(CombineErrors, weights_of_another_shape_are_named) {
   const World world(s);
   const Homeward home = homeward(world, {});
   const Spare spare;
-  run_ranks(kRanks, roomy(world), [&](Buffer& buffer) {
+  run_ranks(kRanks, roomy(world), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     const auto sent = buffer.dispatch(world.input(rank));
     for (const TensorView& weights : {spare.view(DType::kFp32, {10, 3}), spare.view(DType::kBf16, {10, 4})}) {
@@ -329,7 +329,7 @@ TEST(LowLatencyErrors, each_capacity_is_named_with_both_values_and_the_next_call
        },
        {"topk_idx", "1048576"}},
   };
-  run_ranks(kRanks, config, [&](Buffer& buffer) {
+  run_ranks(kRanks, config, [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     for (const auto& mistake : mistakes) {
       DispatchInput in = world.input(rank);
@@ -351,7 +351,7 @@ TEST(LowLatencyErrors, handles_go_back_the_way_they_came) {
   s.low_latency = false;
   const World high(s);
   const Homeward home = homeward(low, {});
-  run_ranks(kRanks, low.config(), [&](Buffer& buffer) {
+  run_ranks(kRanks, low.config(), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     const auto fast = buffer.low_latency_dispatch(low.input(rank)).receive();
     const auto wide = buffer.dispatch(high.input(rank));
@@ -372,7 +372,7 @@ TEST(LowLatencyErrors, a_buffer_without_low_latency_capacity_says_so) {
   const World world(s);
   Config config = roomy(world);
   config.low_latency = {};
-  run_ranks(kRanks, config, [&](Buffer& buffer) {
+  run_ranks(kRanks, config, [&](AnyBuffer& buffer) {
     const auto outcome = outcome_of([&] { buffer.low_latency_dispatch(world.input(buffer.rank())).receive(); });
     EXPECT_EQ(outcome.code, ErrorCode::kInvalidArgument) << outcome.message;
     EXPECT_TRUE(contains(outcome.message, "Config::low_latency")) << outcome.message;
@@ -424,7 +424,7 @@ TEST(MismatchedCalls, are_refused_by_everybody_and_the_next_call_works) {
        {}},
       {"side", [](auto& in) { in.side.clear(); }, {}},
   };
-  run_ranks(kRanks, roomy(world), [&](Buffer& buffer) {
+  run_ranks(kRanks, roomy(world), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     for (const auto& mistake : mistakes) {
       DispatchInput in = world.input(rank);
@@ -460,7 +460,7 @@ TEST(MismatchedCalls, low_latency_against_high_throughput_is_an_error_on_every_r
   Shape s = plain();
   s.low_latency = true;
   const World world(s);
-  run_ranks(kRanks, world.config(), [&](Buffer& buffer) {
+  run_ranks(kRanks, world.config(), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     DispatchInput in = world.input(rank);
     in.timeout = 1000ms;
@@ -480,7 +480,7 @@ TEST(OpenErrors, ranks_that_disagree_on_the_config_hear_the_field_and_both_value
   const auto outcomes = run_threads(kRanks, [](int rank, std::shared_ptr<Bootstrap> group) {
     Config config = small_config();
     config.max_experts = rank == kWrongRank ? 48 : 32;
-    Buffer::open(std::move(group), config);
+    AnyBuffer::open(std::move(group), config);
   });
   for (const Outcome& outcome : outcomes) {
     EXPECT_EQ(outcome.code, ErrorCode::kInvalidArgument) << outcome.message;
@@ -505,7 +505,7 @@ TEST(OpenErrors, a_config_that_makes_no_sense_names_its_field) {
     const auto outcomes = run_threads(kRanks, [&](int, std::shared_ptr<Bootstrap> group) {
       Config config = small_config();
       make(config);
-      Buffer::open(std::move(group), config);
+      AnyBuffer::open(std::move(group), config);
     });
     for (const Outcome& outcome : outcomes) {
       EXPECT_EQ(outcome.code, ErrorCode::kInvalidArgument) << field << ": " << outcome.message;
@@ -518,7 +518,7 @@ TEST(Supports, no_shape_that_is_required_is_refused) {
   Config config = small_config();
   config.max_experts = 1024;
   config.low_latency = {.max_tokens_per_rank = 64, .row_bytes = 8192 * 4, .num_topk = 32, .side_bytes = 1024};
-  run_ranks(2, config, [](Buffer& buffer) {
+  run_ranks(2, config, [](AnyBuffer& buffer) {
     for (const DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32, DType::kFp8E4m3, DType::kU8}) {
       for (const std::int64_t hidden : {16, 128, 2048, 7168, 8192}) {
         for (const int topk : {1, 2, 6, 8, 9, 16, 32}) {

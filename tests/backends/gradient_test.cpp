@@ -24,7 +24,7 @@ Shape routed(OutputLayout layout) {
 }
 
 class GradientEveryLayout : public testing::TestWithParam<OutputLayout> {};
-INSTANTIATE_TEST_SUITE_P(Host, GradientEveryLayout, testing::ValuesIn(kLayouts));
+INSTANTIATE_TEST_SUITE_P(All, GradientEveryLayout, testing::ValuesIn(kLayouts));
 
 // x and weights go out; their gradients come home: the sum over all rows that a token became, and its own weights'
 // entries.
@@ -38,7 +38,7 @@ TEST_P(GradientEveryLayout, of_dispatch_sums_the_rows_of_a_token_and_takes_weigh
     const Homeward home = homeward(world, wanted);
     const auto expected =
         oracle::combine(world.exchange, world.expected, home.ranks, SumOrder::by_rank(), WeightsHome::kFromOwner);
-    run_ranks(world.shape.ranks, world.config(), [&](Buffer& buffer) {
+    run_ranks(world.shape.ranks, world.config(), [&](AnyBuffer& buffer) {
       const int rank = buffer.rank();
       const auto sent = buffer.dispatch(world.input(rank));
       const auto got =
@@ -61,7 +61,7 @@ TEST_P(GradientEveryLayout, of_combine_gives_every_row_its_tokens_gradient) {
     rank.topk_weights = {};
   }
   gradient.expect_again();
-  run_ranks(world.shape.ranks, world.config(), [&](Buffer& buffer) {
+  run_ranks(world.shape.ranks, world.config(), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     const auto sent = buffer.dispatch(world.input(rank));
     const auto got = combine_backward(buffer, sent.handle, gradient.ranks[rank].x.view());
@@ -69,7 +69,8 @@ TEST_P(GradientEveryLayout, of_combine_gives_every_row_its_tokens_gradient) {
   });
 }
 
-double dot(const oracle::Array& a, const TensorView& b) {
+double dot(const oracle::Array& a, const Tensor& on_backend) {
+  const Tensor b = to_host(on_backend);
   double sum = 0;
   for (std::int64_t i = 0; i < b.numel(); ++i) sum += double{a.get<float>(i)} * double{b.as<const float>()[i]};
   return sum;
@@ -94,16 +95,17 @@ TEST_P(GradientEveryLayout, is_the_adjoint_of_the_forward_pass) {
     }
   }
   std::vector<double> forward(s.ranks), backward(s.ranks);
-  run_ranks(s.ranks, world.config(), [&](Buffer& buffer) {
+  run_ranks(s.ranks, world.config(), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     const auto sent = buffer.dispatch(world.input(rank));
+    const Tensor x = to_host(sent.x);
     const auto x_gradient = dispatch_backward(buffer, sent.handle, home.ranks[rank].x.view());
     const oracle::Array& y = home.ranks[rank].x;
     for (std::size_t row = 0; row < world.expected[rank].row_written.size(); ++row) {
       if (!world.expected[rank].row_written[row]) continue;
       for (std::int64_t c = 0; c < s.hidden; ++c) {
         const std::int64_t at = static_cast<std::int64_t>(row) * s.hidden + c;
-        forward[rank] += double{y.get<float>(at)} * double{sent.x.as<const float>()[at]};
+        forward[rank] += double{y.get<float>(at)} * double{x.as<const float>()[at]};
       }
     }
     backward[rank] = dot(world.ranks[rank].x, x_gradient.x);
@@ -157,14 +159,15 @@ TEST(WeightedCombineGradient, equals_the_analytic_one) {
         }
       }
     }
-    run_ranks(w.world.shape.ranks, w.world.config(), [&](Buffer& buffer) {
+    run_ranks(w.world.shape.ranks, w.world.config(), [&](AnyBuffer& buffer) {
       const int rank = buffer.rank();
       const auto& e = w.world.expected[rank];
       const auto sent = buffer.dispatch(w.world.input(rank));
       const auto got = weighted_combine_backward(buffer, sent.handle, w.grad_out[rank].view(),
                                                  w.home.ranks[rank].weights.view(), w.home.ranks[rank].x.view());
       EXPECT_EQ(difference("rows", got.rows, rows[rank]), "") << "rank " << rank << " " << name(dtype);
-      ASSERT_EQ(got.weights.numel(), e.num_tokens * topk);
+      const Tensor weights = to_host(got.weights);
+      ASSERT_EQ(weights.numel(), e.num_tokens * topk);
       for (std::int64_t at = 0; at < e.num_tokens * topk; ++at) {
         double exact = 0, size = 0;
         for (std::int64_t c = 0; e.dst_rank[at] >= 0 && c < hidden; ++c) {
@@ -173,7 +176,7 @@ TEST(WeightedCombineGradient, equals_the_analytic_one) {
           exact += term;
           size += std::fabs(term);
         }
-        EXPECT_NEAR(got.weights.as<const float>()[at], exact, 1e-5 * size) << "selection " << at;
+        EXPECT_NEAR(weights.as<const float>()[at], exact, 1e-5 * size) << "selection " << at;
       }
     });
   }
@@ -183,10 +186,10 @@ TEST(WeightedCombineGradient, equals_the_analytic_one) {
 TEST(WeightedCombineGradient, equals_a_difference_quotient) {
   Weighted w(DType::kFp32);
   const std::int64_t hidden = w.world.shape.hidden;
-  const auto loss = [&](Buffer& buffer, const std::shared_ptr<const Handle>& handle, const oracle::Array& weights) {
+  const auto loss = [&](AnyBuffer& buffer, const std::shared_ptr<const Handle>& handle, const oracle::Array& weights) {
     CombineInput in = combine_input(w.home, buffer.rank(), handle, SumOrder::by_topk());
     in.weights = weights.view();
-    const auto out = buffer.combine(in);
+    const CombineOutput out = to_host(buffer.combine(in));
     std::vector<double> per_token(static_cast<std::size_t>(out.x.size(0)));
     for (std::int64_t i = 0; i < out.x.numel(); ++i) {
       per_token[static_cast<std::size_t>(i / hidden)] +=
@@ -194,21 +197,22 @@ TEST(WeightedCombineGradient, equals_a_difference_quotient) {
     }
     return per_token;
   };
-  run_ranks(w.world.shape.ranks, w.world.config(), [&](Buffer& buffer) {
+  run_ranks(w.world.shape.ranks, w.world.config(), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     const int topk = w.world.shape.topk;
     const auto sent = buffer.dispatch(w.world.input(rank));
-    const auto gradient = weighted_combine_backward(buffer, sent.handle, w.grad_out[rank].view(),
-                                                    w.home.ranks[rank].weights.view(), w.home.ranks[rank].x.view());
+    const Tensor gradient =
+        to_host(weighted_combine_backward(buffer, sent.handle, w.grad_out[rank].view(),
+                                          w.home.ranks[rank].weights.view(), w.home.ranks[rank].x.view())
+                    .weights);
     const auto before = loss(buffer, sent.handle, w.home.ranks[rank].weights);
     for (int k = 0; k < topk; ++k) {
       oracle::Array moved = w.home.ranks[rank].weights;
       for (std::int64_t t = 0; t < moved.rows(); ++t) moved.set(t * topk + k, moved.get<float>(t * topk + k) + 1.0f);
       const auto after = loss(buffer, sent.handle, moved);
       for (std::size_t t = 0; t < after.size(); ++t) {
-        EXPECT_NEAR(
-            after[t] - before[t],
-            gradient.weights.as<const float>()[t * static_cast<std::size_t>(topk) + static_cast<std::size_t>(k)], 1e-2);
+        EXPECT_NEAR(after[t] - before[t],
+                    gradient.as<const float>()[t * static_cast<std::size_t>(topk) + static_cast<std::size_t>(k)], 1e-2);
       }
     }
   });
@@ -219,7 +223,7 @@ TEST(WeightedCombineGradient, a_wrong_argument_on_one_rank_is_refused_by_all_and
   const Weighted w(DType::kBf16);
   Config config = w.world.config();
   config.timeout = 3000ms;
-  run_ranks(w.world.shape.ranks, config, [&](Buffer& buffer) {
+  run_ranks(w.world.shape.ranks, config, [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     const auto sent = buffer.dispatch(w.world.input(rank));
     TensorView rows = w.home.ranks[rank].x.view();

@@ -20,13 +20,12 @@ Shape low_latency(OutputLayout layout) {
   return s;
 }
 
-using MatrixParam = std::tuple<Backend, int, DType, OutputLayout>;
+using MatrixParam = std::tuple<int, DType, OutputLayout>;
 class LowLatencyMatrix : public testing::TestWithParam<MatrixParam> {};
 
 TEST_P(LowLatencyMatrix, every_rank_gets_exactly_what_the_oracle_says) {
-  const auto& [backend, ranks, dtype, layout] = GetParam();
+  const auto& [ranks, dtype, layout] = GetParam();
   Shape s = low_latency(layout);
-  s.backend = backend;
   s.ranks = ranks;
   s.dtype = dtype;
   s.hidden = 80;
@@ -39,13 +38,13 @@ TEST_P(LowLatencyMatrix, every_rank_gets_exactly_what_the_oracle_says) {
   expect_dispatch(World(s));
 }
 
-INSTANTIATE_TEST_SUITE_P(Host, LowLatencyMatrix,
-                         testing::Combine(testing::Values(Backend::kHost), testing::Values(1, 2, 3, 4, 7, 8),
+INSTANTIATE_TEST_SUITE_P(All, LowLatencyMatrix,
+                         testing::Combine(testing::Values(1, 2, 3, 4, 7, 8),
                                           testing::Values(DType::kBf16, DType::kFp32, DType::kU8, DType::kFp8E4m3),
                                           testing::ValuesIn(kLayouts)));
 
 class LowLatencyEveryLayout : public testing::TestWithParam<OutputLayout> {};
-INSTANTIATE_TEST_SUITE_P(Host, LowLatencyEveryLayout, testing::ValuesIn(kLayouts));
+INSTANTIATE_TEST_SUITE_P(All, LowLatencyEveryLayout, testing::ValuesIn(kLayouts));
 
 TEST_P(LowLatencyEveryLayout, quantises_to_fp8_in_every_variant_and_scale_order) {
   const std::vector<Fp8Options> variants = {{}, {true, false}, {true, true}};
@@ -132,7 +131,7 @@ struct Series {
 
 TEST_P(LowLatencyEveryLayout, keeps_three_tickets_in_flight_and_receives_them_in_other_orders) {
   const Series series(GetParam(), 3);
-  run_ranks(4, series.worlds[0].config(), [&](Buffer& buffer) {
+  run_ranks(4, series.worlds[0].config(), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     int order[3] = {0, 1, 2};
     do {
@@ -158,7 +157,7 @@ TEST_P(LowLatencyEveryLayout, keeps_three_tickets_in_flight_and_receives_them_in
 
 TEST_P(LowLatencyEveryLayout, receives_on_other_threads) {
   const Series series(GetParam(), 3);
-  run_ranks(4, series.worlds[0].config(), [&](Buffer& buffer) {
+  run_ranks(4, series.worlds[0].config(), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     for (int repeat = 0; repeat < 4; ++repeat) {
       std::vector<Ticket<DispatchOutput>> tickets;
@@ -178,7 +177,7 @@ TEST_P(LowLatencyEveryLayout, receives_on_other_threads) {
 
 TEST_P(LowLatencyEveryLayout, forgets_dropped_tickets_and_goes_on) {
   const Series series(GetParam(), 3);
-  run_ranks(4, series.worlds[0].config(), [&](Buffer& buffer) {
+  run_ranks(4, series.worlds[0].config(), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     for (int repeat = 0; repeat < 8; ++repeat) {
       auto dropped = buffer.low_latency_dispatch(series.worlds[0].input(rank));
@@ -201,7 +200,7 @@ TEST_P(LowLatencyEveryLayout, mixes_with_high_throughput_calls_in_one_sequence) 
   const World world(high);
   const Homeward home = homeward(world, {});
   const auto sums = oracle::combine(world.exchange, world.expected, home.ranks, SumOrder::by_rank());
-  run_ranks(4, series.worlds[0].config(), [&](Buffer& buffer) {
+  run_ranks(4, series.worlds[0].config(), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     for (int repeat = 0; repeat < 5; ++repeat) {
       auto first = buffer.low_latency_dispatch(series.worlds[0].input(rank));
@@ -221,7 +220,7 @@ TEST_P(LowLatencyEveryLayout, mixes_with_high_throughput_calls_in_one_sequence) 
 
 TEST_P(LowLatencyEveryLayout, writes_the_sum_where_it_is_told_and_reads_allocated_memory) {
   const Series series(GetParam(), 1);
-  run_ranks(4, series.worlds[0].config(), [&](Buffer& buffer) {
+  run_ranks(4, series.worlds[0].config(), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     const auto sent = buffer.low_latency_dispatch(series.worlds[0].input(rank)).receive();
     CombineInput in = combine_input(series.homes[0], rank, sent.handle, SumOrder::by_topk());
@@ -235,7 +234,7 @@ TEST_P(LowLatencyEveryLayout, writes_the_sum_where_it_is_told_and_reads_allocate
 
 TEST(LowLatency, refuses_a_ticket_that_is_received_twice) {
   const Series series(OutputLayout::kPadded, 1);
-  run_ranks(4, series.worlds[0].config(), [&](Buffer& buffer) {
+  run_ranks(4, series.worlds[0].config(), [&](AnyBuffer& buffer) {
     auto ticket = buffer.low_latency_dispatch(series.worlds[0].input(buffer.rank()));
     ticket.receive();
     EXPECT_EQ(outcome_of([&] { ticket.receive(); }).code, ErrorCode::kInvalidArgument);
@@ -249,7 +248,7 @@ TEST(LowLatency, brings_topk_weights_home) {
     wanted.topk_weights = true;
     const Homeward home = homeward(world, wanted);
     const auto expected = oracle::combine(world.exchange, world.expected, home.ranks, SumOrder::by_topk());
-    run_ranks(4, world.config(), [&](Buffer& buffer) {
+    run_ranks(4, world.config(), [&](AnyBuffer& buffer) {
       const int rank = buffer.rank();
       const auto sent = buffer.low_latency_dispatch(world.input(rank)).receive();
       auto back = buffer.low_latency_combine(combine_input(home, rank, sent.handle, SumOrder::by_topk()));

@@ -102,9 +102,9 @@ TEST(Properties, every_token_reaches_each_of_its_ranks_once) {
     using Token = std::pair<std::int64_t, std::int64_t>;
     std::vector<std::map<Token, int>> arrived(s.ranks);
     std::vector<DispatchLayout> layouts(s.ranks);
-    run_ranks(s.ranks, world.config(), [&](Buffer& buffer) {
+    run_ranks(s.ranks, world.config(), [&](AnyBuffer& buffer) {
       const int rank = buffer.rank();
-      const auto got = dispatch(buffer, world.input(rank), s.low_latency);
+      const DispatchOutput got = to_host(dispatch(buffer, world.input(rank), s.low_latency));
       const auto* from = got.side[0].as<std::int64_t>();
       for (std::int64_t a = 0; a < got.handle->num_arrivals; ++a) ++arrived[rank][{from[2 * a], from[2 * a + 1]}];
       layouts[rank] = buffer.dispatch_layout(world.ranks[rank].topk_idx.view(), s.experts, world.placement);
@@ -132,7 +132,7 @@ TEST(Properties, combine_of_dispatch_is_the_identity_for_unit_weights) {
     s.topk = 1;
     s.percent_missing = 0;
     const World world(s);
-    run_ranks(s.ranks, world.config(), [&](Buffer& buffer) {
+    run_ranks(s.ranks, world.config(), [&](AnyBuffer& buffer) {
       const int rank = buffer.rank();
       const auto sent = dispatch(buffer, world.input(rank), s.low_latency);
       CombineInput in;
@@ -164,10 +164,10 @@ TEST(Properties, counts_are_conserved) {
     const World world(s);
     std::vector<DispatchOutput> outputs(s.ranks);
     std::vector<DispatchLayout> layouts(s.ranks);
-    run_ranks(s.ranks, world.config(), [&](Buffer& buffer) {
+    run_ranks(s.ranks, world.config(), [&](AnyBuffer& buffer) {
       const int rank = buffer.rank();
       layouts[rank] = buffer.dispatch_layout(world.ranks[rank].topk_idx.view(), s.experts, world.placement);
-      outputs[rank] = buffer.dispatch(world.input(rank));
+      outputs[rank] = to_host(buffer.dispatch(world.input(rank)));
     });
     std::int64_t selected = 0, received = 0, tokens_sent = 0, tokens_received = 0;
     for (int r = 0; r < s.ranks; ++r) {
@@ -207,7 +207,7 @@ TEST(Properties, results_are_bit_identical_for_every_number_of_workers_and_acros
     }
     run_ranks(
         s.ranks, world.config(),
-        [&](Buffer& buffer) {
+        [&](AnyBuffer& buffer) {
           for (int workers = 0; workers <= 5; ++workers) {  // per call; more than the buffer has means all of them
             DispatchInput in = world.input(buffer.rank());
             in.num_workers = workers;
@@ -242,7 +242,7 @@ TEST(Properties, one_buffer_serves_any_sequence_of_shapes) {
   config.ranks_per_node = {2};
   config.max_experts = 1024;
   config.low_latency = {.max_tokens_per_rank = 20, .row_bytes = 4 * 800, .num_topk = 16, .side_bytes = 256};
-  run_ranks(kRanks, config, [&](Buffer& buffer) {
+  run_ranks(kRanks, config, [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     for (std::size_t i = 0; i < worlds.size(); ++i) {
       const Shape& s = worlds[i].shape;

@@ -37,11 +37,10 @@ struct Scene {
   World smaller{of(kRanks - 1)};
   Homeward home = homeward(world, {});
   std::vector<oracle::Combined> sums = oracle::combine(world.exchange, world.expected, home.ranks, SumOrder::by_rank());
-  int port = free_port();
 };
 
 // Exchanges until one fails. Every result before that is right.
-Outcome exchange_for_ever(Buffer& buffer, const Scene& scene, std::atomic<int>& progress) {
+Outcome exchange_for_ever(AnyBuffer& buffer, const Scene& scene, std::atomic<int>& progress) {
   const int rank = buffer.rank();
   return outcome_of([&] {
     for (;;) {
@@ -57,40 +56,40 @@ Outcome exchange_for_ever(Buffer& buffer, const Scene& scene, std::atomic<int>& 
 void survive(int rank, std::shared_ptr<Bootstrap> group, Blackboard& board, const Scene& scene) {
   Config config = scene.world.config();
   config.timeout = 2000ms;
-  auto buffer = Buffer::open(std::move(group), config);
+  auto buffer = AnyBuffer::open(std::move(group), config);
   const Outcome outcome = exchange_for_ever(*buffer, scene, board.progress[rank]);
   EXPECT_EQ(outcome.code, ErrorCode::kTimeout) << outcome.message;
   EXPECT_TRUE(outcome.wait.has_value()) << outcome.message;
   buffer->close();
 
   TcpRendezvous where;
-  where.port = scene.port;
+  where.port = board.port;
   where.rank = rank < kVictim ? rank : rank - 1;
   where.num_ranks = kRanks - 1;
   where.generation = 1;
-  const auto again = Buffer::open(tcp_group(where), scene.smaller.config());
+  const auto again = AnyBuffer::open(tcp_group(where), scene.smaller.config());
   EXPECT_EQ(difference(scene.smaller, again->rank(), again->dispatch(scene.smaller.input(again->rank()))), "");
 }
 
-TEST(KilledRank, is_noticed_by_the_survivors_who_open_again_without_it) {
+class KilledAfter : public testing::TestWithParam<int> {};
+INSTANTIATE_TEST_SUITE_P(Exchanges, KilledAfter, testing::Values(1, 5, 23));
+
+TEST_P(KilledAfter, is_noticed_by_the_survivors_who_open_again_without_it) {
   const auto before = shared_memory();
-  for (const int moment : {1, 5, 23}) {
-    const Scene scene;
-    Processes processes(kRanks, [&](int rank, std::shared_ptr<Bootstrap> group, Blackboard& board) {
-      survive(rank, std::move(group), board, scene);
-    });
-    ASSERT_TRUE(Blackboard::wait_for(processes.board().progress[kVictim], moment));
-    processes.kill_rank(kVictim);
-    EXPECT_EQ(processes.wait(), (std::vector<int>{0, 0, 128 + SIGKILL, 0}))
-        << "killed after " << moment << " exchanges";
-  }
+  const Scene scene;
+  Processes processes(kRanks, [&](int rank, std::shared_ptr<Bootstrap> group, Blackboard& board) {
+    survive(rank, std::move(group), board, scene);
+  });
+  ASSERT_TRUE(Blackboard::wait_for(processes.board().progress[kVictim], GetParam()));
+  processes.kill_rank(kVictim);
+  EXPECT_EQ(processes.wait(), (std::vector<int>{0, 0, 128 + SIGKILL, 0}));
   EXPECT_EQ(shared_memory(), before);
 }
 
 TEST(KilledRank, is_named_with_the_reason_that_it_ended) {
   const Scene scene;
   Processes processes(kRanks, [&](int rank, std::shared_ptr<Bootstrap> group, Blackboard& board) {
-    auto buffer = Buffer::open(std::move(group), scene.world.config());
+    auto buffer = AnyBuffer::open(std::move(group), scene.world.config());
     buffer->dispatch(scene.world.input(rank));
     ++board.progress[rank];
     if (rank == kVictim) {
@@ -116,7 +115,7 @@ TEST(KilledRank, may_be_masked_and_the_others_go_on) {
   without.exchange.masked = {false, false, true, false};
   without.expect_again();
   Processes processes(kRanks, [&](int rank, std::shared_ptr<Bootstrap> group, Blackboard& board) {
-    auto buffer = Buffer::open(std::move(group), scene.world.config());
+    auto buffer = AnyBuffer::open(std::move(group), scene.world.config());
     buffer->dispatch(scene.world.input(rank));
     ++board.progress[rank];
     if (rank == kVictim) {
@@ -138,7 +137,7 @@ TEST(KilledRank, all_of_them_at_once_leave_no_shared_memory) {
   {
     const Scene scene;
     Processes processes(kRanks, [&](int rank, std::shared_ptr<Bootstrap> group, Blackboard& board) {
-      auto buffer = Buffer::open(std::move(group), scene.world.config());
+      auto buffer = AnyBuffer::open(std::move(group), scene.world.config());
       exchange_for_ever(*buffer, scene, board.progress[rank]);
     });
     ASSERT_TRUE(Blackboard::wait_for(processes.board().progress[0], 2));

@@ -27,12 +27,12 @@ class MaskedRank : public testing::TestWithParam<std::tuple<OutputLayout, bool>>
   }
 };
 
-INSTANTIATE_TEST_SUITE_P(Host, MaskedRank,
+INSTANTIATE_TEST_SUITE_P(All, MaskedRank,
                          testing::Combine(testing::Values(OutputLayout::kByRank, OutputLayout::kByExpert,
                                                           OutputLayout::kPadded),
                                           testing::Bool()));
 
-void expect_exchange(Buffer& buffer, const World& world, const Homeward& home,
+void expect_exchange(AnyBuffer& buffer, const World& world, const Homeward& home,
                      const std::vector<oracle::Combined>& sums) {
   const int rank = buffer.rank();
   const auto sent = dispatch(buffer, world.input(rank), world.shape.low_latency);
@@ -46,7 +46,7 @@ TEST_P(MaskedRank, is_skipped_by_the_others_who_go_on) {
   const World world = with_masks(shape(), {false, false, true, false});
   const Homeward home = homeward(world, {});
   const auto sums = oracle::combine(world.exchange, world.expected, home.ranks, SumOrder::by_rank());
-  run_ranks(kRanks, world.config(), [&](Buffer& buffer) {
+  run_ranks(kRanks, world.config(), [&](AnyBuffer& buffer) {
     if (buffer.rank() == 2) return;  // never calls anything
     buffer.set_masked(2, true);
     EXPECT_TRUE(buffer.masked(2));
@@ -69,7 +69,7 @@ TEST_P(MaskedRank, is_taken_back) {
   const auto [without_home, without_sums] = plan(without);
   const auto [alone_home, alone_sums] = plan(alone);
   Barrier barrier(kRanks);
-  run_ranks(kRanks, all.config(), [&](Buffer& buffer) {
+  run_ranks(kRanks, all.config(), [&](AnyBuffer& buffer) {
     const bool apart = buffer.rank() == 2;
     expect_exchange(buffer, all, all_home, all_sums);
     for (int r = 0; r < kRanks; ++r) {

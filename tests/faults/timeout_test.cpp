@@ -43,7 +43,7 @@ void expect_timeout(const Outcome& outcome, int rank, const std::string& phase, 
 
 TEST(AbsentRank, is_named_by_everybody_who_waited_in_dispatch) {
   const World world(busy());
-  run_ranks(kRanks, world.config(), [&](Buffer& buffer) {
+  run_ranks(kRanks, world.config(), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     DispatchInput in = world.input(rank);
     buffer.dispatch(in);
@@ -60,7 +60,7 @@ TEST(AbsentRank, is_named_by_everybody_who_waited_in_combine) {
   const Homeward home = homeward(world, {});
   Config config = world.config();
   config.timeout = kSanitized ? 2000ms : 500ms;
-  run_ranks(kRanks, config, [&](Buffer& buffer) {
+  run_ranks(kRanks, config, [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     const auto sent = buffer.dispatch(world.input(rank));
     if (rank == kAbsent) return;
@@ -73,7 +73,7 @@ TEST(AbsentRank, is_named_by_everybody_who_waited_in_combine) {
 TEST(AbsentRank, is_named_by_everybody_who_waited_in_low_latency_calls) {
   const World world(busy(1, true));
   const Homeward home = homeward(world, {});
-  run_ranks(kRanks, world.config(), [&](Buffer& buffer) {
+  run_ranks(kRanks, world.config(), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     DispatchInput in = world.input(rank);
     const auto sent = buffer.low_latency_dispatch(in).receive();
@@ -93,14 +93,14 @@ TEST(AbsentRank, survivors_close_and_open_again_without_it) {
   fewer.ranks = kRanks - 1;
   const World smaller(fewer);
   auto second_group = in_process_group(kRanks - 1);
-  run_ranks(kRanks, world.config(), [&](Buffer& buffer) {
+  run_ranks(kRanks, world.config(), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     DispatchInput in = world.input(rank);
     if (rank == kAbsent) return;
     in.timeout = kDeadline;
     expect_timeout(outcome_of([&] { buffer.dispatch(in); }), rank, "dispatch", 1);
     buffer.close();
-    const auto again = Buffer::open(second_group[rank], smaller.config());
+    const auto again = AnyBuffer::open(second_group[rank], smaller.config());
     EXPECT_EQ(difference(smaller, rank, again->dispatch(smaller.input(rank))), "");
   });
 }
@@ -109,7 +109,7 @@ TEST(AbsentRank, survivors_close_and_open_again_without_it) {
 // ones.
 TEST(LateRank, spoils_no_later_operation) {
   const std::vector<World> worlds = {World(busy(1)), World(busy(2)), World(busy(3))};
-  run_ranks(kRanks, worlds[0].config(), [&](Buffer& buffer) {
+  run_ranks(kRanks, worlds[0].config(), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     EXPECT_EQ(difference(worlds[0], rank, buffer.dispatch(worlds[0].input(rank))), "");
     for (int round = 0; round < 3; ++round) {
@@ -134,7 +134,7 @@ TEST(LateRank, spoils_no_later_combine) {
   const World world(busy(4));
   const Homeward home = homeward(world, {});
   const auto sums = oracle::combine(world.exchange, world.expected, home.ranks, SumOrder::by_rank());
-  run_ranks(kRanks, world.config(), [&](Buffer& buffer) {
+  run_ranks(kRanks, world.config(), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     const auto sent = buffer.dispatch(world.input(rank));
     CombineInput in = combine_input(home, rank, sent.handle, SumOrder::by_rank());
@@ -149,7 +149,7 @@ TEST(LateRank, spoils_no_later_combine) {
 
 TEST(LateRank, spoils_no_later_low_latency_call) {
   const std::vector<World> worlds = {World(busy(1, true)), World(busy(2, true))};
-  run_ranks(kRanks, worlds[0].config(), [&](Buffer& buffer) {
+  run_ranks(kRanks, worlds[0].config(), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     DispatchInput in = worlds[0].input(rank);
     in.timeout = kDeadline;

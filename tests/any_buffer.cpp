@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: MIT
+#include "any_buffer.h"
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <utility>
+
+namespace deep_ep::test {
+
+std::unique_ptr<AnyBuffer> AnyBuffer::open(std::shared_ptr<Bootstrap> group, const Config& config, Options options) {
+  if (on_cuda()) {
+    options.backend = BackendKind::kCuda;
+    options.cuda_device = 0;
+  }
+  return std::unique_ptr<AnyBuffer>(new AnyBuffer(Buffer::open(std::move(group), config, options)));
+}
+
+TensorView AnyBuffer::place(const TensorView& tensor, std::vector<Tensor>& keep) const {
+  keep.push_back(to_backend(tensor));
+  return keep.back();
+}
+
+DispatchInput AnyBuffer::place(const DispatchInput& input, std::vector<Tensor>& keep) const {
+  DispatchInput there = input;
+  for (TensorView* tensor : {&there.x, &there.scales, &there.topk_idx, &there.topk_weights})
+    *tensor = place(*tensor, keep);
+  for (TensorView& side : there.side) side = place(side, keep);
+  return there;
+}
+
+CombineInput AnyBuffer::place(const CombineInput& input, std::vector<Tensor>& keep) const {
+  CombineInput there = input;
+  for (TensorView* tensor : {&there.x, &there.topk_weights, &there.weights, &there.bias[0], &there.bias[1], &there.out})
+    *tensor = place(*tensor, keep);
+  return there;
+}
+
+namespace {
+
+// The result in the caller's `out`; that the backend wrote where it was told is checked on the way.
+CombineOutput bring_home(CombineOutput got, const TensorView& out, const TensorView& placed) {
+  if (!out.given() || out.data == placed.data) return got;
+  EXPECT_EQ(got.x.data, placed.data) << "the sum lies elsewhere than in `out`";
+  const Tensor copy = to_host(got.x);
+  std::memcpy(out.data, copy.data, out.bytes());
+  got.x = Tensor(out, nullptr);
+  return got;
+}
+
+class HomewardReceiver final : public Ticket<CombineOutput>::Receiver {
+ public:
+  HomewardReceiver(Ticket<CombineOutput> ticket, const TensorView& out, const TensorView& placed)
+      : ticket_(std::move(ticket)), out_(out), placed_(placed) {}
+  CombineOutput receive() override { return bring_home(ticket_.receive(), out_, placed_); }
+
+ private:
+  Ticket<CombineOutput> ticket_;
+  TensorView out_, placed_;
+};
+
+}  // namespace
+
+DispatchLayout AnyBuffer::dispatch_layout(const TensorView& topk_idx, int num_experts,
+                                          const std::shared_ptr<const Placement>& placement) const {
+  const Tensor there = to_backend(topk_idx);
+  const DispatchLayout layout = std::as_const(*buffer_).dispatch_layout(there, num_experts, placement);
+  return {to_host(layout.tokens_per_rank), to_host(layout.tokens_per_node), to_host(layout.tokens_per_expert),
+          to_host(layout.is_token_in_rank)};
+}
+
+DispatchOutput AnyBuffer::dispatch(const DispatchInput& input) {
+  std::vector<Tensor> keep;
+  return buffer_->dispatch(place(input, keep));
+}
+
+CombineOutput AnyBuffer::combine(const CombineInput& input) {
+  std::vector<Tensor> keep;
+  const CombineInput there = place(input, keep);
+  return bring_home(buffer_->combine(there), input.out, there.out);
+}
+
+Ticket<DispatchOutput> AnyBuffer::low_latency_dispatch(const DispatchInput& input) {
+  return buffer_->low_latency_dispatch(place(input, kept_));
+}
+
+Ticket<CombineOutput> AnyBuffer::low_latency_combine(const CombineInput& input) {
+  const CombineInput there = place(input, kept_);
+  auto ticket = buffer_->low_latency_combine(there);
+  if (!on_cuda()) return ticket;
+  return Ticket<CombineOutput>(std::make_unique<HomewardReceiver>(std::move(ticket), input.out, there.out));
+}
+
+CombineOutput dispatch_backward(AnyBuffer& buffer, const std::shared_ptr<const Handle>& handle,
+                                const TensorView& grad_rows, const TensorView& grad_topk_weights) {
+  const Tensor rows = to_backend(grad_rows), weights = to_backend(grad_topk_weights);
+  return deep_ep::dispatch_backward(buffer.plain(), handle, rows, weights);
+}
+
+DispatchOutput combine_backward(AnyBuffer& buffer, const std::shared_ptr<const Handle>& handle,
+                                const TensorView& grad_out) {
+  const Tensor gradient = to_backend(grad_out);
+  return deep_ep::combine_backward(buffer.plain(), handle, gradient);
+}
+
+WeightedCombineGradient weighted_combine_backward(AnyBuffer& buffer, const std::shared_ptr<const Handle>& handle,
+                                                  const TensorView& grad_out, const TensorView& weights,
+                                                  const TensorView& rows) {
+  const Tensor gradient = to_backend(grad_out), factors = to_backend(weights), placed = to_backend(rows);
+  return deep_ep::weighted_combine_backward(buffer.plain(), handle, gradient, factors, placed);
+}
+
+}  // namespace deep_ep::test
