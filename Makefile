@@ -31,7 +31,7 @@ asan:  ## the tests under AddressSanitizer and UndefinedBehaviorSanitizer
 tsan:  ## the tests under ThreadSanitizer
 	@python3 tools/run_tests.py --jobs $(JOBS) --no-lint host-tsan
 
-bench:  ## measure, beside memcpy and Open MPI; report in out/bench (ARGS=...)
+bench:  ## measure, beside memcpy and Open MPI, then from Python beside gloo; reports in out/bench (ARGS=...)
 	cmake --preset release
 	cmake --build --preset release -j $(JOBS)
 	mkdir -p out/bench

@@ -12,7 +12,7 @@ Installs what TARGET needs (Debian and Ubuntu; sudo where not root), then runs `
 
   ./do demo     eight ranks run an MoE layer over real text
   ./do test     all tests, with sanitizers, and lint
-  ./do bench    measure, beside memcpy and Open MPI
+  ./do bench    measure, beside memcpy, Open MPI and, from Python, gloo
   ./do build    the library and its programs (also without a TARGET)
   ./do help     all targets
 END
@@ -28,7 +28,7 @@ python_packages="python3-dev python3-venv python3-pip" # the rest comes from PyP
 packages_for() {
   case $1 in
     demo) echo "$demo_packages" ;;
-    bench) echo "$bench_packages" ;;
+    bench) echo "$bench_packages $python_packages" ;;
     test) echo "$bench_packages $lint_packages $python_packages" ;;
     lint) echo "$build_packages $lint_packages" ;;
     format) echo "make $lint_packages" ;;

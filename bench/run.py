@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import python_run
 import tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,6 +109,7 @@ def arguments():
     parser.add_argument("--name", default="", help="name of this machine in the report's file name; default: made from its processor")
     parser.add_argument("--quick", action="store_true", help="small shapes: shows that it runs, its figures mean nothing")
     parser.add_argument("--no-mpi", action="store_true", help="without the comparison with Open MPI")
+    parser.add_argument("--no-python", action="store_true", help="without the Python package")
     parser.add_argument("--ranks", type=int, default=4, help="ranks, each a process")
     parser.add_argument("more", nargs="*", help="more options for the programs, after --")
     return parser.parse_args()
@@ -138,6 +140,10 @@ def main():
     file.write_text(json.dumps(report, indent=1) + "\n")
     print(tables.as_text(report))
     print(f"\nReport: {file}")
+    if not args.no_python:
+        about = {key: report[key] for key in ("date", "commit", "machine", "environment", "quick")}
+        same_options = ["--ranks", str(args.ranks), *options]
+        python_run.run(host, same_options, about, file.with_name(file.name.replace(kind, "python" if kind == "host" else "quick_python", 1)))
     if report["disagree"]:
         raise SystemExit("run.py: results differ from MPI's in " + ", ".join(report["disagree"]))
 

@@ -12,6 +12,8 @@ import time
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
+import python_env
+
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "test"
 
@@ -84,12 +86,9 @@ def test_python(tally):
     """Installs the package as a user would, into an environment of its own, and runs its tests there."""
     if not list((ROOT / "tests" / "python").glob("test_*.py")):
         return []
-    home = ROOT / "build" / "python"
-    python = home / "bin" / "python"
     junit = OUT / "python.xml"
-    installed = (python.exists() or run(sys.executable, "-m", "venv", home)) and run(
-        python, "-m", "pip", "install", "-q", "torch==2.13.0", ".[test]")
-    if not installed:
+    python = python_env.prepare()
+    if python is None:
         tally.broken.append("python: the package did not install")
         return ["python"]
     # Away from the tree, so that what is tested is what was installed.

@@ -1,0 +1,327 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""The exchange of bench/host_exchange.cpp through the Python package, beside the C++ program itself and beside the same exchange
+written with torch's own collectives: permute, gloo all_to_all_single, permute back. Writes JSON."""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing import shared_memory
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
+
+import deep_ep
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from python_workload import Workload, digest_padded, digest_rows, routing, rows
+
+CLOCK = "from the arrival of the last rank at a barrier in shared memory, not timed itself, to the return of the call on the slowest rank"
+
+
+class Operation(NamedTuple):
+    name: str
+    low_latency: bool
+    before: Callable[[], Any]  # untimed, before each run
+    run: Callable[[], Any]
+    digest: Callable[[], int]  # of the last run's result
+
+
+class Clock:
+    """Ranks meet in shared memory; the last to come notes the start, each notes its end."""
+
+    ARRIVED, ROUND, ENDED, DIGEST = 0, 2, 3, 4  # words of a rank; two for its arrival, in turn
+    WORDS = 8
+
+    def __init__(self, name: str, rank: int, ranks: int) -> None:
+        self.memory = shared_memory.SharedMemory(name)
+        self.words = np.ndarray((ranks, self.WORDS), dtype=np.int64, buffer=self.memory.buf)
+        self.mine, self.round = self.words[rank], 0
+
+    def sync(self) -> int:
+        """When the last rank came."""
+        self.round += 1
+        # A rank is at most one round ahead of another, so two words serve.
+        self.mine[self.ARRIVED + self.round % 2] = time.monotonic_ns()
+        self.mine[self.ROUND] = self.round
+        while self.words[:, self.ROUND].min() < self.round:
+            os.sched_yield()
+        return int(self.words[:, self.ARRIVED + self.round % 2].max())
+
+    def time(self, run: Callable[[], Any]) -> int:
+        """Nanoseconds of the slowest rank."""
+        start = self.sync()
+        run()
+        self.mine[self.ENDED] = time.monotonic_ns()
+        self.sync()
+        return int(self.words[:, self.ENDED].max()) - start
+
+    def digests(self, mine: int) -> List[int]:
+        self.mine[self.DIGEST] = mine
+        self.sync()
+        every = self.words[:, self.DIGEST].tolist()
+        self.sync()
+        return every
+
+    def close(self) -> None:
+        self.words = self.mine = None  # type: ignore[assignment]
+        self.memory.close()
+
+
+class Package:
+    """The calls of a user of this package."""
+
+    def __init__(self, work: Workload, group: Any) -> None:
+        rank = dist.get_rank(group)
+        self.work = work
+        self.x = rows(work, rank, max(work.tokens, work.ll_tokens))
+        self.ids, self.weights = routing(work, rank, work.tokens)
+        self.ll_ids, self.ll_weights = routing(work, rank, work.ll_tokens)
+        self.ll_x, self.x = self.x[: work.ll_tokens], self.x[: work.tokens]
+        hint = deep_ep.Buffer.get_low_latency_rdma_size_hint(work.ll_tokens, work.hidden, work.ranks, work.experts)
+        self.buffer = deep_ep.Buffer(group, 0, hint, low_latency_mode=True)
+        self.layout = self.buffer.get_dispatch_layout(self.ids, work.experts)
+        self.received = self.dispatch()
+        self.staged = self.received[0].clone()
+        self.ll_received = self.ll_dispatch(False)
+        self.ll_out = torch.empty_like(self.ll_x)
+        self.out: Any = None
+
+    def dispatch(self) -> Any:
+        per_rank, per_node, per_expert, member, _ = self.layout
+        return self.buffer.dispatch(
+            self.x,
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_node,
+            is_token_in_rank=member,
+            num_tokens_per_expert=per_expert,
+            topk_idx=self.ids,
+            topk_weights=self.weights,
+        )
+
+    def ll_dispatch(self, use_fp8: bool) -> Any:
+        work = self.work
+        return self.buffer.low_latency_dispatch(self.ll_x, self.ll_ids, work.ll_tokens, work.experts, use_fp8=use_fp8)
+
+    def ll_combine(self) -> Any:
+        handle = self.ll_received[2]
+        return self.buffer.low_latency_combine(
+            self.ll_received[0], self.ll_ids, self.ll_weights, handle, out=self.ll_out
+        )
+
+    def _into_out(self, call: Callable[[], Any]) -> Callable[[], None]:
+        def run() -> None:
+            self.out = call()
+
+        return run
+
+    def forget(self) -> None:
+        self.out = None
+
+    def operations(self) -> List[Operation]:
+        buffer, handle = self.buffer, self.received[4]
+
+        def first() -> int:
+            return digest_rows(self.out[0])
+
+        def padded() -> int:
+            data = self.out[0][0] if isinstance(self.out[0], tuple) else self.out[0]
+            return digest_padded(data, self.out[1])
+
+        calls = (
+            ("dispatch_bf16", False, self.dispatch, first),
+            ("dispatch_bf16_cached", False, lambda: buffer.dispatch(self.x, handle=handle), first),
+            ("combine_bf16_in_place", False, lambda: buffer.combine(self.received[0], handle), first),
+            ("combine_bf16_staged", False, lambda: buffer.combine(self.staged, handle), first),
+            ("ll_dispatch_bf16", True, lambda: self.ll_dispatch(False), padded),
+            ("ll_dispatch_fp8", True, lambda: self.ll_dispatch(True), padded),
+            ("ll_combine_bf16", True, self.ll_combine, first),
+        )
+        return [
+            Operation(name, small, self.forget, self._into_out(call), digest) for name, small, call, digest in calls
+        ]
+
+
+class Collectives:
+    """The same dispatch and combine with torch alone: rows packed by index, exchanged, added."""
+
+    def __init__(self, package: Package, group: Any) -> None:
+        self.package, self.group = package, group
+        member = package.layout[3]
+        parts = [member[:, rank].nonzero().flatten() for rank in range(member.size(1))]
+        self.order, self.sent = torch.cat(parts), [part.numel() for part in parts]
+        self.out: Any = None
+        self.received = self.dispatch()
+
+    def _exchange(self, rows_: torch.Tensor, sent: List[int], received: List[int]) -> torch.Tensor:
+        out = rows_.new_empty((sum(received), *rows_.shape[1:]))
+        # As bytes: gloo does not move every dtype.
+        width = rows_[0].numel() * rows_.element_size() if rows_.size(0) > 0 else 0
+        dist.all_to_all_single(
+            out.view(torch.uint8).view(-1, width),
+            rows_.view(torch.uint8).view(-1, width),
+            received,
+            sent,
+            group=self.group,
+        )
+        return out
+
+    def dispatch(self) -> Any:
+        package, order = self.package, self.order
+        counts = torch.empty(len(self.sent), dtype=torch.int64)
+        dist.all_to_all_single(counts, torch.tensor(self.sent), group=self.group)
+        self.counts = counts.tolist()
+        return tuple(
+            self._exchange(each[order], self.sent, self.counts) for each in (package.x, package.ids, package.weights)
+        )
+
+    def combine(self) -> Any:
+        back = self._exchange(self.received[0], self.counts, self.sent)
+        total = torch.zeros(self.package.x.shape, dtype=torch.float32)
+        for tokens, part in zip(self.order.split(self.sent), back.split(self.sent)):
+            total.index_add_(0, tokens, part.float())
+        return (total.to(torch.bfloat16),)
+
+    def operations(self) -> List[Operation]:
+        def keep(call: Callable[[], Any]) -> Callable[[], None]:
+            def run() -> None:
+                self.out = call()
+
+            return run
+
+        def forget() -> None:
+            self.out = None
+
+        calls = (("dispatch_bf16", self.dispatch), ("combine_bf16", self.combine))
+        return [Operation(name, False, forget, keep(call), lambda: digest_rows(self.out[0])) for name, call in calls]
+
+
+def summary(times_ns: List[int]) -> Dict[str, Any]:
+    """As bench/measure.h: below 100 repetitions the 99th percentile is the largest."""
+    times = sorted(each / 1e3 for each in times_ns)
+    return {"median_us": statistics.median(times), "p99_us": times[(len(times) * 99 + 99) // 100 - 1], "n": len(times)}
+
+
+def measured(clock: Clock, work: Workload, operation: Operation) -> Dict[str, Any]:
+    times = []
+    reps = work.ll_reps if operation.low_latency else work.reps
+    for i in range(work.warmup + reps):
+        operation.before()
+        taken = clock.time(operation.run)
+        if i >= work.warmup:
+            times.append(taken)
+    return {"name": operation.name, "time": summary(times), "digest": clock.digests(operation.digest())}
+
+
+def run_rank(rank: int, work: Workload, board: str, port: int, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=work.ranks)
+    clock = Clock(board, rank, work.ranks)
+    package = Package(work, dist.group.WORLD)
+    ours = [measured(clock, work, each) for each in package.operations()]
+    package.forget()
+    collectives = Collectives(package, dist.group.WORLD)
+    gloo = [measured(clock, work, each) for each in collectives.operations()]
+    if rank == 0:
+        Path(out).write_text(json.dumps({"package": ours, "gloo": gloo}))
+    dist.barrier()
+    package.buffer.close()
+    clock.close()
+    dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def python_round(work: Workload, folder: str) -> Dict[str, Any]:
+    memory = shared_memory.SharedMemory(create=True, size=work.ranks * Clock.WORDS * 8)
+    memory.buf[:] = bytes(memory.size)
+    out = str(Path(folder) / "ranks.json")
+    try:
+        mp.start_processes(
+            run_rank, args=(work, memory.name, free_port(), out), nprocs=work.ranks, start_method="forkserver"
+        )
+    finally:
+        memory.close()
+        memory.unlink()
+    return json.loads(Path(out).read_text())
+
+
+def cpp_round(program: Path, options: List[str], folder: str) -> Dict[str, Any]:
+    out = Path(folder) / "cpp.json"
+    command = [str(program), "--no-limits", *options, "--out", str(out)]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    return json.loads(out.read_text())
+
+
+def joined(rounds: List[List[Dict[str, Any]]]) -> List[Dict[str, Any]]:
+    """Each operation with the median of its rounds' medians, which stay readable beside it."""
+    result = []
+    for same in zip(*rounds):
+        assert len({tuple(each["digest"]) for each in same}) == 1, f"{same[0]['name']}: rounds differ"
+        medians = [each["time"]["median_us"] for each in same]
+        time_ = {"median_us": statistics.median(medians), "p99_us": max(each["time"]["p99_us"] for each in same)}
+        time_.update(n=sum(each["time"]["n"] for each in same), rounds_us=medians)
+        result.append({"name": same[0]["name"], "time": time_, "digest": same[0]["digest"]})
+    return result
+
+
+def differing(report: Dict[str, Any]) -> List[str]:
+    """Operations whose results are not bit for bit those of the C++ program."""
+    digests = {each["name"]: each["digest"] for each in report["cpp"]}
+    digests["combine_bf16"] = digests.get("combine_bf16_in_place")
+    return [
+        f"{kind} {each['name']}"
+        for kind in ("package", "gloo")
+        for each in report[kind]
+        if digests.get(each["name"]) not in (None, each["digest"])
+    ]
+
+
+def measure(program: Path, options: List[str], rounds: int) -> Dict[str, Any]:
+    """C++, Python and gloo in turn, `rounds` times."""
+    parts: Dict[str, List[Any]] = {"cpp": [], "package": [], "gloo": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(rounds):
+            cpp = cpp_round(program, options, folder)
+            python = python_round(Workload.of(cpp["workload"]), folder)
+            parts["cpp"].append(cpp["operations"])
+            parts["package"].append(python["package"])
+            parts["gloo"].append(python["gloo"])
+    report: Dict[str, Any] = {kind: joined(each) for kind, each in parts.items()}
+    report.update(workload=cpp["workload"], clock=CLOCK, rounds=rounds, torch=torch.__version__)
+    report["differ"] = differing(report)
+    return report
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--program", type=Path, required=True, help="the C++ program, host_exchange of the preset release"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="how often C++ and Python take turns")
+    parser.add_argument("--out", type=Path, help="file for the JSON report; without it: standard output")
+    parser.add_argument("more", nargs="*", help="options for the C++ program, after --; Python follows its workload")
+    args = parser.parse_args(arguments)
+    report = measure(args.program, args.more, args.rounds)
+    text = json.dumps(report, indent=1) + "\n"
+    if args.out is None:
+        print(text)
+    else:
+        args.out.write_text(text)
+    return 1 if report["differ"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
