@@ -127,6 +127,7 @@ class Fabric {
   /// Makes memory a source of puts and a target for those who get its key. Only after connect(): nobody reaches memory
   /// before he is admitted. The memory stays alive until unregister_memory() or close().
   virtual int register_memory(const Memory& memory) = 0;
+  /// No put from it may be under way; those into it fail at their sources.
   virtual void unregister_memory(int region) = 0;
   /// What a peer needs in import_region(). Carries the region's length; puts beyond it are refused at their source.
   virtual Blob region_key(int region) const = 0;
@@ -156,7 +157,11 @@ class Fabric {
   /// The caller knows that a peer is lost (its process ended, another rank said so): frees what waits for it. The
   /// receiver is not told.
   virtual void give_up(int peer, const std::string& reason) = 0;
-  virtual std::uint64_t bytes_in_flight() const = 0;  // of puts that are not complete
+  /// Of puts that have not ended; to all peers, and to one.
+  virtual std::uint64_t bytes_in_flight() const = 0;
+  virtual std::uint64_t bytes_in_flight_to(int peer) const = 0;
+  /// Nothing is under way: all puts have ended, and the messages have been delivered or their peers have failed.
+  virtual bool is_idle() const = 0;
   virtual FabricCounters counters() const = 0;
   /// Never waits for a peer. Afterwards no memory is touched, and no call but the destructor is allowed.
   virtual void close() = 0;

@@ -4,12 +4,16 @@
 #include "net/loopback.h"
 
 #include <fmt/format.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <deque>
 #include <map>
 #include <mutex>
+#include <numeric>
 #include <utility>
 
 #include "check.h"
@@ -32,6 +36,7 @@ struct RegionKey {
 
 struct Packet {
   int source = -1;  // -1: injected
+  int target = -1;
   std::uint64_t sequence = 0;
   std::uint64_t due = 0;  // step of the target
   // A put
@@ -44,10 +49,13 @@ struct Packet {
   std::optional<std::uint64_t> word;
   // A message
   Blob wire;
+  // Where the network delivers it twice: whether either copy has been acknowledged.
+  std::shared_ptr<std::atomic<bool>> acknowledged;
 };
 
-/// A put that has ended, on its way back to its source.
+/// A put or a message (0 bytes) that has ended, on its way back to its source.
 struct Ack {
+  int target;
   Completions* completions;
   std::size_t bytes;
   bool failed;
@@ -59,9 +67,33 @@ struct Region {
   std::uint64_t key = 0;
 };
 
+/// A descriptor that is readable from a ring until it is silenced.
+class Bell {
+ public:
+  Bell() : event_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+    if (event_ < 0) throw Error(ErrorCode::kSystem, fmt::format("eventfd: {}", std::strerror(errno)));
+  }
+  ~Bell() { ::close(event_); }
+  Bell(const Bell&) = delete;
+  Bell& operator=(const Bell&) = delete;
+  int fd() const { return event_; }
+  void ring() {
+    const std::uint64_t one = 1;
+    [[maybe_unused]] const auto written = ::write(event_, &one, sizeof one);
+  }
+  void silence() {
+    std::uint64_t rings;
+    [[maybe_unused]] const auto taken = ::read(event_, &rings, sizeof rings);
+  }
+
+ private:
+  int event_;
+};
+
 /// What one rank has on the network. Two ports are never locked together.
 struct Port {
   std::mutex mutex;
+  Bell bell;                      // rung with every packet, acknowledgement and failure that is put here
   std::atomic<bool> dead{false};  // killed or closed; set under the lock
   std::uint64_t step = 0;
   std::vector<Packet> arriving;
@@ -84,13 +116,18 @@ class Network final : public LoopbackNetwork, public std::enable_shared_from_thi
 
   void kill(int rank) override { end(rank, "its process has ended"); }
   void cut(int a, int b) override { link(a, b).is_cut = link(b, a).is_cut = true; }
-  void mend(int a, int b) override { link(a, b).is_cut = link(b, a).is_cut = false; }
+  void mend(int a, int b) override {
+    link(a, b).is_cut = link(b, a).is_cut = false;
+    ports[a].bell.ring();
+    ports[b].bell.ring();
+  }
 
   void inject_message(int target, std::span<const std::byte> wire) override {
     Packet packet;
     packet.wire.assign(wire.begin(), wire.end());
     std::lock_guard lock(ports[target].mutex);
     ports[target].arriving.push_back(std::move(packet));
+    ports[target].bell.ring();
   }
 
   void inject_notice(int target, std::uint64_t word) override {
@@ -98,6 +135,7 @@ class Network final : public LoopbackNetwork, public std::enable_shared_from_thi
     packet.word = word;
     std::lock_guard lock(ports[target].mutex);
     ports[target].arriving.push_back(std::move(packet));
+    ports[target].bell.ring();
   }
 
   Link& link(int source, int target) { return links[source * num_ranks + target]; }
@@ -118,19 +156,24 @@ class Network final : public LoopbackNetwork, public std::enable_shared_from_thi
       if (peer == rank) continue;
       std::lock_guard lock(ports[peer].mutex);
       std::erase_if(ports[peer].arriving, [&](const Packet& packet) { return packet.source == rank; });
-      if (is_news) ports[peer].failures.emplace_back(rank, reason);
+      if (!is_news) continue;
+      ports[peer].failures.emplace_back(rank, reason);
+      ports[peer].bell.ring();
     }
   }
 
   void acknowledge(const Packet& packet, bool failed) {
-    if (packet.source < 0 || packet.bytes == 0) return;
+    if (packet.source < 0) return;
+    if (packet.acknowledged && packet.acknowledged->exchange(true)) return;
     std::lock_guard lock(ports[packet.source].mutex);
-    ports[packet.source].acks.push_back({packet.completions, packet.bytes, failed});
+    ports[packet.source].acks.push_back({packet.target, packet.completions, packet.bytes, failed});
+    ports[packet.source].bell.ring();
   }
 
   /// Number of the packet on its link decides its fate. Returns false where the queue is full. A target that has left
   /// fails the packet.
-  bool send(int target, Packet packet) {
+  bool send(Packet packet) {
+    const int target = packet.target;
     if (ports[packet.source].dead) return true;
     Link& way = link(packet.source, target);
     Port& port = ports[target];
@@ -147,7 +190,9 @@ class Network final : public LoopbackNetwork, public std::enable_shared_from_thi
       dropped = happens(faults.drop);
       const bool twice = happens(faults.duplicate);
       packet.left = packet.bytes;
+      if (twice) packet.acknowledged = std::make_shared<std::atomic<bool>>(false);
       if (!failed && !dropped) {
+        port.bell.ring();
         packet.due = delay();
         port.arriving.push_back(packet);
         if (twice) {
@@ -175,7 +220,8 @@ class Endpoint final : public Fabric {
         gate_(network_->job, rank, network_->num_ranks),
         imported_(network_->num_ranks),
         arrived_(network_->num_ranks),
-        failures_(network_->num_ranks) {
+        failures_(network_->num_ranks),
+        in_flight_(network_->num_ranks) {
     report_.capabilities = {"loopback", network_->faults.immediate_bytes, false, true};
     report_.interface = "memory of this process";
   }
@@ -245,16 +291,18 @@ class Endpoint final : public Fabric {
     }
     Packet packet;
     packet.source = rank_;
+    packet.target = put.peer;
     packet.from = mine.base + put.at;
     packet.bytes = put.bytes;
     packet.region = key;
     packet.to = put.remote_at;
     packet.completions = put.completions;
     if (put.notice) packet.word = gate_.seal(put.peer, *put.notice, word_bytes());
-    if (!network_->send(put.peer, std::move(packet))) return false;
+    if (!network_->send(std::move(packet))) return false;
     ++counters_.puts;
     counters_.put_bytes += put.bytes;
-    in_flight_ += put.bytes;
+    in_flight_[put.peer] += put.bytes;
+    ++under_way_;
     return true;
   }
 
@@ -264,9 +312,11 @@ class Endpoint final : public Fabric {
     if (failures_[peer]) return true;
     Packet packet;
     packet.source = rank_;
+    packet.target = peer;
     packet.wire = gate_.seal(peer, epoch, payload);
-    if (!network_->send(peer, std::move(packet))) return false;
+    if (!network_->send(std::move(packet))) return false;
     ++counters_.messages;
+    ++under_way_;
     return true;
   }
 
@@ -295,8 +345,16 @@ class Endpoint final : public Fabric {
   }
 
   void set_epoch(std::uint32_t epoch) override { gate_.set_epoch(epoch); }
-  int wait_fd() const override { return -1; }
-  bool prepare_wait() override { return false; }
+  int wait_fd() const override { return network_->ports[rank_].bell.fd(); }
+  bool prepare_wait() override {
+    std::lock_guard lock(port().mutex);
+    port().bell.silence();
+    const auto may_come = [this](const Packet& packet) {
+      return packet.source < 0 || !network_->link(packet.source, rank_).is_cut;
+    };
+    return std::none_of(port().arriving.begin(), port().arriving.end(), may_come) && port().acks.empty() &&
+           port().failures.empty();
+  }
 
   const std::optional<std::string>& peer_failure(int peer) const override { return failures_.at(peer); }
 
@@ -317,7 +375,11 @@ class Endpoint final : public Fabric {
     std::erase_if(port().arriving, [&](const Packet& packet) { return packet.source == peer; });
   }
 
-  std::uint64_t bytes_in_flight() const override { return in_flight_; }
+  std::uint64_t bytes_in_flight() const override {
+    return std::accumulate(in_flight_.begin(), in_flight_.end(), std::uint64_t{0});
+  }
+  std::uint64_t bytes_in_flight_to(int peer) const override { return in_flight_.at(peer); }
+  bool is_idle() const override { return under_way_ == 0; }
 
   FabricCounters counters() const override {
     FabricCounters counters = counters_;
@@ -382,7 +444,8 @@ class Endpoint final : public Fabric {
   }
 
   void complete(const Ack& ack) {
-    in_flight_ -= ack.bytes;
+    in_flight_[ack.target] -= ack.bytes;
+    --under_way_;
     if (ack.completions == nullptr) return;
     // Release: whoever sees the count may write the bytes again, which the network has read.
     (ack.failed ? ack.completions->failed : ack.completions->done).fetch_add(1, std::memory_order_release);
@@ -411,7 +474,8 @@ class Endpoint final : public Fabric {
   std::vector<std::vector<RegionKey>> imported_;  // [peer]
   std::vector<SequenceWindow> arrived_;           // packets, by source
   std::vector<std::optional<std::string>> failures_;
-  std::uint64_t in_flight_ = 0;
+  std::vector<std::uint64_t> in_flight_;  // bytes of puts, by peer
+  std::uint64_t under_way_ = 0;           // puts and messages
   bool connected_ = false;
 };
 
