@@ -314,7 +314,7 @@ std::string Shape::to_string() const {
   std::ostringstream text;
   text << name(backend_under_test()) << " ranks " << ranks << " nodes{";
   for (const int n : ranks_per_node) text << n << ' ';
-  text << "} " << name(dtype) << " hidden " << hidden << " topk " << topk << " experts " << experts << " tokens "
+  text << "} " << network << " " << name(dtype) << " hidden " << hidden << " topk " << topk << " experts " << experts << " tokens "
        << tokens << (uneven_tokens ? " uneven" : "") << " missing " << percent_missing
        << (duplicates ? " duplicates" : "") << " homes " << homes_name(homes)
        << (policy == Placement::Policy::kLocalFirst ? " local_first" : "") << " " << layout_name(layout)
@@ -373,6 +373,8 @@ void World::expect_again() { expected = oracle::dispatch(exchange, ranks); }
 Config World::config() const {
   Config config = small_config();
   config.ranks_per_node = shape.ranks_per_node;
+  config.network.provider = shape.network;
+  if (shape.slot_bytes > 0) config.forward_slot_bytes = shape.slot_bytes;
   std::size_t copies = 0;
   for (const auto& list : exchange.hosted) copies += list.size();
   config.max_experts = static_cast<int>(copies);

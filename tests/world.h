@@ -37,6 +37,8 @@ enum class Homes { kEven, kUneven, kReplicas };
 struct Shape {
   int ranks = 4;
   std::vector<int> ranks_per_node;  // as in Config
+  std::string network;              // provider between these nodes; empty: they share memory
+  std::size_t slot_bytes = 0;       // Config::forward_slot_bytes; 0: its default
   DType dtype = DType::kBf16;
   std::int64_t hidden = 64;
   int topk = 4;

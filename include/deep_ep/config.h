@@ -93,7 +93,8 @@ struct MemoryPlan {
 /// provider does not apply is listed in the network's report as "not applied: <provider>".
 struct NetworkConfig {
   /// EP_NETWORK_PROVIDER. A libfabric provider by name ("tcp;ofi_rxm", "shm", "verbs", "efa", "cxi"), "loopback"
-  /// (in memory, ranks as threads of one process, for tests), or empty: the best one that every rank has.
+  /// (in memory, ranks as threads of one process, for tests), "auto": the best one that every rank has. Empty: none
+  /// where all ranks run on one machine, whose logical nodes then share memory like one node; else as "auto".
   std::string provider;
   /// EP_NETWORK_INTERFACE. Name of the network interface or NIC ("eth0", "mlx5_0"), or an IP address of it; empty: the
   /// one nearest by PCIe to this rank's GPU, or what the provider lists first.
@@ -107,7 +108,6 @@ struct NetworkConfig {
   int adaptive_routing = -1;
   /// Bytes of writes that one rank may have under way; 0: EP_NETWORK_MB_IN_FLIGHT, else 32 MiB.
   std::size_t bytes_in_flight = 0;
-
   /// The same with what the environment adds.
   NetworkConfig with_environment() const;
   /// One line per field.
@@ -129,6 +129,10 @@ struct Config {
   std::chrono::milliseconds timeout{30000};       // deadline of every wait for a peer, unless a call brings its own
   std::chrono::milliseconds open_timeout{60000};  // until all ranks have opened the buffer
   NetworkConfig network;                          // used only where ranks_per_node says that there are several nodes
+  /// Between nodes: what a high-throughput call sends at once to the rank that passes it on inside its node. A row of
+  /// any call, with what travels beside it, must fit. Each rank keeps eight such slots for each rank of other nodes, and
+  /// as many to send from; pages are taken from the system as they are first used.
+  std::size_t forward_slot_bytes = std::size_t{256} << 10;
 
   /// The regions of each rank's window in a group of so many. Throws kInvalidArgument where a field makes no sense.
   MemoryPlan plan(int num_ranks) const;

@@ -145,9 +145,9 @@ class Combine {
     // A rank that has left already gave up on us; what we read of it since may be something else.
     for (int peer : active_) require_still_there(peer);
     for (int peer : active_)
-      context_.publish(peer, context_.words(peer, epoch_.number, context_.rank).finished, epoch_, 1);
+      context_.publish(peer, Flag::kFinished, epoch_, 1);
     for (int peer : active_)
-      context_.await(context_.words(context_.rank, epoch_.number, peer).finished, epoch_, peer, 1);
+      context_.await(Flag::kFinished, epoch_, peer, 1);
   }
 
   void require_still_there(int peer) const {

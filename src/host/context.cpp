@@ -36,7 +36,34 @@ void require_same_config(const std::string& ours, const std::string& theirs, int
     require(line_a == line_b, "config differs: rank {} has {}, rank {} has {}", our_rank, line_a, their_rank, line_b);
 }
 
-std::vector<std::shared_ptr<Window>> open_windows(const BackendInput& input, std::size_t bytes) {
+Config with_environment(Config config) {
+  config.network = config.network.with_environment();
+  return config;
+}
+
+// Whether logical nodes share no memory: because the configuration says so, or because they are on several machines.
+bool needs_network(const BackendInput& input, const Config& config) {
+  if (input.topology.num_nodes == 1) return false;
+  const MachineIdentity machine = machine_identity();
+  const auto* bytes = reinterpret_cast<const std::byte*>(&machine);
+  Bytes ours(bytes, bytes + sizeof machine);
+  for (const char c : config.network.provider) ours.push_back(static_cast<std::byte>(c));
+  const auto all = input.group->all_gather(ours, config.open_timeout);
+  bool one_machine = true;
+  for (std::size_t peer = 0; peer < all.size(); ++peer) {
+    require(all[peer].size() >= sizeof machine, "rank {} sent {} bytes of introduction, {} are needed", peer,
+            all[peer].size(), sizeof machine);
+    const std::string theirs(reinterpret_cast<const char*>(all[peer].data()) + sizeof machine,
+                             all[peer].size() - sizeof machine);
+    require(theirs == config.network.provider, "config differs: rank {} has network.provider = {}, rank {} has {}",
+            input.group->rank(), config.network.provider, peer, theirs);
+    one_machine = one_machine && std::memcmp(all[peer].data(), &machine, sizeof machine) == 0;
+  }
+  return !one_machine || !config.network.provider.empty();
+}
+
+// Ours, and those of all ranks that share memory with us; the others stay null.
+std::vector<std::shared_ptr<Window>> open_windows(const BackendInput& input, std::size_t bytes, bool network) {
   Bootstrap& group = *input.group;
   const int rank = group.rank(), num_ranks = group.num_ranks();
   auto own = Window::create(bytes);
@@ -52,6 +79,7 @@ std::vector<std::shared_ptr<Window>> open_windows(const BackendInput& input, std
     }
     // Only now: a rank that saw a difference is gone already, its window with it, and that must not be what we report.
     for (int peer = 0; peer < num_ranks; ++peer) {
+      if (network && !input.topology.same_node(rank, peer)) continue;
       WindowAddress address;
       std::memcpy(&address, blobs[peer].data(), sizeof address);
       windows[peer] = peer == rank ? own : Window::open(address);
@@ -93,17 +121,20 @@ Context::Context(const BackendInput& input)
     : rank(input.group->rank()),
       num_ranks(input.group->num_ranks()),
       topology(input.topology),
-      config(input.config),
+      config(with_environment(input.config)),
       layout_(
           plan::WindowLayout::place(config, num_ranks, plan::arena_bytes_of(config, num_ranks, plan::machine_bytes()))),
-      windows_(open_windows(input, layout_.total_bytes)),
+      network_(needs_network(input, config)),
+      windows_(open_windows(input, layout_.total_bytes, network_)),
       arena_(
           std::make_shared<plan::Arena>(windows_[rank], windows_[rank]->base(), layout_.arena_at, layout_.arena_bytes)),
       masked_(num_ranks, 0) {
   const int count = workers_of(input.options, num_ranks);
   workers_ = std::make_unique<Workers>(count, input.options.pin_workers ? rank * count : -1);
   for (const auto& window : windows_)
-    processes_.push_back(window->address().pid == getpid() ? ProcessWatch() : ProcessWatch(window->address().pid));
+    processes_.push_back(!window || window->address().pid == getpid() ? ProcessWatch()
+                                                                      : ProcessWatch(window->address().pid));
+  if (network_) link_ = std::make_unique<Link>(LinkInput{*input.group, config, topology, layout_, window(rank)});
   // Polling pays only where every rank has a core of its own.
   const bool own_core = num_ranks * count <= static_cast<int>(std::thread::hardware_concurrency());
   spins_ = own_core ? 20000 : 100;
@@ -120,6 +151,7 @@ Epoch Context::begin(Operation operation, std::chrono::milliseconds timeout) {
     std::lock_guard lock(mutex_);
     sweep_quarantine();
     epoch.number = ++last_epoch_;
+    if (link_) link_->begin(epoch.number);
     ++statistics_.operations;
     std::uint64_t depth = plan::kOperationsInFlight;
     if (operation == Operation::kLowLatencyDispatch || operation == Operation::kLowLatencyCombine) {
@@ -167,7 +199,7 @@ void Context::await_own_room(const Epoch& epoch, std::uint64_t needed) {
 
 void Context::await_room(const Epoch& epoch, int peer, std::uint64_t needed) {
   if (needed == 0) return;
-  const std::uint64_t& released = released_word(rank, peer);
+  const std::uint64_t& released = word(rank, Flag::kReleased, 0, peer);
   bool gone = false;
   // Acquire: what we write next into the peer's places comes after its last reads there.
   if (!wait(epoch, peer, gone, [&] { return load_acquire(released) >= needed; }))
@@ -198,17 +230,21 @@ void Context::advance_released() {
     ++released_;
   }
   if (released_ == before) return;
-  for (int peer = 0; peer < num_ranks; ++peer) {
-    // Release: our reads of what the peer wrote come before its next writes there.
-    store_release(released_word(peer, rank), released_);
-    if (peer != rank) doorbell(peer).ring();
-  }
+  // Release: our reads of what a peer wrote come before its next writes there.
+  for (int peer = 0; peer < num_ranks; ++peer) store_for_good(peer, Flag::kReleased, released_);
+}
+
+// A word of this rank as a whole, not of one operation.
+void Context::store_for_good(int peer, Flag flag, std::uint64_t value) {
+  if (is_far(peer)) return link_->publish(peer, {flag, value, value});
+  store_release(word(peer, flag, 0, rank), value);
+  if (peer != rank) doorbell(peer).ring();
 }
 
 // Whether the peer writes nothing into this operation's places any more: its data is here, it left the operation, or it
 // is gone.
 bool Context::has_arrived_or_left(const Epoch& epoch, int peer) const {
-  return load_acquire(words(rank, epoch.number, peer).arrived) >> 32 >= epoch.number ||
+  return load_acquire(word(rank, Flag::kArrived, epoch.number, peer)) >> 32 >= epoch.number ||
          has_released(peer, epoch.number) || processes_[peer].ended();
 }
 
@@ -219,15 +255,27 @@ bool Context::everybody_is_through(const Epoch& epoch) const {
 }
 
 bool Context::has_released(int peer, std::uint64_t epoch) const {
-  return load_acquire(released_word(rank, peer)) >= epoch;
+  return load_acquire(word(rank, Flag::kReleased, 0, peer)) >= epoch;
 }
 
 // Flags
 // ---------------------------------------------------------------------------------------------------------------------------
 
-void Context::publish(int peer, std::uint64_t& word, const Epoch& epoch, std::uint32_t value) {
+void Context::publish(int peer, Flag flag, const Epoch& epoch, std::uint32_t value, std::size_t payload_bytes) {
+  if (is_far(peer)) {
+    const std::size_t at =
+        flag == Flag::kReplied ? layout_.reply(epoch.number, rank) : layout_.announcement(epoch.number, rank);
+    link_->publish(peer, {flag, epoch.number, word_of(epoch, value)}, {control(peer) + at, payload_bytes});
+    return;
+  }
   // Release: a peer that sees the flag sees everything that this thread, and the workers it waited for, wrote before.
-  store_release(word, word_of(epoch, value));
+  store_release(word(peer, flag, epoch.number, rank), word_of(epoch, value));
+  doorbell(peer).ring();
+}
+
+void Context::publish_arrived_for(int writer, int peer, const Epoch& epoch) {
+  // Release: the rows that we passed on come before it, as in publish().
+  store_release(word(peer, Flag::kArrived, epoch.number, writer), word_of(epoch, 1));
   doorbell(peer).ring();
 }
 
@@ -235,7 +283,7 @@ template <typename Ready>
 bool Context::wait(const Epoch& epoch, int peer, bool& peer_gone, const Ready& ready) {
   if (ready()) return true;
   const auto start = Clock::now();
-  const auto tick = [&] { return !(peer_gone = processes_[peer].ended()); };
+  const auto tick = [&] { return !(peer_gone = find_dead(peer) >= 0); };
   const bool came = wait_until(doorbell(rank), epoch.deadline, spins_, ready, tick);
   const auto waited = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
   count([&](Statistics& statistics) {
@@ -247,28 +295,47 @@ bool Context::wait(const Epoch& epoch, int peer, bool& peer_gone, const Ready& r
   return came;
 }
 
-std::uint32_t Context::await(const std::uint64_t& word, const Epoch& epoch, int peer, std::uint64_t expected) {
+std::uint32_t Context::await(Flag flag, const Epoch& epoch, int peer, std::uint64_t expected) {
   bool gone = false;
+  const std::uint64_t& flag_word = word(rank, flag, epoch.number, peer);
   // Acquire: pairs with publish().
-  if (!wait(epoch, peer, gone, [&] { return load_acquire(word) >> 32 >= epoch.number; }))
+  if (!wait(epoch, peer, gone, [&] { return load_acquire(flag_word) >> 32 >= epoch.number; }))
     throw_timeout(epoch, peer, expected, 0, gone);
-  return static_cast<std::uint32_t>(load_acquire(word));
+  return static_cast<std::uint32_t>(load_acquire(flag_word));
+}
+
+void Context::await_any(const Epoch& epoch, const std::function<bool()>& ready, const std::function<int()>& blame) {
+  if (ready()) return;
+  const int peer = blame();
+  bool gone = false;
+  if (!wait(epoch, peer, gone, ready)) throw_timeout(epoch, blame(), 1, 0, gone);
+}
+
+// Whoever is known to have ended and so ends a wait for `peer`: the peer itself, or between nodes any rank, for it may
+// have been the one that passes the peer's rows on. -1: nobody.
+int Context::find_dead(int peer) {
+  if (processes_[peer].ended()) return peer;
+  if (!link_) return -1;
+  for (int other : active_ranks())
+    if (processes_[other].ended()) link_->report_dead(other, "its process has ended");
+  return link_->dead_rank(masked_ranks());
 }
 
 void Context::throw_timeout(const Epoch& epoch, int peer, std::uint64_t expected, std::uint64_t seen, bool gone) {
   count([](Statistics& statistics) { ++statistics.timeouts; });
+  if (gone) peer = find_dead(peer);
   throw Error(WaitRecord{rank, name(epoch.operation), peer, epoch.number, expected, seen, gone});
 }
 
 void Context::announce(const Epoch& epoch, const Announcement& ours, std::uint32_t value) {
   for (int peer : active_ranks()) {
     announcement(peer, epoch.number, rank) = ours;
-    publish(peer, words(peer, epoch.number, rank).announced, epoch, value);
+    publish(peer, Flag::kAnnounced, epoch, value, sizeof ours);
   }
 }
 
 void Context::await_announcement(const Epoch& epoch, int peer, const Signature& ours) {
-  const std::uint32_t value = await(words(rank, epoch.number, peer).announced, epoch, peer, 1);
+  const std::uint32_t value = await(Flag::kAnnounced, epoch, peer, 1);
   const Announcement& theirs = announcement(rank, epoch.number, peer);
   try {
     require(value != kRefused, "rank {} refused this {}: {}", peer, name(epoch.operation), theirs.refusal.data());
@@ -286,7 +353,7 @@ void Context::refuse(Operation operation, const std::string& why) {
   why.copy(refusal.refusal.data(), refusal.refusal.size() - 1);
   announce(epoch, refusal, kRefused);
   for (int peer : active_ranks())
-    if (epoch.ticket >= 0) publish(peer, words(peer, epoch.number, rank).arrived, epoch, 0);
+    if (epoch.ticket >= 0) publish(peer, Flag::kArrived, epoch, 0);
   // Peers may still be sending into our slots.
   epoch.ticket >= 0 ? abandon(epoch) : finish(epoch);
 }
@@ -321,13 +388,12 @@ void Context::sweep_quarantine() {
 void Context::set_masked(int peer, bool masked) {
   std::lock_guard lock(mutex_);
   masked_[peer] = masked;
-  // Relaxed: a hint that keeps a late rank from writing here; correctness rests on its words being ignored.
-  std::atomic_ref<std::uint64_t>(excluded_word(peer, rank)).store(masked, std::memory_order_relaxed);
+  // A hint that keeps a late rank from writing here; correctness rests on its words being ignored. Numbered, so that
+  // the last of several counts, whichever comes last; the lowest bit is the answer.
+  store_for_good(peer, Flag::kExcluded, ++mask_changes_ << 1 | static_cast<std::uint64_t>(masked));
 }
 
-bool Context::excluded_by(int peer) const {
-  return std::atomic_ref<std::uint64_t>(excluded_word(rank, peer)).load(std::memory_order_relaxed) != 0;
-}
+bool Context::excluded_by(int peer) const { return (load_acquire(word(rank, Flag::kExcluded, 0, peer)) & 1) != 0; }
 
 bool Context::masked(int peer) const {
   std::lock_guard lock(mutex_);

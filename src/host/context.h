@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -13,6 +14,8 @@
 
 #include "backend.h"
 #include "host/doorbell.h"
+#include "host/flag.h"
+#include "host/link.h"
 #include "host/window.h"
 #include "host/workers.h"
 #include "plan/arena.h"
@@ -24,8 +27,10 @@ namespace deep_ep::host {
 /// each of the receiver's slots.
 struct Announcement {
   Signature signature;
-  std::uint64_t x_at = 0;        // combine: where its rows lie in the sender's window
-  std::uint64_t weights_at = 0;  // combine: likewise for weights that come home
+  std::uint64_t x_at = 0;                         // combine: where its rows lie in the sender's window
+  std::uint64_t weights_at = 0;                   // combine: likewise for weights that come home
+  std::int64_t units = kNotOnRail;                // that the sender will put into the reader's forwarding slots
+  static constexpr std::int64_t kNotOnRail = -1;  // none: another rank of the reader's node takes them
   std::array<char, 320> refusal{};
 };
 static_assert(sizeof(Announcement) <= plan::WindowLayout::kAnnouncementHead);
@@ -60,27 +65,27 @@ class Context {
   const plan::Topology topology;
   const Config config;
 
+  /// Of a rank of our node.
   std::byte* window(int of) const { return windows_[of]->base(); }
+  /// The way to ranks that share no memory with us; null where there are none.
+  Link* link() const { return link_.get(); }
+  bool is_far(int peer) const { return link_ && link_->reaches(peer); }
   const plan::WindowLayout& layout() const { return layout_; }
-  /// The words that `writer` writes in the window of `owner`.
-  plan::Words& words(int owner, std::uint64_t epoch, int writer) const {
-    return *reinterpret_cast<plan::Words*>(window(owner) + layout_.words(epoch, writer));
-  }
   Announcement& announcement(int owner, std::uint64_t epoch, int writer) const {
-    return *reinterpret_cast<Announcement*>(window(owner) + layout_.announcement(epoch, writer));
+    return *reinterpret_cast<Announcement*>(control(owner) + layout_.announcement(epoch, writer));
   }
   std::int32_t* announced_tokens(int owner, std::uint64_t epoch, int writer) const {
-    return reinterpret_cast<std::int32_t*>(window(owner) + layout_.announcement(epoch, writer) +
+    return reinterpret_cast<std::int32_t*>(control(owner) + layout_.announcement(epoch, writer) +
                                            plan::WindowLayout::kAnnouncementHead);
   }
   std::int32_t* announced_rows(int owner, std::uint64_t epoch, int writer) const {
     return announced_tokens(owner, epoch, writer) + num_ranks;
   }
   Reply& reply(int owner, std::uint64_t epoch, int writer) const {
-    return *reinterpret_cast<Reply*>(window(owner) + layout_.reply(epoch, writer));
+    return *reinterpret_cast<Reply*>(control(owner) + layout_.reply(epoch, writer));
   }
   std::int32_t* reply_first_rows(int owner, std::uint64_t epoch, int writer) const {
-    return reinterpret_cast<std::int32_t*>(window(owner) + layout_.reply(epoch, writer) +
+    return reinterpret_cast<std::int32_t*>(control(owner) + layout_.reply(epoch, writer) +
                                            plan::WindowLayout::kReplyHead);
   }
 
@@ -95,10 +100,15 @@ class Context {
 
   // Flags
   // -------------------------------------------------------------------------------------------------------------------------
-  /// Writes a flag in a peer's window, after everything written to that window before.
-  void publish(int peer, std::uint64_t& word, const Epoch& epoch, std::uint32_t value);
+  /// Writes a flag in a peer's window, after everything written to that window before. Peers of other nodes get what it
+  /// publishes with it: the first `payload_bytes` of our announcement or reply to them.
+  void publish(int peer, Flag flag, const Epoch& epoch, std::uint32_t value, std::size_t payload_bytes = 0);
+  /// In the place of a rank of another node, whose rows we passed on to a peer of ours.
+  void publish_arrived_for(int writer, int peer, const Epoch& epoch);
   /// Waits for a flag in our own window; returns its value. Throws kTimeout: `expected` is for its message.
-  std::uint32_t await(const std::uint64_t& word, const Epoch& epoch, int peer, std::uint64_t expected);
+  std::uint32_t await(Flag flag, const Epoch& epoch, int peer, std::uint64_t expected);
+  /// Waits until `ready` holds. Where it does not, the error names `blame()`, a rank that keeps us waiting.
+  void await_any(const Epoch& epoch, const std::function<bool()>& ready, const std::function<int()>& blame);
   /// The peer has left this operation, in time or not.
   bool has_released(int peer, std::uint64_t epoch) const;
   /// Writes our announcement to every active rank. Counts, where there are any, go first, by the caller.
@@ -140,12 +150,12 @@ class Context {
     enum { kOpen, kAbandoned, kDone } state = kOpen;
   };
   Doorbell& doorbell(int of) const { return *reinterpret_cast<Doorbell*>(window(of) + layout_.doorbell_at); }
-  std::uint64_t& released_word(int owner, int writer) const {
-    return *reinterpret_cast<std::uint64_t*>(window(owner) + layout_.released(writer));
+  /// What we write for `owner` lies in its window, or far away in the mirror that stands for it.
+  std::byte* control(int owner) const { return is_far(owner) ? link_->mirror(owner) : window(owner); }
+  std::uint64_t& word(int owner, Flag flag, std::uint64_t epoch, int writer) const {
+    return *reinterpret_cast<std::uint64_t*>(control(owner) + place_of(layout_, flag, epoch, writer));
   }
-  std::uint64_t& excluded_word(int owner, int writer) const {
-    return *reinterpret_cast<std::uint64_t*>(window(owner) + layout_.excluded(writer));
-  }
+  void store_for_good(int peer, Flag flag, std::uint64_t value);
   void await_room(const Epoch& epoch, int peer, std::uint64_t needed);
   void await_own_room(const Epoch& epoch, std::uint64_t needed);
   void advance_released();
@@ -155,10 +165,13 @@ class Context {
   template <typename Ready>
   bool wait(const Epoch& epoch, int peer, bool& peer_gone, const Ready& ready);
   [[noreturn]] void throw_timeout(const Epoch& epoch, int peer, std::uint64_t expected, std::uint64_t seen, bool gone);
+  int find_dead(int peer);
 
   plan::WindowLayout layout_;
-  std::vector<std::shared_ptr<Window>> windows_;
-  std::vector<ProcessWatch> processes_;
+  const bool network_;                            // logical nodes share no memory
+  std::vector<std::shared_ptr<Window>> windows_;  // null: of far ranks
+  std::vector<ProcessWatch> processes_;           // of far ranks: unknown
+  std::unique_ptr<Link> link_;
   std::shared_ptr<plan::Arena> arena_;
   std::unique_ptr<Workers> workers_;
   int spins_ = 0;
@@ -169,6 +182,7 @@ class Context {
   std::map<std::uint64_t, Pending> pending_;  // the others, by number
   std::map<std::uint64_t, std::vector<std::shared_ptr<void>>> quarantine_;
   std::vector<char> masked_;
+  std::uint64_t mask_changes_ = 0;
   Statistics statistics_;
 };
 

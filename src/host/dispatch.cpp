@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 // High-throughput dispatch: counts go first, the receiver answers where each source's rows begin, and sources write
 // rows at their final place. Phases: announce, reply, send, receive. docs/protocol.md lists the flags.
+#include "host/delivery.h"
+#include "host/forward_dispatch.h"
 #include "host/operations.h"
 #include "host/rows_of_token.h"
 #include "plan/routing.h"
@@ -8,17 +10,14 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <optional>
+
 #include "check.h"
 
 namespace deep_ep::host {
 
 namespace {
-
-// Where one destination's output lies, seen from here.
-struct Destination {
-  std::byte* block = nullptr;
-  plan::OutputBlock at;
-};
 
 class Dispatch {
  public:
@@ -29,7 +28,9 @@ class Dispatch {
         num_slots_(call.placement->num_slots(context.rank)),
         epoch_(context.begin(call.operation, call.timeout)),
         active_(context.active_ranks()),
-        destinations_(context.num_ranks) {}
+        destinations_(context.num_ranks) {
+    if (context.link() != nullptr) forwarded_.emplace(context, call, epoch_);
+  }
 
   DispatchOutput run() {
     const FinishAtExit finish(context_, epoch_);
@@ -57,17 +58,23 @@ class Dispatch {
                                   context_.rank);
       plan::leave_out(routes_, context_.masked_ranks());
     }
+    if (forwarded_)
+      forwarded_->route(cached_ ? call_.in.handle->dst_rank.as<const std::int32_t>() : routes_.rank.data());
     Announcement mine;
     mine.signature = call_.signature;
     for (int peer : active_) {
+      std::size_t bytes = sizeof mine;
+      if (forwarded_) mine.units = forwarded_->units_to(peer);
       context_.announcement(peer, epoch_.number, context_.rank) = mine;
       if (!cached_) {
+        bytes = plan::WindowLayout::kAnnouncementHead +
+                sizeof(std::int32_t) * (routes_.tokens_to.size() + call_.placement->num_slots(peer));
         std::copy(routes_.tokens_to.begin(), routes_.tokens_to.end(),
                   context_.announced_tokens(peer, epoch_.number, context_.rank));
         std::copy_n(routes_.rows_to_rank(peer), call_.placement->num_slots(peer),
                     context_.announced_rows(peer, epoch_.number, context_.rank));
       }
-      context_.publish(peer, context_.words(peer, epoch_.number, context_.rank).announced, epoch_, 0);
+      context_.publish(peer, Flag::kAnnounced, epoch_, 0, bytes);
     }
   }
 
@@ -123,6 +130,7 @@ class Dispatch {
     }
     num_rows_ = answer.rows;
     num_arrivals_ = answer.arrivals;
+    const std::size_t bytes = plan::WindowLayout::kReplyHead + sizeof(std::int32_t) * (cached_ ? 0 : num_slots_);
     for (int src : active_) {
       if (!cached_) {
         answer.first_arrival = rows_.first_arrival[src];
@@ -130,7 +138,7 @@ class Dispatch {
                     context_.reply_first_rows(src, epoch_.number, context_.rank));
       }
       context_.reply(src, epoch_.number, context_.rank) = answer;
-      context_.publish(src, context_.words(src, epoch_.number, context_.rank).replied, epoch_, 0);
+      context_.publish(src, Flag::kReplied, epoch_, 0, bytes);
     }
   }
 
@@ -144,7 +152,7 @@ class Dispatch {
   // All replies before any row: where one rank has no room, every rank learns it and no byte moves.
   void await_replies() {
     for (int dst : active_) {
-      context_.await(context_.words(context_.rank, epoch_.number, dst).replied, epoch_, dst, 1);
+      context_.await(Flag::kReplied, epoch_, dst, 1);
       const Reply& answer = context_.reply(context_.rank, epoch_.number, dst);
       require(answer.verdict != Reply::kMoreThanMaxRows,
               "max_rows: rank {} would receive {} rows, max_rows there is {}", dst, answer.needed, answer.there);
@@ -153,8 +161,10 @@ class Dispatch {
       require(answer.verdict != Reply::kArenaTooSmall,
               "arena_bytes: rank {} needs {} bytes of arena for this dispatch, {} are free there", dst, answer.needed,
               answer.there);
-      destinations_[dst].block = context_.window(dst) + answer.block_at;
-      destinations_[dst].at = plan::OutputBlock::place(call_.shape, call_.layout, answer.rows, answer.arrivals);
+      if (context_.is_far(dst)) continue;
+      destinations_[dst] = {context_.window(dst) + answer.block_at,
+                            plan::OutputBlock::place(call_.shape, call_.layout, answer.rows, answer.arrivals),
+                            static_cast<std::uint32_t>(answer.rows), static_cast<std::uint32_t>(answer.arrivals)};
     }
     if (!cached_) settle_routes();
   }
@@ -177,76 +187,45 @@ class Dispatch {
     dst_rank_ = cached_ ? handle->dst_rank.as<const std::int32_t>() : routes_.rank.data();
     dst_row_ = cached_ ? handle->dst_row.as<const std::int32_t>() : routes_.row.data();
     dst_arrival_ = cached_ ? handle->dst_arrival.as<const std::int32_t>() : routes_.arrival.data();
-    const RowOps& ops = row_ops();
-    context_.workers().for_range(
-        call_.num_tokens, kTokensPerPiece, call_.num_workers, [&](std::int64_t begin, std::int64_t end) {
-          TokenReader reader(call_, ops);
-          for (std::int64_t token = begin; token < end; ++token) send_token(reader, static_cast<int>(token), ops);
-          ops.flush();  // streamed rows come before the flag that publish() stores after the loop
-        });
+    const Delivery delivery(call_, destinations_, row_ops());
+    const auto send = [&](std::int64_t begin, std::int64_t end) { send_tokens(delivery, begin, end); };
+    if (forwarded_) {
+      forwarded_->run(delivery, destinations_, send);
+    } else {
+      send(0, call_.num_tokens);
+    }
     std::vector<std::uint64_t> bytes_to(context_.num_ranks);
     count_bytes(bytes_to);
-    for (int dst : active_) context_.publish(dst, context_.words(dst, epoch_.number, context_.rank).arrived, epoch_, 1);
+    for (int dst : active_)  // far ranks hear of our rows from those who pass them on
+      if (!context_.is_far(dst)) context_.publish(dst, Flag::kArrived, epoch_, 1);
     context_.count([&](Statistics& statistics) {
       for (int dst : active_) statistics.peers[dst].bytes_sent += bytes_to[dst];
     });
   }
 
-  // Writes a token once to each rank it goes to; grouped by expert: once for each selection there.
-  void send_token(TokenReader& reader, int token, const RowOps& ops) {
+  void send_tokens(const Delivery& delivery, std::int64_t first, std::int64_t past) {
+    const RowOps& ops = row_ops();
+    context_.workers().for_range(
+        past - first, kTokensPerPiece, call_.num_workers, [&](std::int64_t begin, std::int64_t end) {
+          TokenReader reader(call_, ops);
+          for (std::int64_t token = first + begin; token < first + end; ++token)
+            send_token(reader, delivery, static_cast<int>(token));
+          ops.flush();  // streamed rows come before the flag that publish() stores after the loop
+        });
+  }
+
+  // A row is read, and quantised, once, however many ranks and nodes it goes to.
+  void send_token(TokenReader& reader, const Delivery& delivery, int token) const {
     const std::size_t first = static_cast<std::size_t>(token) * call_.num_topk;
     const std::int32_t* rank = dst_rank_ + first;
-    const bool by_rank = call_.layout == OutputLayout::kByRank;
-    bool read = false;
-    for (int k = 0; k < call_.num_topk; ++k) {
-      if (rank[k] < 0 || destinations_[rank[k]].block == nullptr) continue;
-      if (!std::exchange(read, true)) reader.read(token);
-      const Destination& to = destinations_[rank[k]];
-      const bool first_there = std::find(rank, rank + k, rank[k]) == rank + k;
-      if (first_there) write_arrival(reader, to, token, k);
-      if (first_there || !by_rank) write_row(reader, to, first + k, ops);
-    }
-  }
-
-  void write_row(const TokenReader& reader, const Destination& to, std::size_t selection, const RowOps& ops) const {
-    const std::size_t row = static_cast<std::size_t>(dst_row_[selection]);
-    ops.copy(to.block + to.at.x_at + row * call_.shape.row_bytes, reader.row(), call_.shape.row_bytes);
-    auto* scales = reinterpret_cast<std::int32_t*>(to.block + to.at.scales_at);
-    reader.write_scales(scales + to.at.first_scale(static_cast<std::int64_t>(row)), to.at.scale_column_stride);
-    if (call_.shape.topk_weights && call_.layout != OutputLayout::kByRank)
-      reinterpret_cast<float*>(to.block + to.at.topk_weights_at)[row] =
-          reader.weight(static_cast<int>(selection % call_.num_topk));
-  }
-
-  // What is told of a token once per rank: ids, weights, where it came from, side tensors.
-  void write_arrival(const TokenReader& reader, const Destination& to, int token, int first_k) const {
-    const int topk = call_.num_topk;
-    const std::size_t first = static_cast<std::size_t>(token) * topk;
-    const std::int32_t* rank = dst_rank_ + first;
-    const std::int32_t dst = rank[first_k];
-    const std::size_t arrival = static_cast<std::size_t>(dst_arrival_[first + first_k]);
-    const bool by_rank = call_.layout == OutputLayout::kByRank;
-    if (!cached_) {
-      for (int k = 0; k < topk; ++k) {
-        const std::int32_t slot = rank[k] == dst ? routes_.slot[first + k] : -1;
-        std::byte* idx = to.block + to.at.topk_idx_at + (arrival * topk + k) * call_.shape.topk_idx_bytes;
-        if (call_.shape.topk_idx_bytes == 8) {
-          *reinterpret_cast<std::int64_t*>(idx) = slot;
-        } else {
-          *reinterpret_cast<std::int32_t*>(idx) = slot;
-        }
-      }
-      reinterpret_cast<std::int32_t*>(to.block + to.at.src_token_at)[arrival] = token;
-      auto* rows = reinterpret_cast<std::int32_t*>(to.block + to.at.arrival_row_at) + arrival * topk;
-      for (int k = 0; k < topk && !by_rank; ++k) rows[k] = rank[k] == dst ? dst_row_[first + k] : -1;
-    }
-    if (call_.shape.topk_weights && by_rank) {
-      auto* weights = reinterpret_cast<float*>(to.block + to.at.topk_weights_at) + arrival * topk;
-      for (int k = 0; k < topk; ++k)
-        weights[k] = rank[k] == dst || !call_.in.mask_topk_weights ? reader.weight(k) : 0.0f;
-    }
-    for (int i = 0; i < call_.shape.num_side; ++i)
-      reader.write_side(i, to.block + to.at.side_at[i] + arrival * call_.shape.side_bytes[i]);
+    if (std::all_of(rank, rank + call_.num_topk, [](std::int32_t dst) { return dst < 0; })) return;
+    TokenInTransit on_its_way = reader.read(token);
+    on_its_way.rank = rank;
+    on_its_way.slot = cached_ ? nullptr : routes_.slot.data() + first;
+    on_its_way.row_there = dst_row_ + first;
+    on_its_way.arrival = dst_arrival_ + first;
+    delivery.deliver(on_its_way);
+    if (forwarded_) forwarded_->write(on_its_way);
   }
 
   void count_bytes(std::vector<std::uint64_t>& bytes_to) const {
@@ -270,7 +249,7 @@ class Dispatch {
 
   void receive() {
     clear_unwritten_rows();
-    for (int src : active_) context_.await(context_.words(context_.rank, epoch_.number, src).arrived, epoch_, src, 1);
+    for (int src : active_) context_.await(Flag::kArrived, epoch_, src, 1);
   }
 
   // Rows that no source writes: padding between experts is zero, ids behind a bounded output's rows say "nobody".
@@ -339,6 +318,7 @@ class Dispatch {
   const int num_slots_;
   const Epoch epoch_;
   const std::vector<int> active_;
+  std::optional<ForwardedDispatch> forwarded_;  // where there are ranks that share no memory with us
 
   plan::Routes routes_;
   plan::RowPlan rows_;

@@ -54,7 +54,7 @@ class Sender {
           ops.flush();  // streamed rows come before the flag that publish() stores after the loop
         });
     for (int peer : active_)
-      context_.publish(peer, context_.words(peer, epoch_.number, context_.rank).arrived, epoch_, 1);
+      context_.publish(peer, Flag::kArrived, epoch_, 1);
   }
 
  private:
@@ -99,7 +99,7 @@ class Receiver final : public Ticket<CombineOutput>::Receiver {
     epoch.deadline = Clock::now() + call_.timeout;  // the time between send and receive is the caller's
     for (int peer : active_) {
       context_->await_announcement(epoch, peer, call_.signature);
-      context_->await(context_->words(context_->rank, epoch.number, peer).arrived, epoch, peer, 1);
+      context_->await(Flag::kArrived, epoch, peer, 1);
     }
     CombineOutput out = sum();
     finished_ = true;

@@ -50,7 +50,7 @@ class Sender {
         });
     for (int dst : sent_.active) {
       const auto messages = static_cast<std::uint32_t>(routes_.tokens_to[dst]);
-      context.publish(dst, context.words(dst, sent_.epoch.number, context.rank).arrived, sent_.epoch, messages);
+      context.publish(dst, Flag::kArrived, sent_.epoch, messages);
     }
     context.count([&](Statistics& statistics) {
       for (int dst : sent_.active) statistics.peers[dst].bytes_sent += routes_.tokens_to[dst] * sent_.message.bytes;
@@ -264,7 +264,7 @@ class Receiver final : public Ticket<DispatchOutput>::Receiver {
     for (int src : sent_->active) {
       context.await_announcement(epoch, src, sent_->call.signature);
       messages_from[src] = static_cast<std::int32_t>(
-          context.await(context.words(context.rank, epoch.number, src).arrived, epoch, src, 1));
+          context.await(Flag::kArrived, epoch, src, 1));
     }
     DispatchOutput out = Placer(*sent_, messages_from).place();
     finished_ = true;

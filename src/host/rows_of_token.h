@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "backend.h"
+#include "host/delivery.h"
 #include "host/rows.h"
 
 namespace deep_ep::host {
@@ -21,24 +22,25 @@ class TokenReader {
     }
   }
 
-  /// Turns to a token; row() and scales are of that one until the next call.
-  void read(int token) {
+  /// Turns to a token: what is read of it stays valid until the next call. Where it goes is the caller's to add.
+  TokenInTransit read(int token) {
     token_ = token;
-    const TensorView& x = call_.in.x;
-    const auto* source =
-        x.as<const std::byte>() + token * call_.hidden * static_cast<std::int64_t>(item_bytes(x.dtype));
-    if (!call_.quantize) {
-      row_ = source;
-      return;
+    read_row();
+    TokenInTransit read;
+    read.token = token;
+    read.row = row_;
+    const TensorView& given = call_.in.scales;
+    if (call_.quantize) {
+      read.scales = scales_.get();
+    } else if (given.given()) {
+      read.scales = given.as<const std::int32_t>() + token * given.strides[0];
+      read.scale_stride = given.strides[1];
     }
-    ops_.quantize({.src = source,
-                   .dtype = x.dtype,
-                   .hidden = call_.hidden,
-                   .codes = codes_.get(),
-                   .scales = scales_.get(),
-                   .scale_stride = 1,
-                   .kind = call_.scale_kind});
-    row_ = codes_.get();
+    if (call_.in.topk_weights.given())
+      read.weights = call_.in.topk_weights.as<const float>() + static_cast<std::int64_t>(token) * call_.num_topk;
+    for (int i = 0; i < call_.shape.num_side; ++i)
+      read.side[i] = call_.in.side[i].as<const std::byte>() + token * call_.shape.side_bytes[i];
+    return read;
   }
 
   const void* row() const { return row_; }
@@ -61,6 +63,24 @@ class TokenReader {
   }
 
  private:
+  void read_row() {
+    const TensorView& x = call_.in.x;
+    const auto* source =
+        x.as<const std::byte>() + token_ * call_.hidden * static_cast<std::int64_t>(item_bytes(x.dtype));
+    if (!call_.quantize) {
+      row_ = source;
+      return;
+    }
+    ops_.quantize({.src = source,
+                   .dtype = x.dtype,
+                   .hidden = call_.hidden,
+                   .codes = codes_.get(),
+                   .scales = scales_.get(),
+                   .scale_stride = 1,
+                   .kind = call_.scale_kind});
+    row_ = codes_.get();
+  }
+
   const DispatchCall& call_;
   const RowOps& ops_;
   int token_ = 0;

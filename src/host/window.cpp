@@ -29,25 +29,6 @@ namespace {
   throw Error(ErrorCode::kSystem, fmt::format("{}: {}", call, std::strerror(errno)));
 }
 
-struct Machine {
-  std::uint8_t boot_id[16] = {};
-  std::uint64_t pid_namespace = 0;
-};
-
-// Which memory we could share at all: one kernel, one set of process numbers.
-Machine this_machine() {
-  Machine machine;
-  std::ifstream file("/proc/sys/kernel/random/boot_id");
-  std::string text;
-  std::getline(file, text);
-  std::erase(text, '-');
-  for (std::size_t i = 0; i < sizeof machine.boot_id && 2 * i + 1 < text.size(); ++i)
-    machine.boot_id[i] = static_cast<std::uint8_t>(std::stoi(text.substr(2 * i, 2), nullptr, 16));
-  struct stat info {};
-  if (stat("/proc/self/ns/pid", &info) == 0) machine.pid_namespace = info.st_ino;
-  return machine;
-}
-
 // Windows of this process by serial number, for ranks that are threads of it.
 struct Registry {
   std::mutex mutex;
@@ -68,6 +49,19 @@ std::byte* map_shared(int fd, std::size_t bytes) {
 
 }  // namespace
 
+MachineIdentity machine_identity() {
+  MachineIdentity machine;
+  std::ifstream file("/proc/sys/kernel/random/boot_id");
+  std::string text;
+  std::getline(file, text);
+  std::erase(text, '-');
+  for (std::size_t i = 0; i < sizeof machine.boot_id && 2 * i + 1 < text.size(); ++i)
+    machine.boot_id[i] = static_cast<std::uint8_t>(std::stoi(text.substr(2 * i, 2), nullptr, 16));
+  struct stat info {};
+  if (stat("/proc/self/ns/pid", &info) == 0) machine.pid_namespace = info.st_ino;
+  return machine;
+}
+
 std::shared_ptr<Window> Window::create(std::size_t bytes) {
   std::shared_ptr<Window> window(new Window);
   window->fd_ = memfd_create("deep_ep", MFD_CLOEXEC);
@@ -76,9 +70,7 @@ std::shared_ptr<Window> Window::create(std::size_t bytes) {
     throw_system(fmt::format("ftruncate of a window to {} bytes", bytes));
   window->bytes_ = bytes;
   window->base_ = map_shared(window->fd_, bytes);
-  const Machine machine = this_machine();
-  std::memcpy(window->address_.boot_id, machine.boot_id, sizeof machine.boot_id);
-  window->address_.pid_namespace = machine.pid_namespace;
+  window->address_.machine = machine_identity();
   window->address_.pid = getpid();
   window->address_.fd = window->fd_;
   window->address_.bytes = bytes;
@@ -97,9 +89,8 @@ std::shared_ptr<Window> Window::open(const WindowAddress& address) {
     throw Error(ErrorCode::kSystem,
                 fmt::format("window {} of this process was closed while its peers opened it", address.serial));
   }
-  const Machine machine = this_machine();
-  if (std::memcmp(machine.boot_id, address.boot_id, sizeof machine.boot_id) != 0 ||
-      machine.pid_namespace != address.pid_namespace)
+  const MachineIdentity machine = machine_identity();
+  if (std::memcmp(&machine, &address.machine, sizeof machine) != 0)
     throw Error(
         ErrorCode::kUnsupported,
         fmt::format(

@@ -8,10 +8,16 @@
 
 namespace deep_ep::host {
 
+/// Ranks with equal ones can share memory: they run under one kernel, with one set of process numbers.
+struct MachineIdentity {
+  std::uint8_t boot_id[16] = {};
+  std::uint64_t pid_namespace = 0;
+};
+MachineIdentity machine_identity();
+
 /// How a peer finds a window: exchanged when a buffer opens.
 struct WindowAddress {
-  std::uint8_t boot_id[16] = {};  // of the machine's kernel: ranks with another one share no memory with us
-  std::uint64_t pid_namespace = 0;
+  MachineIdentity machine;
   std::int64_t pid = 0;
   std::int64_t fd = 0;
   std::uint64_t serial = 0;  // of the window in its process

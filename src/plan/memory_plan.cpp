@@ -36,9 +36,9 @@ std::string Config::to_string() const {
   return fmt::format(
       "max_experts = {}\nranks_per_node = [{}]\nlow_latency.max_tokens_per_rank = {}\nlow_latency.row_bytes = {}\n"
       "low_latency.num_topk = {}\nlow_latency.side_bytes = {}\narena_bytes = {}\nnum_tickets = {}\ntimeout = {} ms\n"
-      "open_timeout = {} ms\n",
+      "open_timeout = {} ms\nnetwork.provider = {}\nforward_slot_bytes = {}\n",
       max_experts, fmt::join(ranks_per_node, ", "), low_latency.max_tokens_per_rank, low_latency.row_bytes,
-      low_latency.num_topk, low_latency.side_bytes, arena_bytes, num_tickets, timeout.count(), open_timeout.count());
+      low_latency.num_topk, low_latency.side_bytes, arena_bytes, num_tickets, timeout.count(), open_timeout.count(), network.provider, forward_slot_bytes);
 }
 
 MemoryPlan Config::plan(int num_ranks) const {

@@ -22,6 +22,9 @@ Topology Topology::from(const std::vector<int>& ranks_per_node, int num_ranks) {
       topology.node_of_rank.insert(topology.node_of_rank.end(), ranks_per_node[node], static_cast<std::int32_t>(node));
   }
   topology.num_nodes = topology.node_of_rank.back() + 1;
+  for (int rank = 0; rank < num_ranks; ++rank)
+    if (rank == 0 || !topology.same_node(rank - 1, rank)) topology.first_rank_of_node.push_back(rank);
+  topology.first_rank_of_node.push_back(num_ranks);
   return topology;
 }
 

@@ -19,6 +19,8 @@ void check(const Config& config, int num_ranks) {
   Topology::from(config.ranks_per_node, num_ranks);
   require(config.max_experts >= 1, "max_experts must be at least 1: {}", config.max_experts);
   require(config.num_tickets >= 2 && config.num_tickets <= 64, "num_tickets must be 2 .. 64: {}", config.num_tickets);
+  require(config.forward_slot_bytes >= 4096 && config.forward_slot_bytes <= std::size_t{1} << 30,
+          "forward_slot_bytes must be 4 KiB .. 1 GiB: {}", config.forward_slot_bytes);
   require(config.timeout.count() > 0, "timeout must be positive: {} ms", config.timeout.count());
   require(config.open_timeout.count() > 0, "open_timeout must be positive: {} ms", config.open_timeout.count());
   const LowLatencyCapacity& low = config.low_latency;

@@ -1,0 +1,360 @@
+// SPDX-License-Identifier: MIT
+#include "host/link.h"
+
+#include <fmt/format.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "check.h"
+
+namespace deep_ep::host {
+
+namespace {
+
+constexpr std::uint8_t kDataChannel = plan::kForwardSlots;  // channels below are forwarding slots
+static_assert(kDataChannel < net::kNumChannels);
+constexpr std::size_t kPieceBytes = net::kMaxMessageBytes - sizeof(ControlHead);
+constexpr std::chrono::milliseconds kGoodbye{2000};
+
+std::span<const std::byte> bytes_of(const ControlHead& head) {
+  return {reinterpret_cast<const std::byte*>(&head), sizeof head};
+}
+
+void append(net::Blob& blob, const net::Blob& key) {
+  const std::uint64_t bytes = key.size();
+  const auto* size = reinterpret_cast<const std::byte*>(&bytes);
+  blob.insert(blob.end(), size, size + sizeof bytes);
+  blob.insert(blob.end(), key.begin(), key.end());
+}
+
+std::span<const std::byte> next(std::span<const std::byte>& blob) {
+  std::uint64_t bytes = 0;
+  require(blob.size() >= sizeof bytes, "keys of a peer's memory: {} bytes are there, {} are needed", blob.size(),
+          sizeof bytes);
+  std::memcpy(&bytes, blob.data(), sizeof bytes);
+  blob = blob.subspan(sizeof bytes);
+  require(blob.size() >= bytes, "keys of a peer's memory: {} bytes are there, {} are needed", blob.size(), bytes);
+  const auto key = blob.first(bytes);
+  blob = blob.subspan(bytes);
+  return key;
+}
+
+std::size_t slots_bytes(const plan::Topology& topology, std::size_t slot_bytes) {
+  return static_cast<std::size_t>(topology.num_ranks) * plan::kForwardSlots * slot_bytes;
+}
+
+}  // namespace
+
+Link::Pages::Pages(std::size_t bytes) : bytes_(bytes) {
+  void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (base == MAP_FAILED)
+    throw Error(ErrorCode::kSystem, fmt::format("mmap of {} bytes between nodes: {}", bytes, std::strerror(errno)));
+  base_ = static_cast<std::byte*>(base);
+}
+
+Link::Pages::~Pages() { munmap(base_, bytes_); }
+
+Link::Link(const LinkInput& input)
+    : rank_(input.group.rank()),
+      num_ranks_(input.group.num_ranks()),
+      topology_(input.topology),
+      layout_(input.layout),
+      window_(input.window),
+      doorbell_(*reinterpret_cast<Doorbell*>(input.window + input.layout.doorbell_at)),
+      slot_bytes_(plan::align_up(input.config.forward_slot_bytes, plan::kUnitAlignment)),
+      mirror_bytes_(input.layout.low_latency_at),
+      mirror_pages_(mirror_bytes_ * static_cast<std::size_t>(num_ranks_)),
+      staging_(slots_bytes(topology_, slot_bytes_)),
+      inbox_(slots_bytes(topology_, slot_bytes_)),
+      mirrors_(mirror_pages_.base()),
+      state_(num_ranks_),
+      knows_we_leave_(num_ranks_),
+      slot_free_(static_cast<std::size_t>(num_ranks_) * plan::kForwardSlots),
+      put_bytes_(num_ranks_),
+      expected_(static_cast<std::size_t>(num_ranks_) * plan::kOperationsInFlight * kNumFlags),
+      arrivals_(num_ranks_),
+      peer_inbox_(num_ranks_, -1),
+      peer_slots_(num_ranks_, -1) {
+  for (auto& free : slot_free_) free.store(true, std::memory_order_relaxed);
+  exchange_regions(input.group, input.config);
+}
+
+Link::~Link() {
+  say_goodbye();
+  proxy_->close();
+}
+
+// Nothing is ordered: a peer might hear that we are gone before it has what we sent, or our word that we leave in good
+// order. So we go when everybody has answered, has left or has died.
+void Link::say_goodbye() {
+  const Deadline until = Clock::now() + kGoodbye;
+  proxy_->flush(until);
+  ControlHead bye;
+  bye.kind = ControlKind::kBye;
+  for (int peer = 0; peer < num_ranks_; ++peer)
+    if (peer != rank_) send(peer, bye);
+  const auto ready = [&] {
+    for (int peer = 0; peer < num_ranks_; ++peer)
+      if (peer != rank_ && state_[peer].load(std::memory_order_acquire) == kThere &&
+          !knows_we_leave_[peer].load(std::memory_order_acquire))
+        return false;
+    return true;
+  };
+  wait_until(doorbell_, until, 0, ready, [] { return true; });
+}
+
+void Link::exchange_regions(Bootstrap& group, const Config& config) {
+  const std::size_t in_flight = config.network.bytes_in_flight;
+  auto fabric = net::open_fabric(group, config.network, config.open_timeout);
+  staging_region_ = fabric->register_memory({staging_.base(), staging_.bytes()});
+  net::Blob mine;
+  append(mine, fabric->region_key(fabric->register_memory({inbox_.base(), inbox_.bytes()})));
+  const std::size_t low_latency_bytes = layout_.arena_at - layout_.low_latency_at;
+  if (low_latency_bytes > 0)
+    append(mine, fabric->region_key(fabric->register_memory({window_ + layout_.low_latency_at, low_latency_bytes})));
+  const auto keys = group.all_gather(mine, config.open_timeout);
+  for (int peer = 0; peer < num_ranks_; ++peer) {
+    if (!reaches(peer)) continue;
+    std::span<const std::byte> blob = keys[peer];
+    peer_inbox_[peer] = fabric->import_region(peer, next(blob));
+    if (low_latency_bytes > 0) peer_slots_[peer] = fabric->import_region(peer, next(blob));
+  }
+  proxy_ = std::make_unique<net::Proxy>(std::move(fabric), static_cast<net::ProxyReceiver&>(*this),
+                                        net::ProxyOptions{.bytes_in_flight = in_flight});
+  open_.count_down();
+}
+
+// Flags
+// ---------------------------------------------------------------------------------------------------------------------
+
+void Link::publish(int peer, const FlagMessage& flag, std::span<const std::byte> payload) {
+  ControlHead head;
+  head.flag = flag.flag;
+  head.epoch = flag.epoch;
+  head.value = flag.value;
+  head.puts = flag.puts;
+  head.pieces = static_cast<std::uint32_t>(std::max<std::size_t>(1, (payload.size() + kPieceBytes - 1) / kPieceBytes));
+  std::vector<std::byte> message;
+  for (std::uint32_t piece = 0; piece < head.pieces; ++piece) {
+    const auto part = payload.subspan(piece * kPieceBytes, std::min(kPieceBytes, payload.size() - piece * kPieceBytes));
+    head.at = static_cast<std::uint32_t>(piece * kPieceBytes);
+    const auto head_bytes = host::bytes_of(head);
+    message.assign(head_bytes.begin(), head_bytes.end());
+    message.insert(message.end(), part.begin(), part.end());
+    proxy_->message(peer, static_cast<std::uint32_t>(flag.epoch), message);
+  }
+}
+
+// Forwarding slots
+// ---------------------------------------------------------------------------------------------------------------------
+
+int Link::free_slot(int peer, plan::Stream stream) const {
+  const int begin = stream == plan::Stream::kRequests ? plan::kRequestSlot : plan::kRequestSlot + 1;
+  const int end = stream == plan::Stream::kRequests ? plan::kRequestSlot + 1 : plan::kForwardSlots;
+  for (int slot = begin; slot < end; ++slot)
+    // Acquire: pairs with take_credit(); the peer has read what the slot held before.
+    if (slot_free_[static_cast<std::size_t>(peer) * plan::kForwardSlots + slot].load(std::memory_order_acquire))
+      return slot;
+  return -1;
+}
+
+bool Link::has_slot(int peer, plan::Stream stream) const { return free_slot(peer, stream) >= 0; }
+
+int Link::take_slot(int peer, plan::Stream stream) {
+  const int slot = free_slot(peer, stream);
+  // Relaxed: one thread at a time takes slots, and gets them back by a credit.
+  if (slot >= 0)
+    slot_free_[static_cast<std::size_t>(peer) * plan::kForwardSlots + slot].store(false, std::memory_order_relaxed);
+  return slot;
+}
+
+void Link::put_chunk(int peer, int slot, const plan::ChunkHead& head, Deadline deadline) {
+  std::memcpy(chunk(peer, slot), &head, sizeof head);
+  const std::size_t bytes = plan::align_up(head.bytes, plan::kUnitAlignment);
+  put_bytes_[peer].fetch_add(bytes, std::memory_order_relaxed);  // a count for people
+  // Where the queue stays full to the deadline, so does the network: whoever waits for the chunk says so.
+  proxy_->put({.peer = peer,
+               .region = staging_region_,
+               .remote_region = peer_inbox_[peer],
+               .channel = slot,
+               .epoch = static_cast<std::uint32_t>(head.epoch),
+               .at = slot_at(peer, slot),
+               .remote_at = slot_at(rank_, slot),
+               .bytes = bytes},
+              deadline);
+}
+
+std::vector<LandedChunk> Link::landed(std::uint64_t epoch) {
+  std::vector<LandedChunk> mine, late, later;
+  {
+    std::lock_guard lock(landed_mutex_);
+    for (const LandedChunk& chunk : landed_)
+      (chunk.head.epoch == epoch ? mine : chunk.head.epoch < epoch ? late : later).push_back(chunk);
+    landed_ = std::move(later);
+  }
+  for (const LandedChunk& chunk : late) give_back(chunk);
+  return mine;
+}
+
+bool Link::has_landed(std::uint64_t epoch) const {
+  std::lock_guard lock(landed_mutex_);
+  return std::any_of(landed_.begin(), landed_.end(),
+                     [&](const LandedChunk& chunk) { return chunk.head.epoch <= epoch; });
+}
+
+void Link::give_back(const LandedChunk& chunk) {
+  ControlHead credit;
+  credit.kind = ControlKind::kCredit;
+  credit.slot = static_cast<std::uint16_t>(chunk.slot);
+  credit.epoch = chunk.head.epoch;
+  send(chunk.source, credit);
+}
+
+// Life and death
+// ---------------------------------------------------------------------------------------------------------------------
+
+int Link::dead_rank(const std::vector<char>& ignored) const {
+  for (int peer = 0; peer < num_ranks_; ++peer)
+    if (!ignored[peer] && dead(peer)) return peer;
+  return -1;
+}
+
+bool Link::mark_dead(int peer) {
+  int there = kThere;
+  // Release: nothing is published by it but the fact; a rank that left in good order has not died.
+  return state_[peer].compare_exchange_strong(there, kDead, std::memory_order_acq_rel);
+}
+
+void Link::report_dead(int peer, const std::string& how) {
+  if (!mark_dead(peer)) return;
+  proxy_->give_up(peer, how);
+  ControlHead news;
+  news.kind = ControlKind::kDead;
+  news.rank = peer;
+  for (int other = 0; other < num_ranks_; ++other)
+    if (other != rank_ && !dead(other)) send(other, news);
+}
+
+void Link::send(int peer, const ControlHead& head) { proxy_->message(peer, epoch(), host::bytes_of(head)); }
+
+// What arrives, on the proxy's thread
+// ---------------------------------------------------------------------------------------------------------------------
+
+void Link::on_notice(int source, const net::Notice& notice) {
+  if (!reaches(source)) return;
+  if (notice.channel < kDataChannel) return take_chunk(source, notice.channel, notice.epoch);
+  arrivals_.add(source, notice);
+  const Expected& flag = expected(source, notice.epoch, Flag::kArrived);
+  if (static_cast<std::uint32_t>(flag.message.epoch) == notice.epoch) store_if_complete(source, flag);
+}
+
+void Link::take_chunk(int source, int slot, std::uint32_t epoch) {
+  LandedChunk landed{source, slot, {}};
+  std::memcpy(&landed.head, bytes_of(landed), sizeof landed.head);
+  const plan::ChunkHead& head = landed.head;
+  // What does not fit together is not ours to read: its operation then ends at the deadline.
+  if (static_cast<std::uint32_t>(head.epoch) != epoch || head.bytes < plan::kChunkHeadBytes ||
+      head.bytes > slot_bytes_ || head.units == 0)
+    return;
+  {
+    std::lock_guard lock(landed_mutex_);
+    landed_.push_back(landed);
+  }
+  doorbell_.ring();
+}
+
+void Link::on_message(int source, std::uint32_t epoch, std::span<const std::byte> payload) {
+  open_.wait();
+  ControlHead head;
+  if (payload.size() < sizeof head) return;
+  std::memcpy(&head, payload.data(), sizeof head);
+  switch (head.kind) {
+    case ControlKind::kFlag:
+      if (static_cast<std::uint32_t>(head.epoch) == epoch) take_flag(source, head, payload.subspan(sizeof head));
+      return;
+    case ControlKind::kCredit: return take_credit(source, head.slot);
+    case ControlKind::kDead:
+      if (head.rank < 0 || head.rank >= num_ranks_ || head.rank == rank_ || !mark_dead(head.rank)) return;
+      proxy_->give_up(head.rank, fmt::format("rank {} says that it has ended", source));
+      return doorbell_.ring();
+    case ControlKind::kBye: {
+      int there = kThere;
+      state_[source].compare_exchange_strong(there, kLeft, std::memory_order_acq_rel);
+      ControlHead answer;
+      answer.kind = ControlKind::kSeenOff;
+      return send(source, answer);
+    }
+    case ControlKind::kSeenOff: knows_we_leave_[source].store(true, std::memory_order_release); return doorbell_.ring();
+  }
+}
+
+void Link::take_credit(int source, int slot) {
+  if (!reaches(source) || slot >= plan::kForwardSlots) return;
+  // Release: pairs with take_slot().
+  slot_free_[static_cast<std::size_t>(source) * plan::kForwardSlots + slot].store(true, std::memory_order_release);
+  doorbell_.ring();
+}
+
+void Link::take_flag(int source, const ControlHead& head, std::span<const std::byte> payload) {
+  if (!reaches(source)) return;
+  switch (head.flag) {
+    case Flag::kReleased:
+    case Flag::kExcluded: return store(source, head.flag, head.epoch, head.value);
+    case Flag::kAnnounced:
+    case Flag::kReplied:
+    case Flag::kArrived:
+    case Flag::kFinished: break;
+    default: return;  // no flag at all
+  }
+  Expected& flag = expected(source, head.epoch, head.flag);
+  if (flag.message.epoch > head.epoch) return;  // of an operation that has lost its place
+  if (flag.message.epoch < head.epoch) flag = {};
+  flag.message = {head.flag, head.epoch, head.value, head.puts};
+  if (!take_payload(source, head, payload)) return;
+  flag.pieces = head.pieces;
+  ++flag.pieces_here;
+  store_if_complete(source, flag);
+}
+
+// Copies a piece of what a flag publishes to its place in our window, if it has one there.
+bool Link::take_payload(int source, const ControlHead& head, std::span<const std::byte> payload) {
+  if (payload.empty()) return true;
+  const bool reply = head.flag == Flag::kReplied;
+  if (!reply && head.flag != Flag::kAnnounced) return false;
+  const std::size_t room = reply ? layout_.reply_bytes : layout_.announcement_bytes;
+  if (head.at > room || payload.size() > room - head.at) return false;
+  const std::size_t at = reply ? layout_.reply(head.epoch, source) : layout_.announcement(head.epoch, source);
+  std::memcpy(window_ + at + head.at, payload.data(), payload.size());
+  return true;
+}
+
+void Link::store_if_complete(int source, const Expected& flag) {
+  if (flag.pieces == 0 || flag.pieces_here < flag.pieces) return;
+  const net::Notice data{kDataChannel, static_cast<std::uint32_t>(flag.message.epoch)};
+  if (flag.message.puts > 0 && arrivals_.count(source, data) < flag.message.puts) return;
+  store(source, flag.message.flag, flag.message.epoch, flag.message.value);
+}
+
+void Link::store(int source, Flag flag, std::uint64_t epoch, std::uint64_t value) {
+  auto& word = *reinterpret_cast<std::uint64_t*>(window_ + place_of(layout_, flag, epoch, source));
+  std::atomic_ref<std::uint64_t> at(word);
+  // This thread alone stores it, and flags only grow: an older one that came late changes nothing.
+  if (at.load(std::memory_order_relaxed) >= value) return;
+  // Release: what the flag publishes was stored by this thread before, or is visible to it.
+  at.store(value, std::memory_order_release);
+  doorbell_.ring();
+}
+
+void Link::on_peer_failed(int peer, const std::string& reason) {
+  open_.wait();
+  report_dead(peer, reason);
+  doorbell_.ring();
+}
+
+// Chunks and slots are ours to place: this would be a mistake of this file. Whoever waits for the bytes says so.
+void Link::on_bad_command(const std::string&) {}
+
+}  // namespace deep_ep::host

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: MIT
+// One rank's way to the ranks that share no memory with it. Flags, with what they publish, go as messages and are
+// stored into the owner's own window there, so that whoever waits, waits as for a neighbour. Rows go as puts: into
+// forwarding slots, or into the low-latency slots of the window.
+//
+// Nothing that arrives is ordered. A flag names how many pieces of message and how many puts it stands behind, and is
+// stored only when all of them are here.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <latch>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "deep_ep/bootstrap.h"
+#include "deep_ep/config.h"
+#include "host/control_message.h"
+#include "host/doorbell.h"
+#include "net/arrivals.h"
+#include "net/proxy.h"
+#include "plan/forwarding.h"
+#include "plan/topology.h"
+#include "plan/window.h"
+
+namespace deep_ep::host {
+
+/// What a link must know of its rank.
+struct LinkInput {
+  Bootstrap& group;
+  const Config& config;
+  const plan::Topology& topology;
+  const plan::WindowLayout& layout;
+  std::byte* window;  // our own; the link does not outlive it
+};
+
+/// A chunk that lies in one of our slots.
+struct LandedChunk {
+  int source = -1;
+  int slot = -1;
+  plan::ChunkHead head;
+};
+
+class Link final : private net::ProxyReceiver {
+ public:
+  /// Opens the network. Collective.
+  explicit Link(const LinkInput& input);
+  ~Link() override;
+  Link(const Link&) = delete;
+  Link& operator=(const Link&) = delete;
+
+  /// Whether a rank is reached only by this link.
+  bool reaches(int peer) const { return !topology_.same_node(rank_, peer); }
+
+  // Flags
+  // -------------------------------------------------------------------------------------------------------------------
+  /// Memory that stands for the control part of a peer's window: what is written there goes with the flag that
+  /// publishes it.
+  std::byte* mirror(int peer) const { return mirrors_ + mirror_bytes_ * static_cast<std::size_t>(peer); }
+  /// Sends a flag, and `payload` of the peer's mirror (announcement or reply) before it. `puts`: of low-latency data,
+  /// made in this operation, that the flag stands behind.
+  void publish(int peer, const FlagMessage& flag, std::span<const std::byte> payload = {});
+
+  // Forwarding slots
+  // -------------------------------------------------------------------------------------------------------------------
+  std::size_t slot_bytes() const { return slot_bytes_; }
+  /// A free slot at a peer for a chunk of this stream, now ours to fill; -1: none.
+  int take_slot(int peer, plan::Stream stream);
+  bool has_slot(int peer, plan::Stream stream) const;
+  /// Where the chunk for that slot is put together.
+  std::byte* chunk(int peer, int slot) const { return staging_.base() + slot_at(peer, slot); }
+  /// Sends it off.
+  void put_chunk(int peer, int slot, const plan::ChunkHead& head, Deadline deadline);
+  /// Chunks of an operation that have come since the last call. Those of older ones are given back unread.
+  std::vector<LandedChunk> landed(std::uint64_t epoch);
+  bool has_landed(std::uint64_t epoch) const;
+  const std::byte* bytes_of(const LandedChunk& chunk) const {
+    return inbox_.base() + slot_at(chunk.source, chunk.slot);
+  }
+  /// The slot is free again for its source.
+  void give_back(const LandedChunk& chunk);
+
+  // Life and death
+  // -------------------------------------------------------------------------------------------------------------------
+  /// The operation that this rank is in.
+  void begin(std::uint64_t epoch) {
+    epoch_.store(static_cast<std::uint32_t>(epoch), std::memory_order_relaxed);  // a number, publishes nothing
+    proxy_->set_epoch(epoch_);
+  }
+  /// A rank that is known to have ended, whoever found out; -1: none. `ignored`: ranks that are left out.
+  int dead_rank(const std::vector<char>& ignored) const;
+  bool dead(int peer) const { return state_[peer].load(std::memory_order_acquire) == kDead; }
+  /// This rank found out; everybody else is told.
+  void report_dead(int peer, const std::string& how);
+
+  /// Bytes handed to the network in puts, by peer.
+  std::uint64_t put_bytes(int peer) const { return put_bytes_[peer].load(std::memory_order_relaxed); }
+
+ private:
+  // Ordinary memory whose pages exist once touched.
+  class Pages {
+   public:
+    explicit Pages(std::size_t bytes);
+    ~Pages();
+    Pages(const Pages&) = delete;
+    Pages& operator=(const Pages&) = delete;
+    std::byte* base() const { return base_; }
+    std::size_t bytes() const { return bytes_; }
+
+   private:
+    std::byte* base_;
+    std::size_t bytes_;
+  };
+  enum State : int { kThere, kLeft, kDead };
+
+  // A flag that is on its way to us.
+  struct Expected {
+    FlagMessage message;
+    std::uint32_t pieces = 0, pieces_here = 0;  // pieces == 0: none has come
+  };
+
+  std::size_t slot_at(int peer, int slot) const {
+    return (static_cast<std::size_t>(peer) * plan::kForwardSlots + static_cast<std::size_t>(slot)) * slot_bytes_;
+  }
+  int free_slot(int peer, plan::Stream stream) const;
+  void exchange_regions(Bootstrap& group, const Config& config);
+
+  void on_notice(int source, const net::Notice& notice) override;
+  void on_message(int source, std::uint32_t epoch, std::span<const std::byte> payload) override;
+  void on_peer_failed(int peer, const std::string& reason) override;
+  void on_bad_command(const std::string& why) override;
+  void take_flag(int source, const ControlHead& head, std::span<const std::byte> payload);
+  bool take_payload(int source, const ControlHead& head, std::span<const std::byte> payload);
+  void store_if_complete(int source, const Expected& flag);
+  void store(int source, Flag flag, std::uint64_t epoch, std::uint64_t value);
+  void take_chunk(int source, int slot, std::uint32_t epoch);
+  void take_credit(int source, int slot);
+  Expected& expected(int source, std::uint64_t epoch, Flag flag) {
+    const auto at = (static_cast<std::size_t>(source) * plan::kOperationsInFlight + epoch % plan::kOperationsInFlight);
+    return expected_[at * kNumFlags + static_cast<std::size_t>(flag)];
+  }
+  void say_goodbye();
+  void send(int peer, const ControlHead& head);
+  bool mark_dead(int peer);
+  std::uint32_t epoch() const { return epoch_.load(std::memory_order_relaxed); }
+
+  const int rank_, num_ranks_;
+  const plan::Topology& topology_;
+  const plan::WindowLayout& layout_;
+  std::byte* const window_;
+  Doorbell& doorbell_;
+  const std::size_t slot_bytes_;
+  const std::size_t mirror_bytes_;
+  Pages mirror_pages_, staging_, inbox_;
+  std::byte* const mirrors_;
+
+  std::atomic<std::uint32_t> epoch_{0};
+  std::vector<std::atomic<int>> state_;                // [num_ranks]
+  std::vector<std::atomic<bool>> knows_we_leave_;      // [num_ranks]
+  std::vector<std::atomic<bool>> slot_free_;           // [num_ranks * kForwardSlots] at peers
+  std::vector<std::atomic<std::uint64_t>> put_bytes_;  // [num_ranks]
+  std::vector<Expected> expected_;                     // proxy thread only
+  net::Arrivals arrivals_;                             // proxy thread only
+
+  mutable std::mutex landed_mutex_;
+  std::vector<LandedChunk> landed_;
+
+  std::vector<int> peer_inbox_, peer_slots_;  // regions of the peers
+  int staging_region_ = -1;
+  std::latch open_{1};                 // what arrives earlier waits, on the proxy's thread
+  std::unique_ptr<net::Proxy> proxy_;  // last: its thread ends before what it uses
+};
+
+}  // namespace deep_ep::host
