@@ -19,7 +19,7 @@ END
 }
 
 # a|b: the first of the two that this release has.
-build_packages="build-essential cmake ninja-build python3 libfmt-dev libgtest-dev libgmock-dev nlohmann-json3-dev libcli11-dev"
+build_packages="build-essential cmake ninja-build python3 libfmt-dev libgtest-dev libgmock-dev nlohmann-json3-dev libcli11-dev libfabric-dev"
 demo_packages="build-essential cmake ninja-build libfmt-dev nlohmann-json3-dev libcli11-dev"
 bench_packages="$build_packages libbenchmark-dev openmpi-bin libopenmpi-dev"
 lint_packages="clang-format-14|clang-format clang-tidy-14|clang-tidy"

@@ -22,6 +22,14 @@ else()
   list(REMOVE_ITEM ep_sources "${ep_rows_v3}")
 endif()
 
+# libfabric, the network between nodes: its headers at build time, where they are; the library itself is opened at run time
+# (src/net/libfabric_library.h says why), so nothing is linked and a wheel works with it and without.
+find_path(ep_libfabric_include rdma/fi_endpoint.h)
+if(NOT ep_libfabric_include)
+  message(STATUS "deep_ep: no network between nodes, libfabric's headers are missing (libfabric-dev)")
+  list(FILTER ep_sources EXCLUDE REGEX "/src/net/libfabric[^/]*\\.cpp$")
+endif()
+
 add_library(deep_ep ${ep_sources})
 add_library(deep_ep::deep_ep ALIAS deep_ep)
 set_target_properties(deep_ep PROPERTIES VERSION "${PROJECT_VERSION}" SOVERSION "${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR}")
@@ -31,4 +39,8 @@ target_include_directories(
   PUBLIC "$<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include>" "$<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>"
   PRIVATE "${PROJECT_SOURCE_DIR}/src")
 # rt holds shm_open in C libraries older than glibc 2.34.
-target_link_libraries(deep_ep PRIVATE ${ep_fmt} Threads::Threads $<$<PLATFORM_ID:Linux>:rt>)
+target_link_libraries(deep_ep PRIVATE ${ep_fmt} Threads::Threads ${CMAKE_DL_LIBS} $<$<PLATFORM_ID:Linux>:rt>)
+if(ep_libfabric_include)
+  target_compile_definitions(deep_ep PRIVATE EP_WITH_LIBFABRIC=1)
+  target_include_directories(deep_ep SYSTEM PRIVATE "${ep_libfabric_include}")
+endif()

@@ -99,6 +99,8 @@ struct NetworkConfig {
   /// EP_NETWORK_INTERFACE. Name of the network interface or NIC ("eth0", "mlx5_0"), or an IP address of it; empty: the
   /// one nearest by PCIe to this rank's GPU, or what the provider lists first.
   std::string interface;
+  /// PCI address ("0000:1b:00.0") of the GPU whose memory travels; empty: ordinary memory only.
+  std::string near_pci_device;
   /// EP_OVERRIDE_RDMA_SL, else NVSHMEM_IB_SL. InfiniBand service level 0 .. 15; -1: not set.
   int service_level = -1;
   /// EP_NETWORK_TRAFFIC_CLASS, else NVSHMEM_IB_TRAFFIC_CLASS. 0 .. 255 (RoCE: DSCP * 4); -1: not set.

@@ -14,8 +14,9 @@ namespace deep_ep::net {
 struct EngineInput {
   int rank = 0;
   int num_ranks = 1;
-  std::uint64_t job = 0;   // random, the same on all ranks
-  NetworkConfig settings;  // with the environment's; `provider` is one of available_providers()
+  std::uint64_t job = 0;                 // random, the same on all ranks
+  std::size_t most_immediate_bytes = 8;  // that are used where the provider carries more: for tests of narrow ones
+  NetworkConfig settings;                // with the environment's; `provider` is one of available_providers()
 };
 
 /// What this rank could use under these settings, best first. Throws kUnsupported where a provider is named that is not

@@ -393,10 +393,7 @@ class Endpoint final : public Fabric {
 
  private:
   Port& port() { return network_->ports[rank_]; }
-  // Without an immediate the word travels in a message of its own; that is as wide as a word.
-  std::size_t word_bytes() const {
-    return network_->faults.immediate_bytes == 0 ? 8 : network_->faults.immediate_bytes;
-  }
+  std::size_t word_bytes() const { return network_->faults.immediate_bytes; }
 
   Region& own(int region) {
     require(region >= 0 && region < static_cast<int>(own_.size()) && own_[region].base != nullptr,
@@ -502,8 +499,8 @@ Registry& registry() {
 std::shared_ptr<LoopbackNetwork> LoopbackNetwork::create(int num_ranks, const LoopbackFaults& faults,
                                                          std::uint64_t job) {
   require(num_ranks >= 1, "num_ranks must be at least 1: {}", num_ranks);
-  require(faults.immediate_bytes == 0 || faults.immediate_bytes == 4 || faults.immediate_bytes == 8,
-          "immediate_bytes must be 0, 4 or 8: {}", faults.immediate_bytes);
+  require(faults.immediate_bytes == 4 || faults.immediate_bytes == 8, "immediate_bytes must be 4 or 8: {}",
+          faults.immediate_bytes);
   return std::make_shared<Network>(num_ranks, faults, job);
 }
 

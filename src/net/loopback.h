@@ -18,7 +18,7 @@ struct LoopbackFaults {
   bool tear = false;     // the bytes of a put land in two pieces, the last piece first
   double duplicate = 0;  // share of packets that come twice
   double drop = 0;       // share of packets that never come; their senders do not learn it
-  std::size_t immediate_bytes = 8;  // width of notices: 8 or 4, or 0: after the put a message carries them
+  std::size_t immediate_bytes = 8;  // width of notices: 8 or 4
   int queue_depth = 1 << 16;        // packets under way to one target, then put() and message() say false
 };
 

@@ -111,7 +111,7 @@ std::unique_ptr<Fabric> open_fabric(Bootstrap& group, const NetworkConfig& confi
   // 2. Addresses.
   std::unique_ptr<Fabric> fabric;
   const auto addresses = round.gather([&] {
-    fabric = open_engine({group.rank(), group.num_ranks(), job, settings});
+    fabric = open_engine({.rank = group.rank(), .num_ranks = group.num_ranks(), .job = job, .settings = settings});
     return fabric->address();
   });
 

@@ -99,7 +99,7 @@ std::optional<Gate::OpenNotice> Gate::open(std::uint64_t word, std::size_t immed
   return OpenNotice{source, notice};
 }
 
-Blob Gate::seal(int target, std::uint32_t epoch, std::span<const std::byte> payload) {
+Blob Gate::seal(int target, std::uint32_t epoch, std::span<const std::byte> payload, MessageKind kind) {
   MessageHeader header;
   header.payload_bytes = static_cast<std::uint32_t>(payload.size());
   header.job = job_;
@@ -107,6 +107,7 @@ Blob Gate::seal(int target, std::uint32_t epoch, std::span<const std::byte> payl
   header.source = static_cast<std::uint32_t>(rank_);
   header.target = static_cast<std::uint32_t>(target);
   header.epoch = epoch;
+  header.kind = static_cast<std::uint32_t>(kind);
   header.digest = digest_of(header, payload);
   Blob wire(sizeof header + payload.size());
   std::memcpy(wire.data(), &header, sizeof header);
@@ -133,11 +134,16 @@ std::optional<Gate::OpenMessage> Gate::open(std::span<const std::byte> message) 
     return refused(fmt::format("a message from {} to {} at rank {}", header.source, header.target, rank_));
   if (!is_near(header.epoch))
     return refused(fmt::format("a message from rank {} in epoch {} (here: {})", header.source, header.epoch, epoch_));
+  const auto kind = static_cast<MessageKind>(header.kind);
+  const bool is_notice = kind == MessageKind::kNotice;
+  if (header.kind > static_cast<std::uint32_t>(MessageKind::kNotice) ||
+      (is_notice && (payload.size() != 1 || std::to_integer<int>(payload[0]) >= kNumChannels)))
+    return refused(fmt::format("a message of kind {} with {} bytes", header.kind, payload.size()));
   if (!arrived_[header.source].take(header.sequence)) {
     ++duplicates_;
     return std::nullopt;
   }
-  return OpenMessage{static_cast<int>(header.source), header.epoch, payload};
+  return OpenMessage{static_cast<int>(header.source), kind, header.epoch, payload};
 }
 
 void Gate::refuse(const std::string& why) {

@@ -13,6 +13,11 @@
 
 namespace deep_ep::net {
 
+enum class MessageKind : std::uint32_t {
+  kPayload,  // the caller's
+  kNotice,   // of a put, where the network carries none with it: channel as one byte
+};
+
 /// In front of each message's payload. Host byte order: the machines of one job are alike, and a message from one that
 /// is not fails at `magic`.
 struct MessageHeader {
@@ -25,7 +30,7 @@ struct MessageHeader {
   std::uint32_t source = 0;
   std::uint32_t target = 0;
   std::uint32_t epoch = 0;
-  std::uint32_t reserved = 0;
+  std::uint32_t kind = 0;    // MessageKind
   std::uint64_t digest = 0;  // of all fields above and the payload
 };
 inline constexpr std::size_t kMaxWireBytes = sizeof(MessageHeader) + kMaxMessageBytes;
@@ -47,7 +52,8 @@ class Gate {
   static bool can_name(int num_ranks, std::size_t immediate_bytes);
   std::uint64_t seal(int target, const Notice& notice, std::size_t immediate_bytes) const;
   /// The message as it travels.
-  Blob seal(int target, std::uint32_t epoch, std::span<const std::byte> payload);
+  Blob seal(int target, std::uint32_t epoch, std::span<const std::byte> payload,
+            MessageKind kind = MessageKind::kPayload);
 
   struct OpenNotice {
     int source;
@@ -55,6 +61,7 @@ class Gate {
   };
   struct OpenMessage {
     int source;
+    MessageKind kind;
     std::uint32_t epoch;
     std::span<const std::byte> payload;  // inside the bytes that were opened
   };

@@ -71,7 +71,7 @@ TEST_P(LoopbackFaultsTest, every_notice_comes_once_and_after_the_bytes_of_its_pu
 INSTANTIATE_TEST_SUITE_P(Faults, LoopbackFaultsTest,
                          ::testing::Values(faults(0, false, 0, 0, 8), faults(20, false, 0, 0, 8),
                                            faults(20, true, 0, 0, 4), faults(20, true, 0.3, 0, 8),
-                                           faults(5, true, 1, 0, 4), faults(5, false, 0.5, 0, 0)));
+                                           faults(5, true, 1, 0, 4), faults(5, false, 0.5, 0, 8)));
 
 TEST(loopback, delay_makes_packets_overtake_each_other_in_the_same_way_for_the_same_seed) {
   const auto order_of = [](std::uint64_t seed) {
