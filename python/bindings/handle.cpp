@@ -111,6 +111,26 @@ std::shared_ptr<Handle> with_rows(const Handle& handle, std::int64_t num_rows) {
   return copy;
 }
 
+// The same routes without the selections that `topk_idx`, at the tokens' home, has taken back since the dispatch.
+std::shared_ptr<Handle> leave_out(const std::shared_ptr<Handle>& handle, nb::handle topk_idx) {
+  const TensorView ids = view_of(topk_idx, "topk_idx");
+  const bool wide = ids.dtype == DType::kI64;
+  if (!(wide || ids.dtype == DType::kI32) || !ids.contiguous() || ids.shape != handle->dst_rank.shape)
+    throw Error(ErrorCode::kInvalidArgument, "topk_idx must be contiguous int32 or int64 of the dispatch's shape " +
+                                                 describe(handle->dst_rank) + ": it is " + describe(ids));
+  std::shared_ptr<Handle> changed;
+  for (std::int64_t i = 0; i < ids.numel(); ++i) {
+    const std::int64_t id = wide ? ids.as<const std::int64_t>()[i] : ids.as<const std::int32_t>()[i];
+    if (id >= 0 || handle->dst_rank.as<const std::int32_t>()[i] < 0) continue;
+    if (!changed) {
+      changed = std::make_shared<Handle>(*handle);
+      changed->dst_rank = copy_of(handle->dst_rank);
+    }
+    changed->dst_rank.as<std::int32_t>()[i] = -1;
+  }
+  return changed ? changed : handle;
+}
+
 std::vector<std::int64_t> aligned_counts(const Handle& handle) {
   std::vector<std::int64_t> counts;
   const std::int32_t* first = handle.slot_first_row.as<const std::int32_t>();
@@ -140,11 +160,15 @@ void bind_handle(nb::module_& m) {
       .def_prop_ro("first_arrival", [](const Handle& h) { return to_torch(copy_of(h.first_arrival)); })
       .def_prop_ro("slot_rows", [](const Handle& h) { return to_torch(copy_of(h.slot_rows)); })
       .def_prop_ro("slot_first_row", [](const Handle& h) { return to_torch(copy_of(h.slot_first_row)); })
+      .def_prop_ro("placement", [](const Handle& h) { return std::const_pointer_cast<Placement>(h.placement); })
+      .def_prop_ro("dst_rank", [](const Handle& h) { return to_torch(h.dst_rank); })
       .def_prop_ro("src_token", [](const Handle& h) { return to_torch(h.src_token); })
       .def("aligned_counts", &aligned_counts, "Rows of each hosted expert, each rounded up to expert_alignment.")
       .def("with_rows", &with_rows, nb::arg("num_rows"))
       .def("save", &save, "As a list of tensors, for Handle.restore.")
       .def_static("restore", &restore, nb::arg("tensors"));
+  m.def("leave_out", &leave_out, nb::arg("handle"), nb::arg("topk_idx"),
+        "The handle, of a low-latency dispatch, without the selections that are negative in topk_idx now.");
   m.def(
       "handle_of",
       [](nb::handle tensor) -> nb::object {

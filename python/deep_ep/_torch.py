@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
 """What the extension must know of torch: it is built without it and works with any version."""
 
+import os
+
 import torch
 from torch.utils.dlpack import from_dlpack
 
 from . import _core
 
-#: dtype of expert ids that `get_dispatch_layout` and `dispatch` expect; int32 is taken as well.
-topk_idx_t = torch.int64
+#: dtype of expert ids, by EP_NUM_TOPK_IDX_BITS as upstream's builds have it. Calls take int32 and int64 alike.
+topk_idx_t = torch.int32 if os.environ.get("EP_NUM_TOPK_IDX_BITS", "64") == "32" else torch.int64
 
 # Numbers as in include/deep_ep/tensor.h.
 _DTYPES = {

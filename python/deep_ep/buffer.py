@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`Buffer`, the first generation of DeepEP's API."""
 
+import os
 from typing import Any, Optional, Tuple
 
 import torch
@@ -42,7 +43,11 @@ class Buffer(NormalMode, LowLatencyMode):
         num_workers: int = 0,
     ) -> None:
         # The last V1 had use_fabric before explicitly_destroy; positionally we read that order.
-        given = dict(zip(("use_fabric", "explicitly_destroy", "enable_shrink", "comm"), positional))
+        in_order = ("use_fabric", "explicitly_destroy", "enable_shrink", "comm")
+        if len(positional) > len(in_order):
+            raise TypeError(f"Buffer() takes at most {7 + len(in_order)} positional arguments: {7 + len(positional)}")
+        given = dict(zip(in_order, positional))
+        use_fabric = given.get("use_fabric", use_fabric)
         explicitly_destroy = given.get("explicitly_destroy", explicitly_destroy)
         enable_shrink = given.get("enable_shrink", enable_shrink)
         comm = given.get("comm", comm)
@@ -55,8 +60,9 @@ class Buffer(NormalMode, LowLatencyMode):
         self.low_latency_mode = low_latency_mode
         self.num_qps_per_rank = num_qps_per_rank
         self.explicitly_destroy, self.enable_shrink = explicitly_destroy, enable_shrink
+        self.use_fabric = use_fabric or allow_mnnvl
         if low_latency_mode or self._num_nodes > 1:
-            self.nvshmem_qp_depth = 1024
+            self.nvshmem_qp_depth = int(os.environ.get("NVSHMEM_QP_DEPTH", "1024"))
         self._config.arena_bytes = arena_bytes
         self._config.timeout_secs = timeout_secs
         self._config.num_tickets = NUM_TICKETS

@@ -2,7 +2,10 @@
 """`Config`, the recommended ones, and the sizes that DeepEP's V1 asks for. Our buffers need less: their slots are sized by
 what is sent, and their queues do not exist; the hints are upstream's, raised where we need more."""
 
-from typing import Dict, Tuple
+from typing import Any, Dict, Tuple
+
+from . import _core
+from .errors import require
 
 _TOPK_IDX_BYTES = 8
 _MAX_TOPK = 128
@@ -26,8 +29,6 @@ class Config:
         num_max_rdma_chunked_send_tokens: int = 6,
         num_max_rdma_chunked_recv_tokens: int = 256,
     ) -> None:
-        from .errors import require
-
         nvl_send, nvl_recv = num_max_nvl_chunked_send_tokens, num_max_nvl_chunked_recv_tokens
         rdma_send, rdma_recv = num_max_rdma_chunked_send_tokens, num_max_rdma_chunked_recv_tokens
         require(num_sms >= 0, f"num_sms must not be negative: {num_sms}")
@@ -59,8 +60,6 @@ class Config:
         )
 
     def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        from .errors import require
-
         require(
             num_ranks < _LANES or num_ranks % _LANES == 0, f"num_ranks must be below or a multiple of 8: {num_ranks}"
         )
@@ -71,8 +70,6 @@ class Config:
         return align(counters + queues * self.num_max_nvl_chunked_recv_tokens * _token_bytes(hidden_bytes), 128)
 
     def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        from .errors import require
-
         if num_ranks <= _LANES:
             return 0
         require(num_ranks % _LANES == 0, f"num_ranks must be a multiple of 8: {num_ranks}")
@@ -117,22 +114,33 @@ COMBINE_CONFIGS = _per_ranks(
 )
 
 
+#: Low-latency operations whose slots exist at once; one less may be outstanding.
+NUM_TICKETS = 4
+
+
 def low_latency_size_hint(max_tokens: int, hidden: int, num_ranks: int, num_experts: int) -> int:
-    """Upstream's formula, or what our four tickets take where that is more (rows so short that headers matter)."""
+    """Upstream's formula, or what our tickets take where that is more (rows so short that headers matter)."""
     scales = hidden // 128
     dispatch_row = 16 + max(2 * hidden, hidden + 4 * scales)
     combine_row = 4 * scales + 2 * hidden
     send = max(max_tokens * dispatch_row, num_experts * max_tokens * combine_row)
     receive = num_experts * max_tokens * max(dispatch_row, combine_row)
     upstream = (2 * (send + receive + align(4 * num_experts, 128)) + 128) // 128 * 128
-    return max(upstream, align(NUM_TICKETS * ticket_bytes(max_tokens, hidden, num_ranks, min(32, num_experts)), 128))
+    ours = slots_bytes(low_latency_capacity(max_tokens, hidden, min(32, num_experts)), num_ranks)
+    return max(upstream, align(ours, 128))
 
 
-#: Low-latency operations whose slots exist at once; one less may be outstanding.
-NUM_TICKETS = 4
+def low_latency_capacity(max_tokens: int, hidden: int, num_topk: int) -> Any:
+    """For calls of BF16 rows."""
+    capacity = _core.LowLatencyCapacity()
+    capacity.max_tokens_per_rank, capacity.row_bytes, capacity.num_topk = max_tokens, 2 * hidden, num_topk
+    return capacity
 
 
-def ticket_bytes(max_tokens: int, hidden: int, num_ranks: int, num_topk: int) -> int:
-    """Slots of one low-latency operation on BF16 rows, rounded up."""
-    message = align(align(4 + 8 * num_topk, 16) + align(2 * hidden, 16), 128)
-    return max(num_ranks * max_tokens * message, max_tokens * num_topk * (align(2 * hidden, 16) + 4)) + 128
+def slots_bytes(capacity: Any, num_ranks: int) -> int:
+    """Of a rank's window: what the library's own plan adds for these calls."""
+    config = _core.BufferConfig()
+    config.arena_bytes, config.num_tickets = 1 << 20, NUM_TICKETS
+    without = config.plan(num_ranks)
+    config.low_latency = capacity
+    return config.plan(num_ranks) - without

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: MIT
 """`ElasticBuffer`, the second generation of DeepEP's API."""
 
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 
-from . import _core, elastic_sizes
-from ._torch import as_carried, as_given
+from . import _core, elastic_sizes, row_order
+from ._torch import as_carried
 from .config import align
 from .engram import EngramMixin
-from .errors import require
+from .errors import require, require_counters
 from .event import EventHandle, EventOverlap, finished, wait_for
 from .gather import GatherMixin
 from .group import barrier as group_barrier
 from .handle import EPHandle
-from .normal import Rows, split
+from .normal import Rows, received_as, split
 from .pipeline import PipelineMixin
 from .session import Session, two_biases
 from .topology import physical_domains
@@ -212,6 +212,11 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
                     0 <= data.size(0) <= max_tokens,
                     f"x: {data.size(0)} tokens are more than num_max_tokens_per_rank: {max_tokens}",
                 )
+                if cumulative_local_expert_recv_stats is not None:
+                    slots = self._placement(placement, num_experts).num_slots(self._rank)  # type: ignore[arg-type]
+                    require_counters(
+                        "cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats, torch.int32, slots
+                    )
 
             self._checked("dispatch", check)
             sms = num_sms or self.get_theoretical_num_sms(num_experts, topk_idx.size(1))  # type: ignore[arg-type,union-attr]
@@ -228,23 +233,28 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
             if cumulative_local_expert_recv_stats is not None:
                 cumulative_local_expert_recv_stats.add_(received[4].num_unaligned_recv_tokens_per_expert)
         recv_data, recv_scales, recv_idx, recv_weights, made = received
-        recv_data = as_given(recv_data, data)
-        return (recv_data if scales is None else (recv_data, recv_scales)), recv_idx, recv_weights, made, event
+        return received_as(data, recv_data, recv_scales), recv_idx, recv_weights, made, event
 
     def _dispatch_first(
         self, keywords: Dict[str, Any], max_tokens: int, cpu_sync: bool, do_handle_copy: bool, num_sms: int
     ) -> Tuple[Any, ...]:
         topk_idx, alignment = keywords["topk_idx"], keywords["expert_alignment"]
         expanded = keywords["layout"] == _core.OutputLayout.by_expert
-        bound = self._num_ranks * max_tokens
+        placement = self._placement(keywords["placement"], keywords["num_experts"])
+        bound, slots = self._num_ranks * max_tokens, placement.num_slots(self._rank)
+        worst_expanded = max(1, align(bound * min(topk_idx.size(1), slots) + (alignment - 1) * slots, alignment))
         if not cpu_sync:
-            slots = self._num_slots(keywords)
-            rows = bound * min(topk_idx.size(1), slots) + (alignment - 1) * slots
-            keywords["max_rows"] = max(1, align(rows, alignment) if expanded else bound)
+            keywords["max_rows"] = worst_expanded if expanded else max(1, bound)
         data, scales, idx, weights, _, core_handle = self._opened().dispatch(**keywords)
         arrivals = core_handle.num_arrivals if cpu_sync else min(bound, core_handle.num_arrivals)
         fields = _core.elastic_fields(core_handle, idx, arrivals, max_tokens, self.num_scaleup_ranks)
         per_rank, per_expert, unaligned, metadata, dst_row = fields
+        aligned = core_handle.aligned_counts() if cpu_sync else []
+        if not expanded and self.num_scaleout_ranks > 1 and not self.deterministic:
+            order = row_order.by_scaleup_rank(metadata, max_tokens, self.num_scaleup_ranks)
+            data, scales, idx, weights, metadata = (
+                row_order.taken(each, order) for each in (data, scales, idx, weights, metadata)
+            )
         made = EPHandle(
             expanded,
             keywords["num_experts"],
@@ -253,19 +263,20 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
             num_sms,
             topk_idx.clone() if do_handle_copy else topk_idx,
             arrivals,
-            core_handle.num_rows if expanded else 0,
-            core_handle.aligned_counts() if cpu_sync else [],
+            sum(aligned) if cpu_sync else worst_expanded,
+            aligned,
             per_rank,
             per_expert,
             unaligned,
             metadata,
             dst_row,
         )
+        if keywords["placement"] is not None:
+            made._routes = core_handle
         return data, scales, (None if expanded else idx), weights, made
 
-    def _num_slots(self, keywords: Dict[str, Any]) -> int:
-        placement = keywords["placement"] or _core.Placement.even(keywords["num_experts"], self._num_ranks)
-        return placement.num_slots(self._rank)
+    def _placement(self, placement: Any, num_experts: int) -> Any:
+        return _core.Placement.even(num_experts, self._num_ranks) if placement is None else placement
 
     def _dispatch_again(
         self, keywords: Dict[str, Any], handle: EPHandle, again: Tuple[Any, ...], stats: Any
@@ -286,21 +297,29 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
             return handle.core_handle(self._num_ranks)
 
         core_handle = self._checked("dispatch", check)
-        ids = [] if handle.do_expand else [handle.topk_idx]
-        data, scales, _, weights, side, _ = self._opened().dispatch(
-            **keywords, handle=core_handle, side=ids, mask_topk_weights=False
+        side = [] if handle.do_expand else [self._marked_ids(core_handle, handle)]
+        data, scales, _, weights, arrived, _ = self._opened().dispatch(
+            **keywords, handle=core_handle, side=side, mask_topk_weights=False
         )
-        return data, scales, (self._local_ids(side[0], handle) if side else None), weights, handle
+        ids = self._local_ids(arrived[0], handle) if arrived else None
+        order = None if handle.do_expand else handle.row_order(data.size(0))
+        return (*(row_order.taken(each, order) for each in (data, scales, ids, weights)), handle)
 
-    def _local_ids(self, ids: torch.Tensor, handle: EPHandle) -> torch.Tensor:
-        """Global ids that travelled beside the rows, as slots of this rank or -1."""
-        placement = handle_placement(handle, self._num_ranks)
-        slots = placement.num_slots(self._rank)
-        first = placement.expert_at(self._rank, 0) if slots > 0 else 0
-        here = (ids >= first) & (ids < first + slots)
+    def _marked_ids(self, core_handle: Any, handle: EPHandle) -> torch.Tensor:
+        """int64 [tokens, topk]: each selection's expert, and which rank's copy of it was taken; -1 for none."""
+        ids, rank = handle.topk_idx.to(torch.int64), core_handle.dst_rank.to(torch.int64)
+        return torch.where(rank >= 0, rank * handle.num_experts + ids, -1)
+
+    def _local_ids(self, marked: torch.Tensor, handle: EPHandle) -> torch.Tensor:
+        """Those ids beside the rows that came, as slots of this rank, -1 where another rank's copy was taken."""
+        placement, experts = handle.placement(self._num_ranks), handle.num_experts
+        slot_of = torch.full((experts + 1,), -1, dtype=handle.topk_idx.dtype, device="cpu")
+        for slot in range(placement.num_slots(self._rank)):
+            slot_of[placement.expert_at(self._rank, slot)] = slot
+        here = marked.div(experts, rounding_mode="floor") == self._rank
         valid = handle.psum_num_recv_tokens_per_scaleup_rank[-1]
-        here &= torch.arange(ids.size(0), device="cpu").unsqueeze(1) < valid
-        return torch.where(here, ids - first, -1)
+        here &= torch.arange(marked.size(0), device="cpu").unsqueeze(1) < valid
+        return slot_of[torch.where(here, marked % experts, experts)]
 
     # Combine --------------------------------------------------------------------------------------------------------
 
@@ -325,11 +344,12 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
                 topk_weights is None or not handle.do_expand or self.allow_multiple_reduction,
                 "topk_weights must be None for expanded rows with allow_multiple_reduction=False",
             )
-            return handle.core_handle(self._num_ranks), two_biases(bias), in_order(x, topk_weights, handle)
+            core_handle = handle.core_handle(self._num_ranks)
+            if x.size(0) != core_handle.num_rows:
+                core_handle = _cut_to(core_handle, handle, x.size(0))
+            return core_handle, two_biases(bias), _in_order(x, topk_weights, handle)
 
         core_handle, biases, (rows, weights) = self._checked("combine", check)
-        if rows.size(0) != core_handle.num_rows:
-            core_handle = core_handle.with_rows(rows.size(0))
         combined, combined_weights = self._opened().combine(
             x=rows,
             handle=core_handle,
@@ -351,19 +371,21 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
         )
 
 
-def handle_placement(handle: EPHandle, num_ranks: int) -> Any:
-    return _core.Placement.even(handle.num_experts, num_ranks)
+def _cut_to(core_handle: Any, handle: EPHandle, num_rows: int) -> Any:
+    """The same routes for a caller who kept only so many rows of a bounded dispatch."""
+    by_expert, by_rank = handle.psum_num_recv_tokens_per_expert, handle.psum_num_recv_tokens_per_scaleup_rank
+    ends = by_expert if handle.do_expand else by_rank
+    received = int(ends[-1]) if ends.numel() > 0 else 0
+    require(received <= num_rows, f"x: {num_rows} rows are fewer than the {received} that were received")
+    return core_handle.with_rows(num_rows)
 
 
-def in_order(
+def _in_order(
     x: torch.Tensor, topk_weights: Optional[torch.Tensor], handle: EPHandle
 ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-    """Rows in the order that the dispatch gave, for callers who sorted them together with `recv_src_metadata`."""
-    sources = handle.recv_src_metadata[:, 0]
-    if handle.do_expand or sources.size(0) < 2 or sources.size(0) != x.size(0):
+    """Rows as the library gave them, wherever hybrid mode or the caller put them since."""
+    order = None if handle.do_expand else handle.row_order(x.size(0))
+    if order is None:
         return x, topk_weights
-    valid = int(handle.psum_num_recv_tokens_per_scaleup_rank[-1])
-    if bool((sources[1:valid] > sources[: max(valid - 1, 0)]).all()):
-        return x, topk_weights
-    order: List[int] = torch.argsort(sources[:valid]).tolist() + list(range(valid, sources.size(0)))
-    return x[order], None if topk_weights is None else topk_weights[order]
+    back = row_order.inverse(order)
+    return row_order.taken(x, back), row_order.taken(topk_weights, back)  # type: ignore[return-value]

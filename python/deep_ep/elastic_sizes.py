@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Sizes that DeepEP's V2 reports, by its formulas. Our buffers take what they need page by page and at most this much."""
+"""Sizes that DeepEP's V2 reports, by its formulas. Our buffers take pages as they are used, within `arena_bytes`."""
 
 import math
 from typing import Any, Sequence, Tuple, Union
@@ -71,7 +71,7 @@ def agrs_num_max_session_bytes(
     group: Any, shapes: Union[Sequence[int], Sequence[Sequence[int]]], dtype: torch.dtype
 ) -> int:
     several = shapes if len(shapes) > 0 and not isinstance(shapes[0], int) else [shapes]
-    return sum(align(size_of(group) * math.prod(shape) * _item(dtype), 32) for shape in several)  # type: ignore[arg-type]
+    return sum(align(size_of(group) * math.prod(shape) * _item(dtype), 32) for shape in several)  # type: ignore[arg-type,misc]
 
 
 def theoretical_num_sms(

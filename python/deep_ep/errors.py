@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Errors found in Python, of the same type as those of the C++ library."""
 
+from typing import Any
+
 from ._core import Error, ErrorCode
 
 
@@ -19,3 +21,11 @@ def unsupported(what: str) -> Error:
 def require(condition: bool, what: str) -> None:
     if not condition:
         raise invalid(what)
+
+
+def require_counters(name: str, counters: Any, dtype: Any, entries: int) -> None:
+    """A tensor that a call adds to: contiguous, one entry for each."""
+    require(
+        counters.dtype == dtype and tuple(counters.shape) == (entries,) and counters.is_contiguous(),
+        f"{name} must be contiguous {dtype} [{entries}]: it is {counters.dtype} {list(counters.shape)}",
+    )

@@ -2,11 +2,13 @@
 """Groups of ranks: a torch process group of any backend, an mpi4py communicator, or threads of this process."""
 
 import pickle
-from typing import Any, List, Optional
+from typing import Any, Callable, List, Optional
 
+import torch
 import torch.distributed as dist
 
 from . import _core
+from .errors import unsupported
 
 
 class ThreadRank:
@@ -60,6 +62,34 @@ def all_gather_object(group: Any, mine: Any) -> List[Any]:
     if hasattr(group, "all_gather_object"):
         return group.all_gather_object(mine)
     return group.allgather(mine)
+
+
+_PIPELINE_TAG = 0x0DEE
+
+
+def _bytes_of(tensor: torch.Tensor) -> Any:
+    return tensor.view(-1).view(torch.uint8).numpy()
+
+
+def send(group: Any, tensor: torch.Tensor, peer: int) -> Callable[[], Any]:
+    """Begins to send to a rank of the group, in order; the result waits until the tensor is free. Not collective."""
+    if dist.is_available() and isinstance(group, dist.ProcessGroup):
+        work = dist.isend(tensor, dist.get_global_rank(group, peer), group=group)
+        assert work is not None
+        return work.wait
+    if hasattr(group, "Isend"):
+        return group.Isend(_bytes_of(tensor), dest=peer, tag=_PIPELINE_TAG).Wait
+    raise unsupported(f"sends need a torch process group or an MPI communicator: {type(group).__name__}")
+
+
+def receive(group: Any, tensor: torch.Tensor, peer: int) -> None:
+    """Waits for what `send` sent here."""
+    if dist.is_available() and isinstance(group, dist.ProcessGroup):
+        dist.recv(tensor, dist.get_global_rank(group, peer), group=group)
+    elif hasattr(group, "Recv"):
+        group.Recv(_bytes_of(tensor), source=peer, tag=_PIPELINE_TAG)
+    else:
+        raise unsupported(f"receives need a torch process group or an MPI communicator: {type(group).__name__}")
 
 
 def barrier(group: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Optional
 
 import torch
 
-from . import _core
+from . import _core, row_order
 
 _TENSORS = (
     "topk_idx",
@@ -56,9 +56,40 @@ class EPHandle:
         self.token_metadata_at_forward = token_metadata_at_forward
         self.channel_linked_list = channel_linked_list
         self.cached_recv_src_metadata_before_sort: Optional[torch.Tensor] = None
+        # Experts placed by the caller: which routes they gave, the fields above cannot tell.
+        self._routes: Any = None
 
-    def deterministic_sort(self, *_: Any, **__: Any) -> None:
-        """Nothing to sort: rows come in order (source rank, source token) always."""
+    def deterministic_sort(
+        self,
+        do_cpu_sync: bool,
+        is_cached_dispatch: bool,
+        recv_x: torch.Tensor,
+        recv_sf: Optional[torch.Tensor] = None,
+        recv_topk_idx: Optional[torch.Tensor] = None,
+        recv_topk_weights: Optional[torch.Tensor] = None,
+        channel_linked_list: Optional[torch.Tensor] = None,
+    ) -> None:
+        """Sorts compact rows by (source rank, source token), in place, and the metadata unless the dispatch was a cached
+        one. Buffers made with `deterministic=True`, and all expanded rows, are in that order already."""
+        order = None if self.do_expand else self.row_order()
+        if order is None:
+            return
+        back = row_order.inverse(order)
+        for rows in (recv_x, recv_sf, recv_topk_idx, recv_topk_weights):
+            if rows is not None:
+                rows.copy_(row_order.taken(rows, back))  # type: ignore[arg-type]
+        if not is_cached_dispatch:
+            self.recv_src_metadata.copy_(self.recv_src_metadata[back])
+
+    def row_order(self, num_rows: Optional[int] = None) -> Optional[torch.Tensor]:
+        """The library's row of each compact row; None where that is the row itself."""
+        metadata = self.recv_src_metadata
+        num_valid = min(int(self.psum_num_recv_tokens_per_scaleup_rank[-1]), metadata.size(0))
+        return row_order.of_metadata(metadata, num_valid, metadata.size(0) if num_rows is None else num_rows)
+
+    def placement(self, num_ranks: int) -> Any:
+        """Who hosts which expert."""
+        return _core.Placement.even(self.num_experts, num_ranks) if self._routes is None else self._routes.placement
 
     @property
     def num_rows(self) -> int:
@@ -69,6 +100,8 @@ class EPHandle:
         found = _core.handle_of(self.psum_num_recv_tokens_per_scaleup_rank)
         if found is not None and found.num_rows == self.num_rows and found.num_experts == self.num_experts:
             return found
+        if self._routes is not None:
+            return self._routes
         return _core.handle_from_elastic(
             self.topk_idx,
             self.dst_buffer_slot_idx,
@@ -88,10 +121,14 @@ class EPHandle:
         for name in _TENSORS:
             if state[name] is not None:
                 state[name] = state[name].clone()
+        if self._routes is not None:
+            state["_routes"] = self._routes.save()
         return state
 
     @classmethod
     def from_state_dict(cls, state: Dict[str, Any]) -> "EPHandle":
         handle = cls.__new__(cls)
         handle.__dict__.update(state)
+        if handle._routes is not None:
+            handle._routes = _core.Handle.restore(handle._routes)
         return handle

@@ -6,7 +6,8 @@ from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 import torch
 
 from . import _core
-from .errors import invalid, require
+from .config import low_latency_capacity
+from .errors import invalid, require, require_counters
 from .event import EventOverlap, finished
 from .session import Session
 
@@ -43,7 +44,7 @@ class LowLatencyMode(Session):
             self._check_dispatch(async_finish, return_recv_hook, dispatch_wait_recv_cost_stats)
             if cumulative_local_expert_recv_stats is not None:
                 slots = num_experts // self._num_ranks if placement is None else placement.num_slots(self._rank)
-                _check_stats(
+                require_counters(
                     "cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats, torch.int32, slots
                 )
         except Exception as error:
@@ -97,20 +98,24 @@ class LowLatencyMode(Session):
                 f"topk_weights must be {list(topk_idx.shape)} as topk_idx is: {list(topk_weights.shape)}",
             )
             if combine_wait_recv_cost_stats is not None:
-                _check_stats("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats, torch.int64, self._num_ranks)
-            found = self._handle_of(handle)
+                require_counters(
+                    "combine_wait_recv_cost_stats", combine_wait_recv_cost_stats, torch.int64, self._num_ranks
+                )
+            # Selections that the caller has taken back since the dispatch do not count.
+            found = _core.leave_out(self._handle_of(handle), topk_idx)
             rows = self._take_combine_buffer(x) if zero_copy else x
             return found, rows
 
         core_handle, rows = self._checked("low_latency_combine", check)
+        keywords: Dict[str, Any] = dict(x=rows, handle=core_handle, weights=topk_weights, order=_BY_TOPK)
         if return_recv_hook and out is None:
             out = torch.empty((topk_idx.size(0), x.size(-1)), dtype=x.dtype, device="cpu")
-        keywords: Dict[str, Any] = dict(x=rows, handle=core_handle, weights=topk_weights, order=_BY_TOPK)
         if out is not None:
             keywords["out"] = out
         ticket = self._opened().low_latency_combine(**keywords)
         stats = (combine_wait_recv_cost_stats,)
         if return_recv_hook:
+            assert out is not None
             return out, finished(False), self._hook(ticket.receive, stats, ticket.send_again)
         combined, _ = self._receive(ticket.receive, stats, ticket.send_again)
         return combined, finished(async_finish, x, topk_idx, topk_weights, combined), None
@@ -160,7 +165,7 @@ class LowLatencyMode(Session):
             capacity.row_bytes = -(-per_ticket // self._num_ranks)
         self._config.low_latency = capacity
         self._fitting: Set[Tuple[int, int, int, int]] = set()
-        self._largest = (0, 0, 0)
+        self._largest: Tuple[int, ...] = (0, 0, 0)
 
     def _core_for(self, hidden: int, max_tokens: int, num_topk: int, num_experts: int) -> Any:
         """The C++ buffer, large enough for such a call. All ranks see the same numbers, so all enlarge it together."""
@@ -173,11 +178,9 @@ class LowLatencyMode(Session):
             return core
         reason = core.supports_low_latency(*shape)
         if "Config::low_latency" in reason:
-            self._largest = tuple(map(max, self._largest, (hidden, max_tokens, num_topk)))
-            capacity = _core.LowLatencyCapacity()
-            capacity.row_bytes, capacity.max_tokens_per_rank = 2 * self._largest[0], self._largest[1]
-            capacity.num_topk = self._largest[2]
-            self._config.low_latency = capacity
+            # At least the largest of each that was ever asked for.
+            self._largest = tuple(map(max, self._largest, (max_tokens, hidden, num_topk)))
+            self._config.low_latency = low_latency_capacity(*self._largest)
             self._open()  # the old one stays until the last ticket and tensor of it is gone
             fitting.clear()
             core = self._opened()
@@ -217,7 +220,7 @@ class LowLatencyMode(Session):
     def _check_dispatch(self, async_finish: bool, return_recv_hook: bool, wait_stats: Optional[torch.Tensor]) -> None:
         require(not (async_finish and return_recv_hook), "async_finish and return_recv_hook exclude each other")
         if wait_stats is not None:
-            _check_stats("dispatch_wait_recv_cost_stats", wait_stats, torch.int64, self._num_ranks)
+            require_counters("dispatch_wait_recv_cost_stats", wait_stats, torch.int64, self._num_ranks)
 
     def _handle_of(self, handle: Tuple[Any, ...]) -> Any:
         require(
@@ -240,10 +243,3 @@ class LowLatencyMode(Session):
 
     def _require_shrink(self) -> None:
         require(self.enable_shrink, "masks need a buffer made with enable_shrink=True")
-
-
-def _check_stats(name: str, stats: torch.Tensor, dtype: torch.dtype, entries: int) -> None:
-    require(
-        stats.dtype == dtype and tuple(stats.shape) == (entries,) and stats.is_contiguous(),
-        f"{name} must be contiguous {dtype} [{entries}]: it is {stats.dtype} {list(stats.shape)}",
-    )

@@ -15,13 +15,16 @@ from .session import Session, two_biases
 
 Rows = Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]
 
-_BY_RANK = _core.SumOrder()
-_BY_RANK_AND_NODE = _core.SumOrder(round_per_node=True)
-
 
 def split(x: Rows) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
     """(rows, scales or None)"""
     return x if isinstance(x, tuple) else (x, None)
+
+
+def received_as(data: torch.Tensor, received: torch.Tensor, scales: Optional[torch.Tensor]) -> Rows:
+    """Received rows in the form in which they were given."""
+    rows = as_given(received, data)
+    return rows if scales is None else (rows, scales)
 
 
 class NormalMode(Session):
@@ -67,24 +70,19 @@ class NormalMode(Session):
         if handle is not None:
             received = self._dispatch_again(data, scales, handle, topk_idx, topk_weights)
             return received, None, None, None, None, finished(async_finish, data, scales)
+        layout = (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
         keywords = self._checked(
-            "dispatch",
-            lambda: self._dispatch_keywords(
-                data, scales, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights
-            ),
+            "dispatch", lambda: self._dispatch_keywords(data, scales, layout, topk_idx, topk_weights, placement)
         )
         keywords.update(expert_alignment=expert_alignment, max_rows=num_worst_tokens)
-        if placement is not None:
-            keywords["placement"] = placement
         out = self._opened().dispatch(**keywords)
         recv_data, recv_scales, recv_idx, recv_weights, side, core_handle = out
         if topk_idx is None:
             recv_idx = None
-        counts = self._expert_counts(core_handle, num_tokens_per_expert, topk_idx, expert_alignment, num_worst_tokens)
+        counts = self._expert_counts(core_handle, layout[2], topk_idx, expert_alignment, num_worst_tokens)
         tuple_ = self._handle_tuple(core_handle, is_token_in_rank, side, config)
-        recv_x = as_given(recv_data, data)
         event = finished(async_finish, data, scales, topk_idx, topk_weights)
-        return (recv_x if scales is None else (recv_x, recv_scales)), recv_idx, recv_weights, counts, tuple_, event
+        return received_as(data, recv_data, recv_scales), recv_idx, recv_weights, counts, tuple_, event
 
     def combine(
         self,
@@ -108,7 +106,7 @@ class NormalMode(Session):
             topk_weights=None if topk_weights is None else topk_weights.contiguous(),
             bias_0=biases[0],
             bias_1=biases[1],
-            order=_BY_RANK if self._num_nodes == 1 else _BY_RANK_AND_NODE,
+            order=self._rank_order(),
         )
         return combined, weights, finished(async_finish, x, topk_weights, *biases)
 
@@ -177,19 +175,18 @@ class NormalMode(Session):
 
         core_handle = self._checked("dispatch", check)
         recv_data, recv_scales, *_ = self._opened().dispatch(x=as_carried(data), scales=scales, handle=core_handle)
-        recv_data = as_given(recv_data, data)
-        return recv_data if scales is None else (recv_data, recv_scales)
+        return received_as(data, recv_data, recv_scales)
 
     def _dispatch_keywords(
         self,
         data: torch.Tensor,
         scales: Optional[torch.Tensor],
-        num_tokens_per_rank: Optional[torch.Tensor],
-        is_token_in_rank: Optional[torch.Tensor],
-        num_tokens_per_expert: Optional[torch.Tensor],
+        layout: Tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]],
         topk_idx: Optional[torch.Tensor],
         topk_weights: Optional[torch.Tensor],
+        placement: Any,
     ) -> Dict[str, Any]:
+        num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert = layout
         assert num_tokens_per_rank is not None and is_token_in_rank is not None and num_tokens_per_expert is not None, (
             "without a handle, num_tokens_per_rank, is_token_in_rank and num_tokens_per_expert must be given"
         )
@@ -206,9 +203,14 @@ class NormalMode(Session):
             (topk_idx is None) == (topk_weights is None),
             "topk_idx and topk_weights must be given together, or neither of them",
         )
+        require(
+            placement is None or topk_idx is not None,
+            "placement needs topk_idx: without it ranks are all that is known",
+        )
         keywords: Dict[str, Any] = {"x": as_carried(data), "scales": scales}
         if topk_idx is not None:
             keywords.update(topk_idx=topk_idx, topk_weights=topk_weights, num_experts=num_tokens_per_expert.size(0))
+            keywords.update(placement=placement)
         else:
             # Only the ranks are known: each stands for one expert of its own.
             keywords.update(topk_idx=_core.ranks_as_experts(is_token_in_rank), num_experts=self._num_ranks)
@@ -217,7 +219,7 @@ class NormalMode(Session):
         return keywords
 
     def _expert_counts(
-        self, core_handle: Any, per_expert: torch.Tensor, topk_idx: Any, alignment: int, num_worst_tokens: int
+        self, core_handle: Any, per_expert: Any, topk_idx: Any, alignment: int, num_worst_tokens: int
     ) -> List[int]:
         if num_worst_tokens > 0:
             return []
@@ -227,9 +229,13 @@ class NormalMode(Session):
 
     def _sum_of_counts(self, per_expert: torch.Tensor) -> List[int]:
         """All ranks' counts of this rank's experts, which tokens without ids do not say: one more small exchange."""
-        ranks, local = self._num_ranks, per_expert.size(0) // self._num_ranks
-        rows = torch.zeros((ranks, align(max(local, 1), 4)), dtype=torch.int32, device="cpu")
-        rows[:, :local] = per_expert[: ranks * local].view(ranks, local)
+        ranks = self._num_ranks
+        even = _core.Placement.even(per_expert.size(0), ranks)
+        slots = [even.num_slots(rank) for rank in range(ranks)]
+        rows = torch.zeros((ranks, align(max(1, *slots), 4)), dtype=torch.int32, device="cpu")
+        for row, counts in zip(rows, per_expert.split(slots)):
+            row[: counts.numel()] = counts
+        local = slots[self._rank]
         everyone = torch.arange(ranks, dtype=torch.int32, device="cpu").view(ranks, 1)
         received = self._opened().dispatch(x=rows, topk_idx=everyone, num_experts=ranks)[0]
         return received[:, :local].sum(dim=0).tolist()

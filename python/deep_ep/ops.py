@@ -18,9 +18,6 @@ import torch
 from . import _core
 from .session import Session
 
-_BY_RANK = _core.SumOrder()
-_BY_RANK_AND_NODE = _core.SumOrder(round_per_node=True)
-
 _buffers: "weakref.WeakValueDictionary[int, Session]" = weakref.WeakValueDictionary()
 _lock = threading.Lock()
 _next_number = 0
@@ -46,7 +43,7 @@ def _core_of(number: int) -> Any:
 
 
 def _order_of(number: int) -> Any:
-    return _BY_RANK if _buffers[number]._num_nodes == 1 else _BY_RANK_AND_NODE
+    return _buffers[number]._rank_order()
 
 
 def _given(tensor: torch.Tensor) -> Optional[torch.Tensor]:

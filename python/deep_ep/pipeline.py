@@ -6,10 +6,9 @@ import collections
 from typing import Any, Deque, Dict
 
 import torch
-import torch.distributed as dist
 
-from .errors import require, unsupported
-from .group import ThreadRank, barrier
+from .errors import require
+from .group import barrier, receive, send
 from .session import Session
 
 
@@ -32,17 +31,15 @@ class PipelineMixin(Session):
         self._check_pp(t, dst_rank_idx)
         sent = self._pp_sent[dst_rank_idx]
         if len(sent) == self._pp_limits[1]:
-            sent.popleft().wait()
-        sent.append(dist.isend(t.clone(), group=self.group, group_dst=dst_rank_idx))
+            sent.popleft()()
+        sent.append(send(self.group, t.clone(), dst_rank_idx))
 
     def pp_recv(self, t: torch.Tensor, src_rank_idx: int, num_sms: int = 0) -> None:
         self._check_pp(t, src_rank_idx)
-        dist.recv(t, group=self.group, group_src=src_rank_idx)
+        receive(self.group, t, src_rank_idx)
 
     def _check_pp(self, t: torch.Tensor, peer: int) -> None:
         self._opened()
-        if isinstance(self.group, ThreadRank) or not isinstance(self.group, dist.ProcessGroup):
-            raise unsupported("pp_send and pp_recv need a torch process group: this group is something else")
         size = t.numel() * t.element_size()
         require(self._pp_limits[0] > 0, "pp_set_config must come first")
         require(

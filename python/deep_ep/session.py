@@ -15,6 +15,9 @@ _Result = TypeVar("_Result")
 #: More experts than any model has; it costs a few bytes of counters each.
 MAX_EXPERTS = 4096
 
+_BY_RANK = _core.SumOrder()
+_BY_RANK_AND_NODE = _core.SumOrder(round_per_node=True)
+
 _open_sessions: "weakref.WeakSet[Session]" = weakref.WeakSet()
 
 
@@ -52,6 +55,10 @@ class Session:
         if self._core is None:
             raise invalid("the buffer is closed")
         return self._core
+
+    def _rank_order(self) -> Any:
+        """Upstream's V1 order of sums: rank by rank, between nodes rounded per node first."""
+        return _BY_RANK if self._num_nodes == 1 else _BY_RANK_AND_NODE
 
     def _checked(self, operation: str, check: Callable[[], _Result]) -> _Result:
         """Runs Python's own checks of a collective call. Where they fail the call counts as made, so that the other

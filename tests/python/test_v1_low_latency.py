@@ -246,3 +246,45 @@ def test_1_10_the_rank_local_mistakes_are_clear_and_the_group_stays_usable():
     assert sum(count for _, count in results) == sum(int((t.topk_idx >= 0).sum()) for t in sources)
     assert "exclude each other" in results[0][0][0] and "ue8m0" in results[0][0][1]
     assert "wait_recv_cost_stats" in results[0][0][2] and "recv_stats" in results[0][0][3]
+
+
+def test_1_11_selections_taken_back_before_combine_do_not_count():
+    def body(buffer, tokens):
+        recv, count, handle, *_ = buffer.low_latency_dispatch(
+            tokens.x, tokens.topk_idx, MAX_TOKENS, EXPERTS, use_fp8=False
+        )
+        rows = scaled_rows(recv, count, handle)
+        kept = tokens.topk_idx.clone()
+        kept[:, 1] = -1
+        kept[0] = -1
+        less = buffer.low_latency_combine(rows, kept, tokens.topk_weights, handle)[0]
+        same_as = buffer.low_latency_combine(
+            rows, tokens.topk_idx, torch.where(kept >= 0, tokens.topk_weights, 0.0), handle
+        )[0]
+        with pytest.raises(Error, match="topk_idx"):
+            buffer.low_latency_combine(rows, kept[:-1], tokens.topk_weights[:-1], handle)
+        # What experts left in the rows of such selections is not read, not even a NaN.
+        poisoned = torch.full_like(rows, float("nan"))
+        nothing = buffer.low_latency_combine(poisoned, torch.full_like(kept, -1), tokens.topk_weights, handle)[0]
+        return less, same_as, nothing, buffer.low_latency_combine(rows, kept.int(), tokens.topk_weights, handle)[0]
+
+    for less, same_as, nothing, narrow in with_buffer(body)[0]:
+        assert torch.equal(less, same_as) and torch.equal(less, narrow)
+        assert bool((less[0] == 0).all()) and bool((nothing == 0).all())
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (16, 512, 4), (7, 136, 2), (128, 2048, 8)])
+@pytest.mark.parametrize("experts", [1, 8, 40])
+def test_1_9_a_buffer_of_the_hinted_size_serves_its_calls_as_it_is(shape, experts):
+    max_tokens, hidden, num_ranks = shape
+    hint = Buffer.get_low_latency_rdma_size_hint(max_tokens, hidden, num_ranks, experts)
+
+    def body(group):
+        with Buffer(group, 0, hint, low_latency_mode=True) as buffer:
+            core = buffer._opened()
+            return [
+                core.supports_low_latency(hidden, max_tokens, k, experts)
+                for k in (1, min(8, experts), min(32, experts))
+            ]
+
+    assert run_ranks(num_ranks, body) == [["", "", ""]] * num_ranks

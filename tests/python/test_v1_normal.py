@@ -247,3 +247,25 @@ def test_1_8_internode_calls_take_a_config_and_worst_tokens():
         return received[0].size(0), combined[0].shape == tokens.x.shape
 
     assert exchange(body, ranks_per_node=2)[0] == [(200, True)] * 4
+
+
+def test_1_6_without_topk_experts_that_do_not_divide_evenly_are_counted_too():
+    experts = 6  # on 4 ranks: 2, 2, 1, 1
+
+    def run(group):
+        ids = torch.tensor([[0, 5], [3, 1], [group.rank(), -1]])
+        x = torch.ones((3, HIDDEN), dtype=torch.bfloat16)
+        with Buffer(group, timeout_secs=20) as buffer:
+            per_rank, _, per_expert, member, _ = buffer.get_dispatch_layout(ids, experts)
+            layout = dict(num_tokens_per_rank=per_rank, is_token_in_rank=member, num_tokens_per_expert=per_expert)
+            counts = buffer.dispatch(x, **layout)[3]
+            weights = torch.ones((3, 2))
+            with_ids = buffer.dispatch(x, topk_idx=ids, topk_weights=weights, **layout)[3]
+            with pytest.raises(deep_ep.Error, match="placement"):
+                buffer.dispatch(x, placement=deep_ep.Placement.even(experts, 4), **layout)
+            return counts, with_ids
+
+    results = run_ranks(4, run)
+    assert [len(counts) for counts, _ in results] == [2, 2, 1, 1]
+    assert all(counts == with_ids for counts, with_ids in results)
+    assert sum(sum(counts) for counts, _ in results) == 4 * 5

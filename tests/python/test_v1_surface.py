@@ -2,6 +2,7 @@
 """Contract 1.1 to 1.4 and section 2: construction, sizes, names, events; section 0: upstream's quirks."""
 
 import inspect
+import os
 import subprocess
 import sys
 
@@ -177,3 +178,27 @@ def test_2_import_takes_less_than_a_second_beside_torch():
         for _ in range(2)
     ]
     assert min(seconds) < 1
+
+
+def test_q11_positional_use_fabric_of_the_last_v1_is_read_and_more_is_refused():
+    def body(group):
+        with Buffer(group, 0, 0, False, 24, True, False, True, True, True) as buffer:
+            return buffer.use_fabric, buffer.explicitly_destroy, buffer.enable_shrink
+
+    assert run_ranks(1, body) == [(True, True, True)]
+    with pytest.raises(TypeError, match="positional"):
+        run_ranks(1, lambda group: Buffer(group, 0, 0, False, 24, True, False, False, False, False, None, 1))
+
+
+def test_5_environment_variables_that_users_know_are_read(monkeypatch):
+    monkeypatch.setenv("NVSHMEM_QP_DEPTH", "2050")
+
+    def body(group):
+        with Buffer(group, low_latency_mode=True) as buffer:
+            return buffer.nvshmem_qp_depth
+
+    assert run_ranks(1, body) == [2050]
+    code = "import deep_ep; print(deep_ep.topk_idx_t)"
+    environment = {**os.environ, "EP_NUM_TOPK_IDX_BITS": "32"}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert ended.stdout.strip() == "torch.int32"

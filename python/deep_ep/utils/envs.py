@@ -105,7 +105,8 @@ def check_nvlink_connections(group: Any) -> None:
 
 def check_torch_deterministic() -> bool:
     """Whether torch fills uninitialised memory, which upstream refuses; here it only costs time."""
-    return torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+    fills = getattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    return torch.are_deterministic_algorithms_enabled() and fills
 
 
 def check_fast_rdma_atomic_support() -> bool:
