@@ -71,7 +71,7 @@ struct Shape {
 oracle::Array random_array(Random& random, DType dtype, std::vector<std::int64_t> shape);
 
 struct World {
-  explicit World(const Shape& shape);
+  explicit World(const Shape& wanted);
 
   Shape shape;
   oracle::Exchange exchange;
@@ -86,6 +86,9 @@ struct World {
   DispatchInput input(int rank) const;
   /// Works `expected` out again, after a test changed the inputs.
   void expect_again();
+
+ private:
+  static Shape over_network(Shape shape);
 };
 
 /// Compares what a rank got with what the oracle says, bit for bit, in every documented field. Returns the first

@@ -1,23 +1,20 @@
 // SPDX-License-Identifier: MIT
 // High-throughput combine: rows stay where the experts' rank put them, in its window; each token's home reads and adds
 // them in the plan's order. Phases: publish, sum, part. docs/protocol.md lists the flags.
+#include "host/forward_combine.h"
 #include "host/operations.h"
 #include "host/row_sum.h"
 #include "host/weights_home.h"
 
 #include <algorithm>
+#include <iterator>
+#include <optional>
 
 #include "check.h"
 
 namespace deep_ep::host {
 
 namespace {
-
-// Rows and weights of one rank, as they lie in its window.
-struct Source {
-  const std::byte* x = nullptr;
-  const float* weights = nullptr;
-};
 
 class Combine {
  public:
@@ -27,7 +24,9 @@ class Combine {
         handle_(*call.in.handle),
         epoch_(context.begin(call.operation, call.timeout)),
         active_(context.active_ranks()),
-        sources_(context.num_ranks) {}
+        sources_(context.num_ranks) {
+    if (context.link() != nullptr) forwarded_.emplace(context, call, epoch_);
+  }
 
   CombineOutput run() {
     const FinishAtExit finish(context_, epoch_);
@@ -56,7 +55,13 @@ class Combine {
       context_.announce(epoch_, refusal(error.what()), Context::kRefused);
       throw;
     }
-    context_.announce(epoch_, mine);
+    mine.rows = handle_.num_rows;
+    mine.order = call_.in.order;
+    mine.factors = call_.in.weights.given();
+    for (int peer : active_) {
+      if (forwarded_) mine.units = forwarded_->units_to(peer);
+      context_.announce_to(peer, epoch_, mine);
+    }
   }
 
   static Announcement refusal(const std::string& why) {
@@ -89,8 +94,11 @@ class Combine {
   void await_source(int peer) {
     context_.await_announcement(epoch_, peer, call_.signature);
     const Announcement& theirs = context_.announcement(context_.rank, epoch_.number, peer);
+    sources_[peer].present = true;
+    if (context_.is_far(peer)) return;
     sources_[peer].x = context_.window(peer) + theirs.x_at;
     sources_[peer].weights = reinterpret_cast<const float*>(context_.window(peer) + theirs.weights_at);
+    sources_[peer].rows = theirs.rows;
   }
 
   CombineOutput sum() {
@@ -100,33 +108,46 @@ class Combine {
       out.x =
           call_.in.out.given() ? Tensor(call_.in.out, nullptr) : Tensor::allocate(call_.dtype, {tokens, call_.hidden});
     if (call_.in.topk_weights.given()) out.topk_weights = Tensor::allocate(DType::kFp32, {tokens, handle_.num_topk});
-    const RowOps& ops = row_ops();
-    context_.workers().for_range(tokens, kTokensPerPiece, call_.num_workers, [&](std::int64_t begin, std::int64_t end) {
-      RowSum rows(call_, context_.topology, ops);
-      std::vector<std::int32_t> dst_rank(handle_.num_topk);
-      for (std::int64_t token = begin; token < end; ++token) {
-        routes_of(token, dst_rank.data());
-        if (call_.hidden > 0) sum_token(rows, token, dst_rank.data(), out.x);
-        if (call_.in.topk_weights.given()) bring_weights_home(token, dst_rank.data(), out.topk_weights);
-      }
-      ops.flush();
-    });
+    const auto sum = [&](std::int64_t begin, std::int64_t end) { sum_tokens(out, begin, end); };
+    if (forwarded_) {
+      forwarded_->run(sources_, sum);
+    } else {
+      sum(0, tokens);
+    }
     return out;
+  }
+
+  void sum_tokens(const CombineOutput& out, std::int64_t first, std::int64_t past) const {
+    const RowOps& ops = row_ops();
+    context_.workers().for_range(past - first, kTokensPerPiece, call_.num_workers,
+                                 [&](std::int64_t begin, std::int64_t end) {
+                                   RowSum rows(call_, context_.topology, ops);
+                                   std::vector<std::int32_t> dst_rank(handle_.num_topk);
+                                   for (std::int64_t token = first + begin; token < first + end; ++token) {
+                                     routes_of(token, dst_rank.data());
+                                     if (call_.hidden > 0) sum_token(rows, token, dst_rank.data(), out.x);
+                                     if (call_.in.topk_weights.given())
+                                       bring_weights_home(token, dst_rank.data(), out.topk_weights);
+                                   }
+                                   ops.flush();
+                                 });
   }
 
   // The token's ranks, without those that are left out of this operation.
   void routes_of(std::int64_t token, std::int32_t* dst_rank) const {
     const std::int32_t* routed = handle_.dst_rank.as<const std::int32_t>() + token * handle_.num_topk;
     for (int k = 0; k < handle_.num_topk; ++k)
-      dst_rank[k] = routed[k] >= 0 && sources_[routed[k]].x != nullptr ? routed[k] : -1;
+      dst_rank[k] = routed[k] >= 0 && sources_[routed[k]].present ? routed[k] : -1;
   }
 
   void sum_token(RowSum& rows, std::int64_t token, const std::int32_t* dst_rank, const Tensor& out) const {
     const std::int32_t* dst_row = handle_.dst_row.as<const std::int32_t>() + token * handle_.num_topk;
     const auto row_of = [&](int k, int rank) {
+      if (context_.is_far(rank)) return forwarded_->row(token, k, rank);
       return sources_[rank].x + static_cast<std::size_t>(dst_row[k]) * call_.row_bytes;
     };
-    rows.sum(static_cast<int>(token), dst_rank, row_of,
+    const auto node_sum = [&](int rank) { return forwarded_ ? forwarded_->node_sum(token, rank) : nullptr; };
+    rows.sum(static_cast<int>(token), dst_rank, row_of, node_sum,
              out.as<std::byte>() + token * static_cast<std::int64_t>(call_.row_bytes));
   }
 
@@ -135,6 +156,7 @@ class Combine {
     const std::int32_t* dst_row = handle_.dst_row.as<const std::int32_t>() + token * topk;
     const bool by_rank = handle_.layout == OutputLayout::kByRank;
     const auto entry = [&](int row, int k) {
+      if (context_.is_far(dst_rank[row])) return forwarded_->weight(token, row, k, dst_rank[row]);
       return sources_[dst_rank[row]].weights[by_rank ? std::int64_t{dst_row[row]} * topk + k : dst_row[row]];
     };
     join_weights(call_.in, dst_rank, entry, out.as<float>() + token * topk);
@@ -143,11 +165,11 @@ class Combine {
   // Nobody leaves while another still reads its rows.
   void part() {
     // A rank that has left already gave up on us; what we read of it since may be something else.
-    for (int peer : active_) require_still_there(peer);
-    for (int peer : active_)
-      context_.publish(peer, Flag::kFinished, epoch_, 1);
-    for (int peer : active_)
-      context_.await(Flag::kFinished, epoch_, peer, 1);
+    std::vector<int> near;
+    std::copy_if(active_.begin(), active_.end(), std::back_inserter(near), [&](int p) { return !context_.is_far(p); });
+    for (int peer : near) require_still_there(peer);
+    for (int peer : near) context_.publish(peer, Flag::kFinished, epoch_, 1);
+    for (int peer : near) context_.await(Flag::kFinished, epoch_, peer, 1);
   }
 
   void require_still_there(int peer) const {
@@ -162,7 +184,8 @@ class Combine {
   const Handle& handle_;
   const Epoch epoch_;
   const std::vector<int> active_;
-  std::vector<Source> sources_;
+  std::vector<CombineSource> sources_;
+  std::optional<ForwardedCombine> forwarded_;  // where there are ranks that share no memory with us
   std::vector<std::shared_ptr<void>> staged_;
 };
 

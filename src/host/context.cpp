@@ -328,10 +328,12 @@ void Context::throw_timeout(const Epoch& epoch, int peer, std::uint64_t expected
 }
 
 void Context::announce(const Epoch& epoch, const Announcement& ours, std::uint32_t value) {
-  for (int peer : active_ranks()) {
-    announcement(peer, epoch.number, rank) = ours;
-    publish(peer, Flag::kAnnounced, epoch, value, sizeof ours);
-  }
+  for (int peer : active_ranks()) announce_to(peer, epoch, ours, value);
+}
+
+void Context::announce_to(int peer, const Epoch& epoch, const Announcement& ours, std::uint32_t value) {
+  announcement(peer, epoch.number, rank) = ours;
+  publish(peer, Flag::kAnnounced, epoch, value, sizeof ours);
 }
 
 void Context::await_announcement(const Epoch& epoch, int peer, const Signature& ours) {

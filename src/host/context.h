@@ -31,6 +31,9 @@ struct Announcement {
   std::uint64_t weights_at = 0;                   // combine: likewise for weights that come home
   std::int64_t units = kNotOnRail;                // that the sender will put into the reader's forwarding slots
   static constexpr std::int64_t kNotOnRail = -1;  // none: another rank of the reader's node takes them
+  std::int64_t rows = 0;                          // combine: that lie at x_at and weights_at
+  SumOrder order;                                 // combine: in which the sender, as a home, adds
+  bool factors = false;                           // combine: it weighs the rows
   std::array<char, 320> refusal{};
 };
 static_assert(sizeof(Announcement) <= plan::WindowLayout::kAnnouncementHead);
@@ -113,6 +116,7 @@ class Context {
   bool has_released(int peer, std::uint64_t epoch) const;
   /// Writes our announcement to every active rank. Counts, where there are any, go first, by the caller.
   void announce(const Epoch& epoch, const Announcement& announcement, std::uint32_t value = 0);
+  void announce_to(int peer, const Epoch& epoch, const Announcement& announcement, std::uint32_t value = 0);
   /// Waits for the peer's announcement and checks that its call is the same as ours. Throws if it refused, or differs.
   void await_announcement(const Epoch& epoch, int peer, const Signature& ours);
   /// Ranks that take part: all but the masked ones.

@@ -20,10 +20,34 @@ class RowSum {
   /// Adds token's rows into out[hidden]. row_of(k, rank) gives the row that came back for selection k.
   template <typename RowOf>
   void sum(int token, const std::int32_t* dst_rank, const RowOf& row_of, void* out) {
+    sum(
+        token, dst_rank, row_of, [](int) -> const void* { return nullptr; }, out);
+  }
+
+  /// The same where a node's rows may have been joined before they crossed: node_sum(rank) gives the sum of that rank's
+  /// node, or null where its rows came one by one. Only in orders that round sums per node.
+  template <typename RowOf, typename NodeSum>
+  void sum(int token, const std::int32_t* dst_rank, const RowOf& row_of, const NodeSum& node_sum, void* out) {
+    const int count = plan_steps(dst_rank);
+    clear(token);
+    for (int i = 0; i < count; ++i) {
+      const void* joined = node_sum(steps_[i].rank);
+      if (joined == nullptr) {
+        add(steps_[i], row_of(steps_[i].k, steps_[i].rank));
+      } else if (steps_[i].closes_node) {
+        of_all_.rows.push_back(joined);
+      }
+    }
+    finish(out);
+  }
+
+  /// The sum of one node, as it crosses: dst_rank names ranks of that node only, and the call has no bias.
+  template <typename RowOf>
+  void join(int token, const std::int32_t* dst_rank, const RowOf& row_of, void* out) {
     const int count = plan_steps(dst_rank);
     clear(token);
     for (int i = 0; i < count; ++i) add(steps_[i], row_of(steps_[i].k, steps_[i].rank));
-    finish(out);
+    ops_.copy(out, of_all_.rows.front(), call_.row_bytes);
   }
 
  private:
