@@ -1,12 +1,9 @@
 // SPDX-License-Identifier: MIT
 // Measures the library's host backend, ranks as processes, beside what the machine can do in the same run. Writes JSON;
 // bench/run.py calls it and makes the table.
-#include <arpa/inet.h>
 #include <fmt/core.h>
-#include <netinet/in.h>
 #include <signal.h>
 #include <sys/prctl.h>
-#include <sys/socket.h>
 #include <sys/wait.h>
 
 #include <CLI/CLI.hpp>
@@ -19,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "bench/free_port.h"
 #include "bench/host_operations.h"
 #include "bench/limits.h"
 #include "bench/measure.h"
@@ -235,20 +233,6 @@ class Rank {
   std::int64_t private_before_ = 0;
   std::uint64_t epoch_ = 0;
 };
-
-// A port that nobody listens on now.
-int free_port() {
-  const int fd = socket(AF_INET, SOCK_STREAM, 0);
-  sockaddr_in where = {};
-  where.sin_family = AF_INET;
-  where.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  socklen_t size = sizeof(where);
-  const bool found = fd >= 0 && bind(fd, reinterpret_cast<sockaddr*>(&where), size) == 0 &&
-                     getsockname(fd, reinterpret_cast<sockaddr*>(&where), &size) == 0;
-  if (fd >= 0) close(fd);
-  if (!found) throw std::system_error(errno, std::generic_category(), "looking for a free port");
-  return ntohs(where.sin_port);
-}
 
 void write(const std::string& file, const nlohmann::json& report) {
   if (file.empty()) {

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <nlohmann/json.hpp>
+#include <string>
 #include <vector>
 
 #include "plan/number.h"
@@ -25,6 +26,7 @@ struct Workload {
   int ll_reps = 200;
   int warmup = 3;
   std::uint64_t seed = 2026;
+  std::string routing = "uniform";
 
   int slots() const { return num_experts / num_ranks; }
   int rank_of(std::int64_t expert) const { return static_cast<int>(expert / slots()); }
@@ -80,7 +82,7 @@ inline nlohmann::json to_json(const Workload& work) {
           {"ll_reps", work.ll_reps},
           {"warmup", work.warmup},
           {"seed", work.seed},
-          {"routing", "uniform, distinct experts"}};
+          {"routing", work.routing + ", distinct experts"}};
 }
 
 /// SplitMix64: small, and the same on every machine, which std's distributions are not.
@@ -100,7 +102,57 @@ class Random {
   std::uint64_t state_;
 };
 
-/// One rank's routing: for each token `num_topk` distinct experts, uniform.
+inline constexpr int kGroups = 8, kGroupsOfToken = 4;
+
+/// Draws one token's experts after another, distinct ones:
+///   uniform  every expert alike
+///   zipf     expert e with weight 1 / (e + 1): a few take most, as in a badly balanced layer
+///   groups   from 4 of 8 groups of experts, as DeepSeek-V3's gating limits them
+class Router {
+ public:
+  Router(const Workload& work, Random& random) : work_(work), random_(random), experts_(work.num_experts) {
+    for (int e = 0; e < work.num_experts; ++e) experts_[e] = e;
+    for (int e = 0; e < work.num_experts; ++e) below_.push_back((e > 0 ? below_.back() : 0.0) + 1.0 / (e + 1));
+  }
+
+  void next(std::vector<std::int64_t>& topk_idx) {
+    if (work_.routing == "zipf") return zipf(topk_idx);
+    const bool groups = work_.routing == "groups";
+    if (groups) choose(kGroups, kGroupsOfToken, group_order_);
+    const int candidates = groups ? work_.num_experts / kGroups * kGroupsOfToken : work_.num_experts;
+    choose(candidates, work_.num_topk, experts_);
+    const int of_group = work_.num_experts / kGroups;
+    for (int k = 0; k < work_.num_topk; ++k)
+      topk_idx.push_back(groups ? group_order_[experts_[k] / of_group] * of_group + experts_[k] % of_group
+                                : experts_[k]);
+  }
+
+ private:
+  // The first `count` of `order` become distinct random numbers below n.
+  void choose(int n, int count, std::vector<int>& order) {
+    order.resize(std::max<std::size_t>(order.size(), n));
+    for (int i = 0; i < n; ++i) order[i] = i;
+    for (int i = 0; i < count; ++i) std::swap(order[i], order[i + random_.below(n - i)]);
+  }
+
+  void zipf(std::vector<std::int64_t>& topk_idx) {
+    const std::size_t first = topk_idx.size();
+    while (topk_idx.size() < first + work_.num_topk) {
+      const double at = static_cast<double>(random_.unit()) * below_.back();
+      const auto expert = std::min<std::int64_t>(std::upper_bound(below_.begin(), below_.end(), at) - below_.begin(),
+                                                 work_.num_experts - 1);
+      if (std::find(topk_idx.begin() + static_cast<std::ptrdiff_t>(first), topk_idx.end(), expert) == topk_idx.end())
+        topk_idx.push_back(expert);
+    }
+  }
+
+  const Workload& work_;
+  Random& random_;
+  std::vector<int> experts_, group_order_;
+  std::vector<double> below_;  // sums of the weights of experts 0..e
+};
+
+/// One rank's routing: for each token `num_topk` distinct experts.
 struct Routing {
   std::vector<std::int64_t> topk_idx;  // [num_tokens, num_topk]
   std::vector<float> topk_weights;     // likewise, each token's sum to about 1
@@ -108,15 +160,12 @@ struct Routing {
 
 inline Routing make_routing(const Workload& work, int rank, int num_tokens) {
   Random random(work.seed * 1000003 + static_cast<std::uint64_t>(rank));
-  std::vector<int> experts(work.num_experts);
-  for (int e = 0; e < work.num_experts; ++e) experts[e] = e;
+  Router router(work, random);
   Routing routing;
   for (int token = 0; token < num_tokens; ++token) {
-    for (int k = 0; k < work.num_topk; ++k) {
-      std::swap(experts[k], experts[k + random.below(work.num_experts - k)]);
-      routing.topk_idx.push_back(experts[k]);
+    router.next(routing.topk_idx);
+    for (int k = 0; k < work.num_topk; ++k)
       routing.topk_weights.push_back((0.5f + random.unit()) / static_cast<float>(work.num_topk));
-    }
   }
   return routing;
 }

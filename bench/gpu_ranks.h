@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: MIT
+// Ranks on GPUs: a process each where every rank has a GPU of its own, threads of this process where they share one
+// (processes would take turns on it). Times are CUDA events of the slowest rank.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <csignal>
+#include <cstdio>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "bench/free_port.h"
+#include "bench/measure.h"
+#include "bench/shared_memory.h"
+#include "deep_ep/bootstrap.h"
+
+namespace deep_ep::bench {
+
+inline constexpr int kMaxReps = 1000;
+inline constexpr const char* kGpuClockBoundary =
+    "CUDA events on the caller's stream around the call, ranks released together by a barrier on the host; of each "
+    "repetition the slowest rank";
+
+inline void gpu(cudaError_t code) {
+  if (code != cudaSuccess) throw std::runtime_error(cudaGetErrorString(code));
+}
+
+/// In memory that all ranks share.
+struct GpuBoard {
+  Board board;
+  float us[kMaxRanks][kMaxReps];
+  cudaIpcMemHandle_t memory[kMaxRanks];
+  std::byte* address[kMaxRanks];
+};
+
+/// Memory of the current device.
+class GpuMemory {
+ public:
+  explicit GpuMemory(std::size_t bytes) { gpu(cudaMalloc(reinterpret_cast<void**>(&at_), bytes)); }
+  GpuMemory(const GpuMemory&) = delete;
+  GpuMemory& operator=(const GpuMemory&) = delete;
+  ~GpuMemory() { cudaFree(at_); }
+  std::byte* get() const { return at_; }
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(at_);
+  }
+
+ private:
+  std::byte* at_ = nullptr;
+};
+
+template <class T>
+std::unique_ptr<GpuMemory> on_gpu(const std::vector<T>& values) {
+  auto memory = std::make_unique<GpuMemory>(values.size() * sizeof(T));
+  gpu(cudaMemcpy(memory->get(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
+  return memory;
+}
+
+class GpuRank {
+ public:
+  struct Place {
+    int rank, num_ranks, device, num_gpus;
+    bool processes;
+  };
+  GpuRank(GpuBoard& board, const Place& place, std::shared_ptr<Bootstrap> group)
+      : place_(place), board_(board), barrier_(board.board, place.rank, place.num_ranks), group_(std::move(group)) {
+    gpu(cudaSetDevice(place.device));
+    gpu(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+    gpu(cudaEventCreate(&begin_));
+    gpu(cudaEventCreate(&end_));
+  }
+  GpuRank(const GpuRank&) = delete;
+  GpuRank& operator=(const GpuRank&) = delete;
+  ~GpuRank() {
+    cudaEventDestroy(begin_);
+    cudaEventDestroy(end_);
+    cudaStreamDestroy(stream_);
+  }
+
+  int rank() const { return place_.rank; }
+  int num_ranks() const { return place_.num_ranks; }
+  int device() const { return place_.device; }
+  cudaStream_t stream() const { return stream_; }
+  const std::shared_ptr<Bootstrap>& group() const { return group_; }
+  Barrier& barrier() { return barrier_; }
+
+  /// Collective. The slowest rank of each repetition.
+  Summary time(int reps, int warmup, const std::function<void()>& call) {
+    for (int run = -warmup; run < reps; ++run) {
+      gpu(cudaStreamSynchronize(stream_));
+      barrier_.sync();
+      gpu(cudaEventRecord(begin_, stream_));
+      call();
+      gpu(cudaEventRecord(end_, stream_));
+      gpu(cudaEventSynchronize(end_));
+      float ms = 0;
+      gpu(cudaEventElapsedTime(&ms, begin_, end_));
+      if (run >= 0) board_.us[rank()][run] = ms * 1000;
+    }
+    barrier_.sync();
+    std::vector<std::int64_t> slowest_ns(reps, 0);
+    for (int run = 0; run < reps; ++run)
+      for (int r = 0; r < num_ranks(); ++r)
+        slowest_ns[run] = std::max(slowest_ns[run], static_cast<std::int64_t>(board_.us[r][run] * 1000));
+    barrier_.sync();
+    return summarize(std::move(slowest_ns));
+  }
+
+  /// Collective. Every rank's `mine`, as this rank can address it; lives as long as the process.
+  std::vector<std::byte*> exchange(std::byte* mine) {
+    if (place_.processes) gpu(cudaIpcGetMemHandle(&board_.memory[rank()], mine));
+    board_.address[rank()] = mine;
+    barrier_.sync();
+    if (!place_.processes) allow_peers();
+    std::vector<std::byte*> all(num_ranks());
+    for (int r = 0; r < num_ranks(); ++r) {
+      if (r == rank() || !place_.processes) {
+        all[r] = board_.address[r];
+      } else {
+        void* mapped = nullptr;
+        gpu(cudaIpcOpenMemHandle(&mapped, board_.memory[r], cudaIpcMemLazyEnablePeerAccess));
+        all[r] = static_cast<std::byte*>(mapped);
+      }
+    }
+    barrier_.sync();
+    return all;
+  }
+
+ private:
+  // Threads on several GPUs address each other's memory as it is, once that is allowed.
+  void allow_peers() const {
+    for (int device = 0; device < std::min(place_.num_gpus, num_ranks()); ++device) {
+      if (device == place_.device) continue;
+      const cudaError_t code = cudaDeviceEnablePeerAccess(device, 0);
+      if (code == cudaErrorPeerAccessAlreadyEnabled) {
+        cudaGetLastError();  // forget it
+      } else {
+        gpu(code);
+      }
+    }
+  }
+
+  Place place_;
+  GpuBoard& board_;
+  Barrier barrier_;
+  std::shared_ptr<Bootstrap> group_;
+  cudaStream_t stream_ = nullptr;
+  cudaEvent_t begin_ = nullptr, end_ = nullptr;
+};
+
+/// Counted by a child: a process that has touched CUDA cannot fork ranks that use it.
+inline int count_gpus() {
+  const pid_t child = fork();
+  if (child < 0) throw std::runtime_error("fork failed");
+  if (child == 0) {
+    int count = 0;
+    _exit(cudaGetDeviceCount(&count) == cudaSuccess ? count : 0);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : 0;
+}
+
+/// Runs `body` on every rank; 0 if all went well. With several GPUs but fewer than ranks, ranks share them as threads.
+inline int run_gpu_ranks(int num_ranks, int num_gpus, const std::function<void(GpuRank&)>& body) {
+  const Mapping shared = map_shared(sizeof(GpuBoard));
+  auto& board = *reinterpret_cast<GpuBoard*>(shared.get());
+  const bool processes = num_gpus >= num_ranks && num_ranks > 1;
+  const auto run = [&](int rank, std::shared_ptr<Bootstrap> group) {
+    try {
+      GpuRank self(board, {rank, num_ranks, rank % num_gpus, num_gpus, processes}, std::move(group));
+      body(self);
+      return 0;
+    } catch (const std::exception& error) {
+      if (board.board.failed.exchange(1) == 0) std::fprintf(stderr, "rank %d: %s\n", rank, error.what());
+      return 1;
+    }
+  };
+  bool failed = false;
+  if (!processes) {
+    auto groups = in_process_group(num_ranks);
+    std::vector<std::thread> threads;
+    for (int rank = 0; rank < num_ranks; ++rank)
+      threads.emplace_back([&, rank] {
+        if (run(rank, groups[rank]) != 0) _exit(1);  // the other ranks may wait for this one in a kernel
+      });
+    for (std::thread& thread : threads) thread.join();
+    return 0;
+  }
+  TcpRendezvous where;
+  where.port = free_port();
+  where.num_ranks = num_ranks;
+  for (int rank = 0; rank < num_ranks; ++rank) {
+    const pid_t child = fork();
+    if (child < 0) throw std::runtime_error("fork failed");
+    if (child > 0) continue;
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    where.rank = rank;
+    _exit(run(rank, tcp_group(where)));
+  }
+  for (int status = 0; wait(&status) > 0;) {
+    if (WIFEXITED(status) && WEXITSTATUS(status) == 0) continue;
+    if (WIFSIGNALED(status)) std::fprintf(stderr, "a rank was ended by signal %d\n", WTERMSIG(status));
+    failed = true;
+    board.board.failed.store(1);
+  }
+  return failed ? 1 : 0;
+}
+
+}  // namespace deep_ep::bench
