@@ -53,14 +53,13 @@ class Limit {
 
   nlohmann::json dispatch(int row_bytes, int sms) {
     const LimitRows rows = rows_of(row_bytes);
-    const Summary stores = time([&] { launch_copy_by_stores(rows, sms, self_.stream()); });
-    const Summary bulk = time([&] { launch_copy_by_bulk(rows, sms, self_.stream()); });
-    const bool better = bulk.median_us < stores.median_us;
-    return {{"us", (better ? bulk : stores).median_us}, {"by", better ? "bulk copies" : "stores"}};
+    return better("stores", time([&] { launch_copy_by_stores(rows, sms, self_.stream()); }),
+                  time([&] { launch_copy_by_bulk(rows, sms, self_.stream()); }));
   }
   nlohmann::json combine(int sms) {
     const LimitRows rows = rows_of(static_cast<int>(work_.row_bytes()));
-    return {{"us", time([&] { launch_gather(rows, sms, self_.stream()); }).median_us}, {"by", "loads"}};
+    return better("loads", time([&] { launch_gather_by_loads(rows, sms, self_.stream()); }),
+                  time([&] { launch_gather_by_bulk(rows, sms, self_.stream()); }));
   }
 
  private:
@@ -73,6 +72,10 @@ class Limit {
             self_.rank(),
             room_,
             row_bytes};
+  }
+  static nlohmann::json better(const char* plain_name, const Summary& plain, const Summary& bulk) {
+    const bool by_bulk = bulk.median_us < plain.median_us;
+    return {{"us", by_bulk ? bulk.median_us : plain.median_us}, {"by", by_bulk ? "bulk copies" : plain_name}};
   }
   template <class Launch>
   Summary time(const Launch& launch) {

@@ -24,8 +24,9 @@ struct LimitRows {
 void launch_copy_by_stores(const LimitRows& rows, int blocks, cudaStream_t stream);
 /// One thread per warp starts bulk copies through shared memory. sm_90 and later.
 void launch_copy_by_bulk(const LimitRows& rows, int blocks, cudaStream_t stream);
-/// Back: every copy is loaded, one row per token stored.
-void launch_gather(const LimitRows& rows, int blocks, cudaStream_t stream);
+/// Back: every copy is loaded, one row per token stored. By all threads (which XOR the copies), or by bulk copies.
+void launch_gather_by_loads(const LimitRows& rows, int blocks, cudaStream_t stream);
+void launch_gather_by_bulk(const LimitRows& rows, int blocks, cudaStream_t stream);
 /// Before the first launch on a device.
 void prepare_limits();
 
