@@ -5,7 +5,6 @@ same seed, on one rank; the two loss curves must agree. Text: --file, or this pr
 
 import argparse
 import json
-import os
 import pathlib
 import socket
 import sys
@@ -13,10 +12,10 @@ from typing import Any, Dict, List
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import deep_ep
+from deep_ep.utils.envs import launch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -135,8 +134,8 @@ def train(rank: int, ranks: int, args: argparse.Namespace) -> Dict[str, Any]:
     return {"losses": losses, "load": by_layer}
 
 
-def run(rank: int, ranks: int, args: argparse.Namespace) -> None:
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+def run(rank: int, ranks: int, port: int, args: argparse.Namespace) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     result = train(rank, ranks, args)
     if rank == 0:
         (pathlib.Path(args.out) / f"{ranks}_ranks.json").write_text(json.dumps(result))
@@ -199,8 +198,7 @@ def main() -> int:
     (out / "text").write_bytes(gather_text(args.file))  # both runs learn the same, whoever edits the sources meanwhile
     results = {}
     for ranks in (args.num_processes, 1):
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-        mp.spawn(run, args=(ranks, args), nprocs=ranks)
+        launch(run, ranks, ranks, free_port(), args)
         results[ranks] = json.loads((out / f"{ranks}_ranks.json").read_text())
     draw(results, out / "train_moe.png")
     curves = [result["losses"] for result in results.values()]

@@ -8,8 +8,7 @@ from typing import Any, Tuple
 import deep_ep
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from deep_ep.utils.envs import init_dist
+from deep_ep.utils.envs import init_dist, launch
 from deep_ep.utils.math import calc_diff, per_token_cast_back
 from deep_ep.utils.testing import bench
 
@@ -78,4 +77,4 @@ if __name__ == "__main__":
     parser.add_argument("--num-warmups", type=int, default=3)
     parser.add_argument("--num-tests", type=int, default=20)
     arguments = parser.parse_args()
-    mp.spawn(run, args=(arguments.num_processes, arguments), nprocs=arguments.num_processes)
+    launch(run, arguments.num_processes, arguments.num_processes, arguments)

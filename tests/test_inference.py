@@ -9,8 +9,7 @@ from typing import Any, List
 import deep_ep
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from deep_ep.utils.envs import init_dist
+from deep_ep.utils.envs import init_dist, launch
 
 
 def step(buffer: Any, x: torch.Tensor, topk: Any, experts: torch.Tensor, args: argparse.Namespace) -> List[float]:
@@ -65,4 +64,4 @@ if __name__ == "__main__":
     parser.add_argument("--num-warmups", type=int, default=3)
     parser.add_argument("--num-tests", type=int, default=20)
     arguments = parser.parse_args()
-    mp.spawn(run, args=(arguments.num_processes, arguments), nprocs=arguments.num_processes)
+    launch(run, arguments.num_processes, arguments.num_processes, arguments)

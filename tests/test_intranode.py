@@ -9,8 +9,7 @@ from typing import Any, List
 import deep_ep
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from deep_ep.utils.envs import dist_print, init_dist
+from deep_ep.utils.envs import dist_print, init_dist, launch
 from deep_ep.utils.math import calc_diff, per_token_cast_back, per_token_cast_to_fp8
 from deep_ep.utils.testing import bench
 
@@ -130,4 +129,4 @@ def parser(description: str, num_processes: int) -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     arguments = parser(__doc__ or "", 4).parse_args()
-    mp.spawn(run, args=(arguments.num_processes, arguments), nprocs=arguments.num_processes)
+    launch(run, arguments.num_processes, arguments.num_processes, arguments)

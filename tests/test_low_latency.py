@@ -9,8 +9,7 @@ from typing import Any
 import deep_ep
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from deep_ep.utils.envs import dist_print, init_dist
+from deep_ep.utils.envs import dist_print, init_dist, launch
 from deep_ep.utils.math import calc_diff, hash_tensor, per_token_cast_back
 from deep_ep.utils.testing import bench
 
@@ -135,4 +134,4 @@ if __name__ == "__main__":
     parser.add_argument("--num-warmups", type=int, default=5)
     parser.add_argument("--num-tests", type=int, default=20)
     arguments = parser.parse_args()
-    mp.spawn(run, args=(arguments.num_processes, arguments), nprocs=arguments.num_processes)
+    launch(run, arguments.num_processes, arguments.num_processes, arguments)

@@ -15,6 +15,7 @@ from .elastic import ElasticBuffer
 from .event import EventHandle, EventOverlap
 from .group import in_process_group
 from .handle import EPHandle
+from .hybrid import HybridEPBuffer
 from .topology import get_logical_domain_size, get_physical_domain_size
 
 if hasattr(torch.library, "custom_op"):  # torch >= 2.4
@@ -29,6 +30,7 @@ __all__ = [
     "ErrorCode",
     "EventHandle",
     "EventOverlap",
+    "HybridEPBuffer",
     "Placement",
     "WaitRecord",
     "__version__",

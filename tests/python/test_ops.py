@@ -78,7 +78,7 @@ def _compiled(rank):
 
 
 def test_torch_compile_traces_the_layer_in_one_graph():
-    spawn(_compiled)
+    spawn(_compiled, 2)
 
 
 @pytest.mark.parametrize("layout", ["by_rank", "by_expert"])

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Ranks as processes, over torch.distributed with gloo: the group, a part of it, and DeepEP's pipeline calls."""
 
-import os
 import socket
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import torch.multiprocessing
 from deep_ep import Buffer, ElasticBuffer, get_logical_domain_size, get_physical_domain_size
+from deep_ep.utils.envs import launch
 
 from ranks import dispatch_v1, make_tokens, member_of
 
@@ -20,14 +20,15 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def spawn(body):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    mp.spawn(_start, args=(body,), nprocs=RANKS)
+def spawn(body, ranks=RANKS):
+    """body(rank) in so many processes, which are a gloo group."""
+    torch.multiprocessing.set_forkserver_preload(["deep_ep", "torch._dynamo"])  # once for all tests
+    launch(_start, ranks, body, ranks, free_port())
 
 
-def _start(rank, body):
+def _start(rank, body, ranks, port):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     body(rank)
     dist.barrier()
     dist.destroy_process_group()

@@ -3,10 +3,11 @@
 
 import os
 import random
-from typing import Any, Optional, Tuple
+from typing import Any, Callable, Optional, Tuple
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 
 from ..topology import get_logical_domain_size, get_physical_domain_size
 
@@ -23,6 +24,7 @@ __all__ = [
     "get_rdma_gbs",
     "init_dist",
     "init_seed",
+    "launch",
 ]
 
 _seeds = {"global": 0, "local": 0}
@@ -31,6 +33,12 @@ _seeds = {"global": 0, "local": 0}
 def device() -> torch.device:
     """Where tests make their tensors: the CPU, unless EP_TEST_DEVICE says otherwise."""
     return torch.device(os.environ.get("EP_TEST_DEVICE", "cpu"))
+
+
+def launch(run: Callable[..., None], num_processes: int, *arguments: Any) -> None:
+    """Runs run(number, *arguments) in so many processes of this machine. torch is imported once, by the process that they
+    are copies of; that one touches no GPU."""
+    torch.multiprocessing.start_processes(run, args=arguments, nprocs=num_processes, start_method="forkserver")
 
 
 def init_dist(local_rank: int, num_local_ranks: int, seed: int = 0) -> Tuple[int, int, Any]:
