@@ -40,10 +40,16 @@ struct TcpRendezvous {
   std::string job = "deep_ep";   // ranks with another job name are refused
   std::uint64_t generation = 0;  // raise it to open again after a failure: ranks of an older generation are refused
   std::chrono::milliseconds timeout{60000};
+  /// Known to the ranks of this group only: each proves to rank 0, and rank 0 to each, that it knows it, without sending
+  /// it (HMAC-SHA256; needs OpenSSL's libcrypto at run time). Empty: whoever reaches the port and knows job, generation
+  /// and sizes may join. What ranks say after they have met is not encrypted.
+  std::string secret;
 
   /// From MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE, as torchrun and most launchers set them. Where torchrun's
   /// agent itself listens on MASTER_PORT (TORCHELASTIC_USE_AGENT_STORE=True) the next port is taken; EP_MASTER_PORT
-  /// overrides both. Absent variables mean a world of one rank; present and malformed ones throw kInvalidArgument.
+  /// overrides both. The secret is EP_RENDEZVOUS_SECRET, or what stands in the file that EP_RENDEZVOUS_SECRET_FILE
+  /// names, without a newline at its end. Absent variables mean a world of one rank; present and malformed ones throw
+  /// kInvalidArgument.
   static TcpRendezvous from_environment();
 };
 

@@ -2,6 +2,9 @@
 // Where ranks meet, as launchers say it by environment variables.
 #include "environment.h"
 
+#include <fstream>
+#include <iterator>
+
 #include "deep_ep/bootstrap.h"
 #include "deep_ep/error.h"
 
@@ -32,6 +35,23 @@ int port_from_environment(int fallback) {
   return master_port + 1;
 }
 
+std::string secret_from_environment() {
+  const auto secret = environment("EP_RENDEZVOUS_SECRET");
+  const auto path = environment("EP_RENDEZVOUS_SECRET_FILE");
+  if (secret && path)
+    throw Error(ErrorCode::kInvalidArgument,
+                "environment variables EP_RENDEZVOUS_SECRET and EP_RENDEZVOUS_SECRET_FILE: both are set");
+  if (!path) return secret.value_or("");
+  std::ifstream file(*path, std::ios::binary);
+  std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  if (!text.empty() && text.back() == '\n') text.pop_back();
+  // An empty secret would let everybody in, which is not what the variable asks for.
+  if (!file || text.empty())
+    throw Error(ErrorCode::kInvalidArgument,
+                "environment variable EP_RENDEZVOUS_SECRET_FILE: '" + *path + "' cannot be read, or is empty");
+  return text;
+}
+
 }  // namespace
 
 TcpRendezvous TcpRendezvous::from_environment() {
@@ -43,6 +63,7 @@ TcpRendezvous TcpRendezvous::from_environment() {
     where.address = *address;
   }
   where.port = port_from_environment(where.port);
+  where.secret = secret_from_environment();
   where.num_ranks = environment_int("WORLD_SIZE", 1, 1, kMostRanks);
   where.rank = environment_int("RANK", 0, 0, kMostRanks - 1);
   if (where.rank >= where.num_ranks) {

@@ -34,7 +34,7 @@ class Joining {
     std::string obstacle = "no attempt was made";
     do {
       // Resolved anew each time: the name of a host that is being started may be known only later.
-      for (const Address& address : resolve(where_.address, where_.port, obstacle)) {
+      for (const Address& address : resolve(where_.address, where_.port, deadline_, obstacle)) {
         Opened opened = connect_to(address, Deadline(deadline_.left(kConnectTimeout)));
         if (!opened.socket.is_open()) {
           obstacle = opened.failure();
@@ -54,11 +54,20 @@ class Joining {
  private:
   Outcome greet(Socket socket) const {
     auto connection = std::make_unique<Connection>(std::move(socket), kMaxPayloadBytes);
-    connection->send(encode(Hello{where_.generation, where_.rank, where_.num_ranks, where_.job}));
+    const Bytes greeting = encode(Hello{where_.generation, where_.rank, where_.num_ranks, where_.job, random_nonce()});
+    connection->send(greeting);
+    const std::span claims = std::span(greeting).subspan(kHeaderBytes);
+    std::optional<Nonce> challenge;
     Deadline patience = deadline_;
     bool has_given_up = false;
     for (;;) {
-      if (connection->peek() != nullptr) return answer(std::move(connection));
+      if (connection->peek() != nullptr && connection->peek()->kind == FrameKind::kChallenge && !challenge) {
+        challenge = take_challenge(*connection);
+        const Proof proof = prove(ProofOf::kJoiningRank, where_.secret, claims, *challenge);
+        connection->send(encode(Frame{FrameKind::kProof, 0, {proof.begin(), proof.end()}}));
+        continue;
+      }
+      if (connection->peek() != nullptr) return answer(std::move(connection), claims, challenge);
       if (connection->has_ended()) return {nullptr, "rank 0 did not answer: " + connection->end_reason()};
       if (patience.passed()) {
         if (has_given_up) return {nullptr, "it accepted the connection and did not answer"};
@@ -71,9 +80,31 @@ class Joining {
     }
   }
 
-  Outcome answer(std::unique_ptr<Connection> connection) const {
+  Nonce take_challenge(Connection& connection) const {
+    const Frame frame = connection.take();
+    if (where_.secret.empty())
+      throw Error(ErrorCode::kInvalidArgument, "secret: rank 0 asks for one, " + self_ + " has none");
+    Nonce challenge{};
+    if (frame.payload.size() == challenge.size())
+      std::copy(frame.payload.begin(), frame.payload.end(), challenge.begin());
+    return challenge;
+  }
+
+  // A rank 0 that does not know the secret is none of ours.
+  void check_welcome(const Frame& frame, std::span<const std::byte> claims,
+                     const std::optional<Nonce>& challenge) const {
+    if (where_.secret.empty()) return;
+    const bool holds = challenge && is_same(prove(ProofOf::kRank0, where_.secret, claims, *challenge), frame.payload);
+    if (!holds) throw Error(ErrorCode::kInvalidArgument, "secret: rank 0 does not know it, or has none");
+  }
+
+  Outcome answer(std::unique_ptr<Connection> connection, std::span<const std::byte> claims,
+                 const std::optional<Nonce>& challenge) const {
     const Frame frame = connection->take();
-    if (frame.kind == FrameKind::kWelcome) return {std::move(connection), ""};
+    if (frame.kind == FrameKind::kWelcome) {
+      check_welcome(frame, claims, challenge);
+      return {std::move(connection), ""};
+    }
     if (frame.kind == FrameKind::kComeAgain) return {nullptr, decode_text(frame.payload)};
     const auto failure = frame.kind == FrameKind::kFailed ? decode_failure(frame.payload) : std::nullopt;
     if (!failure) return {nullptr, "rank 0 gave an answer that makes no sense"};

@@ -26,6 +26,9 @@ struct Guest {
   std::unique_ptr<Connection> connection;
   std::string from;
   Deadline hello_by{kHelloTimeout};
+  // Once it has greeted us and we have a secret
+  Bytes greeting{};
+  Nonce challenge{};
 };
 
 class Reception {
@@ -101,20 +104,36 @@ class Reception {
       return refuse(guest, guest.connection->has_ended() ? guest.connection->end_reason() : "it said nothing");
     }
     const Frame frame = guest.connection->take();
-    const auto hello = frame.kind == FrameKind::kHello ? decode_hello(frame.payload) : std::nullopt;
-    if (!hello) return refuse(guest, "its greeting is malformed");
-    if (hello->job != where_.job) {
-      return refuse(guest, "job: '" + hello->job + "' vs '" + where_.job + "' at rank 0");
+    if (guest.greeting.empty()) {
+      const auto hello = frame.kind == FrameKind::kHello ? decode_hello(frame.payload) : std::nullopt;
+      if (!hello) return refuse(guest, "its greeting is malformed");
+      if (where_.secret.empty()) return judge(std::move(guest), *hello);
+      guest.greeting = frame.payload;
+      guest.challenge = random_nonce();
+      guest.connection->send(encode(Frame{FrameKind::kChallenge, 0, {guest.challenge.begin(), guest.challenge.end()}}));
+      return guests_.push_back(std::move(guest));
     }
-    if (hello->generation != where_.generation) {
-      const std::string reason = "generation: " + std::to_string(hello->generation) + " vs " +
-                                 std::to_string(where_.generation) + " at rank 0";
-      if (hello->generation < where_.generation) return refuse(guest, reason);
+    const Proof expected = prove(ProofOf::kJoiningRank, where_.secret, guest.greeting, guest.challenge);
+    if (frame.kind != FrameKind::kProof || !is_same(expected, frame.payload))
+      return refuse(guest, "secret: its answer is wrong");
+    const Hello hello = *decode_hello(guest.greeting);
+    judge(std::move(guest), hello);
+  }
+
+  // It may ask to join.
+  void judge(Guest guest, const Hello& hello) {
+    if (hello.job != where_.job) {
+      return refuse(guest, "job: '" + hello.job + "' vs '" + where_.job + "' at rank 0");
+    }
+    if (hello.generation != where_.generation) {
+      const std::string reason =
+          "generation: " + std::to_string(hello.generation) + " vs " + std::to_string(where_.generation) + " at rank 0";
+      if (hello.generation < where_.generation) return refuse(guest, reason);
       // We are the old ones; a newer rank 0 will listen here when we are gone.
       guest.connection->send(encode_come_again(reason));
       return count_refusal(guest, reason);
     }
-    admit(std::move(guest), *hello);
+    admit(std::move(guest), hello);
   }
 
   void admit(Guest guest, const Hello& hello) {
@@ -168,11 +187,15 @@ class Reception {
   std::vector<std::unique_ptr<Connection>> welcome_all() {
     // First, so that a rank which opens its next group at once does not meet this listener again.
     listener_ = Socket();
-    const auto frame = std::make_shared<const Bytes>(encode(FrameKind::kWelcome, 0));
     std::vector<std::unique_ptr<Connection>> all(where_.num_ranks);
     for (int r = 1; r < where_.num_ranks; ++r) {
+      Frame welcome{FrameKind::kWelcome, 0, {}};
+      if (!where_.secret.empty()) {
+        const Proof proof = prove(ProofOf::kRank0, where_.secret, ranks_[r].greeting, ranks_[r].challenge);
+        welcome.payload.assign(proof.begin(), proof.end());
+      }
       all[r] = std::move(ranks_[r].connection);
-      all[r]->send(frame);
+      all[r]->send(encode(welcome));
     }
     return all;
   }
@@ -209,7 +232,7 @@ void ask_who_listens(const TcpRendezvous& where) {
 
 Socket open_listener(const TcpRendezvous& where) {
   std::string failure;
-  const std::vector<Address> addresses = resolve(where.address, where.port, failure);
+  const std::vector<Address> addresses = resolve(where.address, where.port, Deadline(where.timeout), failure);
   if (addresses.empty()) throw Error(ErrorCode::kInvalidArgument, "address: " + failure);
   const Deadline patience(std::min<std::chrono::milliseconds>(where.timeout, kBindPatience));
   for (;;) {

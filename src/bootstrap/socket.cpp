@@ -11,8 +11,10 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <future>
 #include <memory>
 #include <system_error>
+#include <thread>
 
 #include "deep_ep/error.h"
 
@@ -71,26 +73,51 @@ std::string describe_errno(int error) {
 
 std::string Opened::failure() const { return call + ": " + describe_errno(error); }
 
-std::vector<Address> resolve(const std::string& address, int port, std::string& failure) {
+namespace {
+
+struct Resolved {
+  std::vector<Address> addresses;
+  std::string failure;
+};
+
+Resolved look_up(const std::string& address, int port, int flags, decltype(&getaddrinfo) lookup) {
   addrinfo hints{};
   hints.ai_family = AF_UNSPEC;
   hints.ai_socktype = SOCK_STREAM;
-  hints.ai_flags = AI_NUMERICSERV;
+  hints.ai_flags = AI_NUMERICSERV | flags;
   addrinfo* found = nullptr;
-  const int error = getaddrinfo(address.c_str(), std::to_string(port).c_str(), &hints, &found);
-  if (error != 0) {
-    failure = "getaddrinfo '" + address + "': " + (error == EAI_SYSTEM ? describe_errno(errno) : gai_strerror(error));
-    return {};
-  }
+  const int error = lookup(address.c_str(), std::to_string(port).c_str(), &hints, &found);
+  if (error != 0)
+    return {{},
+            "getaddrinfo '" + address + "': " + (error == EAI_SYSTEM ? describe_errno(errno) : gai_strerror(error))};
   const std::unique_ptr<addrinfo, decltype(&freeaddrinfo)> owner(found, freeaddrinfo);
-  std::vector<Address> addresses;
+  Resolved resolved;
   for (const addrinfo* entry = found; entry != nullptr; entry = entry->ai_next) {
     Address one;
     one.size = entry->ai_addrlen;
     std::memcpy(&one.storage, entry->ai_addr, entry->ai_addrlen);
-    addresses.push_back(one);
+    resolved.addresses.push_back(one);
   }
-  return addresses;
+  return resolved;
+}
+
+}  // namespace
+
+std::vector<Address> resolve(const std::string& address, int port, const Deadline& deadline, std::string& failure,
+                             decltype(&getaddrinfo) lookup) {
+  // A number needs no server, and no thread.
+  if (auto number = look_up(address, port, AI_NUMERICHOST, &getaddrinfo); number.failure.empty())
+    return number.addresses;
+  auto promise = std::make_shared<std::promise<Resolved>>();
+  std::future<Resolved> answer = promise->get_future();
+  std::thread([promise, address, port, lookup] { promise->set_value(look_up(address, port, 0, lookup)); }).detach();
+  if (answer.wait_until(deadline.at()) != std::future_status::ready) {
+    failure = "getaddrinfo '" + address + "': the name server did not answer in time";
+    return {};
+  }
+  Resolved resolved = answer.get();
+  if (!resolved.failure.empty()) failure = resolved.failure;
+  return resolved.addresses;
 }
 
 std::string join_address(const std::string& address, int port) {

@@ -2,6 +2,7 @@
 // TCP sockets that close themselves and never block: listen, accept, connect before a deadline.
 #pragma once
 
+#include <netdb.h>
 #include <sys/socket.h>
 
 #include <string>
@@ -45,9 +46,10 @@ struct Opened {
   std::string failure() const;  // "connect: Connection refused (111)"
 };
 
-/// Numeric IPv4 and IPv6 addresses and names. Empty, with `failure` set, if the name is not known. A name server may
-/// take its own time to answer: getaddrinfo() has no deadline.
-std::vector<Address> resolve(const std::string& address, int port, std::string& failure);
+/// Numeric IPv4 and IPv6 addresses and names. Empty, with `failure` set, if the name is not known, or not by the
+/// deadline: a name server may take its own time to answer, so `lookup` then goes on in a thread of its own, unheard.
+std::vector<Address> resolve(const std::string& address, int port, const Deadline& deadline, std::string& failure,
+                             decltype(&getaddrinfo) lookup = &getaddrinfo);
 
 /// "127.0.0.1:29400" or "[::1]:29400".
 std::string to_string(const Address& address);

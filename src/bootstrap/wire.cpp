@@ -64,8 +64,7 @@ std::span<const std::byte> text_bytes(const std::string& text) {
 }
 
 bool is_known(std::uint16_t kind) {
-  return kind >= static_cast<std::uint16_t>(FrameKind::kHello) &&
-         kind <= static_cast<std::uint16_t>(FrameKind::kGathered);
+  return kind >= static_cast<std::uint16_t>(FrameKind::kHello) && kind <= static_cast<std::uint16_t>(FrameKind::kProof);
 }
 
 }  // namespace
@@ -80,10 +79,11 @@ Bytes encode(FrameKind kind, std::uint64_t round) { return begin_frame(kind, rou
 
 Bytes encode(const Hello& hello) {
   const auto job = text_bytes(hello.job);
-  Bytes out = begin_frame(FrameKind::kHello, 0, 20 + job.size());
+  Bytes out = begin_frame(FrameKind::kHello, 0, 20 + kProofBytes + job.size());
   put(out, hello.generation);
   put(out, hello.rank);
   put(out, hello.num_ranks);
+  put_bytes(out, hello.nonce);
   put(out, static_cast<std::uint32_t>(job.size()));
   put_bytes(out, job);
   return out;
@@ -147,11 +147,13 @@ std::optional<FrameHeader> decode_header(std::span<const std::byte, kHeaderBytes
 
 std::optional<Hello> decode_hello(std::span<const std::byte> payload) {
   Reader reader(payload);
-  if (!reader.has(20)) return std::nullopt;
+  if (!reader.has(20 + kProofBytes)) return std::nullopt;
   Hello hello;
   hello.generation = reader.get<std::uint64_t>();
   hello.rank = reader.get<std::int32_t>();
   hello.num_ranks = reader.get<std::int32_t>();
+  const auto nonce = reader.get_bytes(kProofBytes);
+  std::copy(nonce.begin(), nonce.end(), hello.nonce.begin());
   if (reader.get<std::uint32_t>() != reader.size()) return std::nullopt;
   hello.job = decode_text(reader.get_bytes(reader.size()));
   return hello;

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "bootstrap/proof.h"
 #include "deep_ep/error.h"
 
 namespace deep_ep::bootstrap {
@@ -19,20 +20,22 @@ namespace deep_ep::bootstrap {
 using Bytes = std::vector<std::byte>;
 
 constexpr std::uint32_t kMagic = 0x6d704544;  // "DEpm" in memory
-constexpr std::uint16_t kVersion = 1;
+constexpr std::uint16_t kVersion = 2;
 constexpr std::size_t kHeaderBytes = 24;
 constexpr std::size_t kMaxPayloadBytes = std::size_t{64} << 20;
 constexpr std::size_t kMaxJobBytes = 255;
-constexpr std::size_t kMaxHelloBytes = 24 + kMaxJobBytes;  // all that a stranger may send
+constexpr std::size_t kMaxHelloBytes = 24 + kProofBytes + kMaxJobBytes;  // all that a stranger may send
 
 enum class FrameKind : std::uint16_t {
   kHello = 1,      // to rank 0: who I am
-  kWelcome = 2,    // from rank 0: all ranks are there
+  kWelcome = 2,    // from rank 0: all ranks are there; payload: its own proof, where there is a secret
   kComeAgain = 3,  // from rank 0: you are newer than I am; payload: the reason as text
   kFailed = 4,     // from rank 0: this round, or the meeting, failed; payload: a Failure
   kGiveUp = 5,     // to rank 0: my deadline has passed; tell all who is missing
   kBlob = 6,       // to rank 0: my blob of this round
   kGathered = 7,   // from rank 0: everybody's blobs
+  kChallenge = 8,  // from rank 0, which has a secret: prove that you know it; payload: a nonce
+  kProof = 9,      // to rank 0: the answer
 };
 
 struct FrameHeader {
@@ -52,6 +55,7 @@ struct Hello {
   std::int32_t rank = 0;
   std::int32_t num_ranks = 0;
   std::string job;
+  Nonce nonce{};  // random; rank 0's proof answers it
 };
 
 /// An Error under way.
