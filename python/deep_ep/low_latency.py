@@ -38,6 +38,8 @@ class LowLatencyMode(Session):
         *,
         placement: Any = None,
     ) -> Tuple[Any, torch.Tensor, Tuple[Any, ...], EventOverlap, Hook]:
+        if isinstance(cumulative_local_expert_recv_stats, bool):  # the first V1 had use_fp8 in this place
+            use_fp8, cumulative_local_expert_recv_stats = cumulative_local_expert_recv_stats, None
         max_tokens, hidden = num_max_dispatch_tokens_per_rank, x.size(-1)
         core = self._core_for(hidden, max_tokens, topk_idx.size(-1), num_experts)
         try:

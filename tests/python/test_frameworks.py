@@ -3,9 +3,11 @@
 
 import json
 
+import deep_ep
 import torch
 from deep_ep import Buffer, Config, ElasticBuffer
 from deep_ep.utils import EventHandle, EventOverlap
+from deep_ep.utils.math import per_token_cast_back, per_token_cast_to_fp8
 
 from ranks import expected_rows, make_tokens, run_ranks
 
@@ -321,8 +323,9 @@ def test_lmdeploy_low_latency_with_positional_use_fp8():
             group, num_nvl_bytes=0, num_rdma_bytes=hint, low_latency_mode=True, num_qps_per_rank=LOCAL
         ) as buffer:
             recv, counts, handle, event, hook = buffer.low_latency_dispatch(
-                tokens.x, tokens.topk_idx, 128, EXPERTS, use_fp8=False, async_finish=True
+                tokens.x, tokens.topk_idx, 128, EXPERTS, False, async_finish=True
             )
+            assert isinstance(recv, torch.Tensor)
             event.current_stream_wait()
             rows = torch.zeros_like(recv)
             for slot in range(LOCAL):
@@ -364,3 +367,109 @@ def test_automodel_saves_and_restores_tensor_fields_of_the_handle():
 
     for before, after in run_ranks(RANKS, body):
         assert torch.equal(before, after)
+
+
+def test_vllm_second_generation_without_expansion_reads_the_counts_on_the_handle():
+    def body(group):
+        tokens = tokens_of(group)
+        buffer = ElasticBuffer(
+            group=group,
+            num_max_tokens_per_rank=16,
+            hidden=HIDDEN,
+            num_topk=TOPK,
+            use_fp8_dispatch=True,
+            allow_hybrid_mode=False,
+            prefer_overlap_with_compute=True,
+            allow_multiple_reduction=False,
+            num_cpu_timeout_secs=1800,
+            num_gpu_timeout_secs=1800,
+            explicitly_destroy=True,
+        )
+        assert buffer.get_theoretical_num_sms(num_experts=EXPERTS, num_topk=TOPK) % 2 == 0
+        recv_x, ids, weights, handle, event = buffer.dispatch(
+            x=per_token_cast_to_fp8(tokens.x),
+            topk_idx=tokens.topk_idx,
+            topk_weights=tokens.topk_weights,
+            num_experts=EXPERTS,
+            num_max_tokens_per_rank=16,
+            do_expand=False,
+            do_cpu_sync=False,
+            async_with_compute_stream=False,
+        )
+        assert event.event is None and handle.num_recv_tokens_per_expert_list == []
+        rows = int(handle.psum_num_recv_tokens_per_scaleup_rank[-1])
+        y = torch.zeros(recv_x[0].shape, dtype=torch.bfloat16)
+        share = torch.where(ids[:rows] >= 0, weights[:rows], 0.0).sum(dim=1, keepdim=True)
+        y[:rows] = (per_token_cast_back(recv_x[0][:rows], recv_x[1][:rows]).float() * share).to(torch.bfloat16)
+        combined, none, _ = buffer.combine(
+            x=y, handle=handle, topk_weights=None, async_with_compute_stream=False, allocate_on_comm_stream=False
+        )
+        assert none is None
+        buffer.destroy()
+        return tokens, combined
+
+    for tokens, combined in run_ranks(RANKS, body):
+        weight = torch.where(tokens.topk_idx >= 0, tokens.topk_weights, 0.0).sum(dim=1, keepdim=True)
+        assert torch.allclose(combined.float(), tokens.x.float() * weight, rtol=0.1, atol=0.1)
+
+
+def test_deepgemm_feeds_the_prefix_of_a_bounded_expanded_dispatch_to_its_gemm():
+    def body(group):
+        tokens = tokens_of(group)
+        stats = torch.zeros(LOCAL, dtype=torch.int32)
+        with ElasticBuffer(group, num_max_tokens_per_rank=16, hidden=HIDDEN, num_topk=TOPK) as buffer:
+            (data, sf), ids, weights, handle, _ = buffer.dispatch(
+                per_token_cast_to_fp8(tokens.x),
+                tokens.topk_idx,
+                tokens.topk_weights,
+                cumulative_local_expert_recv_stats=stats,
+                num_experts=EXPERTS,
+                expert_alignment=128,
+                do_cpu_sync=False,
+                do_handle_copy=False,
+                do_expand=True,
+                use_tma_aligned_col_major_sf=True,
+            )
+            y, begin = torch.zeros(data.shape, dtype=torch.bfloat16), 0
+            for slot, end in enumerate(handle.psum_num_recv_tokens_per_expert.tolist()):
+                assert end - begin == int(stats[slot])
+                back = per_token_cast_back(data[begin:end], sf[begin:end].contiguous())
+                y[begin:end] = (back.float() * weights[begin:end].unsqueeze(1)).to(torch.bfloat16)
+                begin = -(-end // 128) * 128
+            return tokens, buffer.combine(y, handle)[0]
+
+    for tokens, combined in run_ranks(RANKS, body):
+        weight = torch.where(tokens.topk_idx >= 0, tokens.topk_weights, 0.0).sum(dim=1, keepdim=True)
+        assert torch.allclose(combined.float(), tokens.x.float() * weight, rtol=0.1, atol=0.1)
+
+
+def test_deepspeed_uses_the_weights_that_combine_returns_as_their_gradient():
+    def body(group):
+        tokens = tokens_of(group)
+        with ElasticBuffer(group, num_max_tokens_per_rank=16, hidden=HIDDEN, num_topk=TOPK) as buffer:
+            recv_x, _, weights, handle, _ = buffer.dispatch(
+                tokens.x,
+                topk_idx=tokens.topk_idx.to(deep_ep.topk_idx_t),
+                topk_weights=tokens.topk_weights,
+                num_experts=EXPERTS,
+                expert_alignment=1,
+                do_expand=True,
+                num_sms=12,
+                num_qps=buffer.get_theoretical_num_qps(12),
+            )
+            grad, grad_weights, _ = buffer.combine(recv_x, handle, topk_weights=3 * weights, num_sms=12)
+            again = buffer.dispatch(grad, handle=handle, do_expand=True)[0]
+            return tokens, grad_weights, again.shape == recv_x.shape
+
+    for tokens, grad_weights, same_shape in run_ranks(RANKS, body):
+        assert same_shape
+        assert torch.equal(grad_weights, torch.where(tokens.topk_idx >= 0, 3 * tokens.topk_weights, 0.0))
+
+
+def test_xtuner_and_others_find_the_names_and_set_sms_at_import():
+    from deep_ep_cpp import EventHandle as of_extension
+
+    before = Buffer.num_sms
+    Buffer.set_num_sms(24)
+    Buffer.set_num_sms(before)
+    assert of_extension is EventHandle and deep_ep.HybridEPBuffer and EventOverlap(of_extension()).event is not None

@@ -7,10 +7,11 @@ import resource
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 import torch
-from deep_ep import Buffer, Error, ErrorCode, in_process_group
+from deep_ep import Buffer, Error, ErrorCode
 
 from ranks import dispatch_v1, make_tokens, run_ranks
 
@@ -138,27 +139,46 @@ def test_a_program_may_end_in_the_middle_of_everything():
     assert (ended.returncode, ended.stdout.strip(), ended.stderr.strip()) == (0, "end", "")
 
 
-def test_waits_do_not_hold_the_interpreter_lock():
-    import threading
-    import time
+def waits():
+    """name -> a call that waits for the other rank; each gets a buffer, tokens and what one round before gave."""
 
-    groups = in_process_group(2)
+    def normal(buffer, tokens, made):
+        dispatch_v1(buffer, tokens, EXPERTS)
+
+    def combine(buffer, tokens, made):
+        buffer.combine(made[0][0], made[0][4])
+
+    def low_latency(buffer, tokens, made):
+        buffer.low_latency_dispatch(tokens.x, tokens.topk_idx, 8, EXPERTS, use_fp8=False)
+
+    def hook(buffer, tokens, made):
+        buffer.low_latency_dispatch(tokens.x, tokens.topk_idx, 8, EXPERTS, use_fp8=False, return_recv_hook=True)[4]()
+
+    def low_latency_combine(buffer, tokens, made):
+        buffer.low_latency_combine(made[1][0], tokens.topk_idx, tokens.topk_weights, made[1][2])
+
+    def opening(buffer, tokens, made):
+        Buffer(buffer.group).close()
+
+    return [normal, combine, low_latency, hook, low_latency_combine, opening]
+
+
+@pytest.mark.parametrize("wait", waits(), ids=lambda each: each.__name__)
+def test_q16_waits_do_not_hold_the_interpreter_lock(wait):
     tokens = make_tokens(0, 6, HIDDEN, TOPK, EXPERTS)
     ticks = []
 
-    def slow(group):
-        with Buffer(group) as buffer:
+    def body(group):
+        with Buffer(group, 0, 1 << 20, low_latency_mode=True, timeout_secs=20) as buffer:
+            low = buffer.low_latency_dispatch(tokens.x, tokens.topk_idx, 8, EXPERTS, use_fp8=False)
+            made = dispatch_v1(buffer, tokens, EXPERTS), low
             if group.rank() == 1:
                 for _ in range(20):  # would not run if rank 0 held the lock in its wait
                     ticks.append(time.monotonic())
                     time.sleep(0.001)
-            dispatch_v1(buffer, tokens, EXPERTS)
+            wait(buffer, tokens, made)
 
-    threads = [threading.Thread(target=slow, args=(group,)) for group in groups]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_ranks(2, body)
     assert len(ticks) == 20
 
 

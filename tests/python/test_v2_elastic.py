@@ -520,3 +520,68 @@ def test_3_6_too_few_rows_are_refused_and_the_group_goes_on(expand):
         return buffer.combine(recv_x, handle)[0].shape == tokens.x.shape
 
     assert all(exchange(body)[0])
+
+
+@pytest.mark.parametrize("tma", [False, True], ids=["row-major", "tma"])
+def test_3_7_engram_brings_fp8_entries_and_their_scales(tma):
+    entries, hidden = 5, 128
+
+    def body(buffer, tokens):
+        random = torch.Generator().manual_seed(3)
+        all_sf = torch.rand((RANKS * entries, 2), generator=random)
+        table = torch.randn((RANKS * entries, hidden), generator=random).to(torch.float8_e4m3fn)
+        first = buffer.rank_idx * entries
+        with pytest.raises(Error, match="sf"):
+            buffer.engram_write(table[first : first + entries])
+        buffer.engram_write(table[first : first + entries], all_sf)
+        wanted = torch.randint(0, RANKS * entries, (3, 2), dtype=torch.int32, generator=random)
+        with pytest.raises(Error, match="indices"):
+            buffer.engram_fetch(wanted + RANKS * entries)
+        data, sf = buffer.engram_fetch(wanted, use_tma_aligned_col_major_sf=tma)()
+        flat = wanted.flatten().long()
+        expected = table.view(torch.uint8)[flat].view(3, -1)
+        return torch.equal(data.view(torch.uint8), expected), torch.equal(sf, all_sf[flat].view(3, -1)), sf.stride()
+
+    for same_data, same_sf, stride in exchange(body)[0]:
+        assert same_data and same_sf and stride == ((1, 4) if tma else (4, 1))
+
+
+def test_3_7_gathers_interleave_alone_and_in_batches_within_the_sessions_limits():
+    def body(buffer, tokens):
+        a, b = torch.full((4,), buffer.rank_idx), torch.full((2, 2), buffer.rank_idx + 0.5)
+        size = ElasticBuffer.get_agrs_num_max_session_bytes(buffer.group, (4,), torch.int64)
+        size += ElasticBuffer.get_agrs_num_max_session_bytes(buffer.group, [(2, 2)] * 2, torch.float32)
+        assert ElasticBuffer.get_agrs_buffer_size_hint(buffer.group, size) % (2 << 20) == 0
+        buffer.agrs_set_config(size, 2)
+        with buffer.agrs_new_session(enabled=False):
+            pass
+        buffer.create_agrs_session()
+        with pytest.raises(Error, match="open already"):
+            buffer.create_agrs_session()
+        own = buffer.agrs_get_inplace_tensor((4,), torch.int64)
+        own.copy_(a)
+        all_a, wait_a = buffer.all_gather(own)
+        all_b, all_c, wait_b = buffer.all_gather([b, b + 1])
+        wait_b(), wait_a()
+        with pytest.raises(Error, match="3 gathers"):
+            buffer.all_gather(a)
+        buffer.destroy_agrs_session()
+        return all_a, all_b, all_c
+
+    for all_a, all_b, all_c in exchange(body)[0]:
+        assert all_a[:, 0].tolist() == [0, 1, 2, 3]
+        assert all_b[:, 1, 1].tolist() == [0.5, 1.5, 2.5, 3.5] and torch.equal(all_c, all_b + 1)
+
+
+def test_3_3_a_barrier_lets_nobody_pass_before_everybody_came():
+    came = []
+
+    def body(buffer, tokens):
+        import time
+
+        time.sleep(0.02 * buffer.rank_idx)
+        came.append(buffer.rank_idx)
+        buffer.barrier(use_comm_stream=False, with_cpu_sync=True, sequential=False)
+        return len(came)
+
+    assert exchange(body)[0] == [RANKS] * RANKS
