@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: MIT
 """Ranks as processes, over torch.distributed with gloo: the group, a part of it, and DeepEP's pipeline calls."""
 
+import collections
+import queue
 import socket
+import types
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from deep_ep import Buffer, ElasticBuffer, get_logical_domain_size, get_physical_domain_size
+from deep_ep import Buffer, ElasticBuffer, Error, get_logical_domain_size, get_physical_domain_size
 from deep_ep.utils.envs import launch
 
-from ranks import dispatch_v1, make_tokens, member_of
+from ranks import dispatch_v1, make_tokens, member_of, run_ranks
 
 RANKS, EXPERTS, HIDDEN, TOPK = 4, 8, 128, 2
 
@@ -71,22 +75,62 @@ def test_2_5_sub_groups_at_once():
     spawn(_halves)
 
 
+def _pipeline_round(buffer, rank):
+    buffer.pp_set_config(1 << 12, 2)
+    following, before = (rank + 1) % RANKS, (rank - 1) % RANKS
+    for i in range(4):
+        buffer.pp_send(torch.full((16, 8), 10 * rank + i, dtype=torch.float32), following)
+        if i > 0:
+            received = torch.empty(16, 8)
+            buffer.pp_recv(received, before)
+            assert bool((received == 10 * before + i - 1).all())
+    last = torch.empty(16, 8)
+    buffer.pp_recv(last, before)
+    assert bool((last == 10 * before + 3).all())
+    buffer.barrier()
+
+
 def _pipeline(rank):
-    group = dist.new_group(list(range(RANKS)))
-    with ElasticBuffer(group, 2 << 20) as buffer:
-        buffer.pp_set_config(1 << 12, 2)
-        following, before = (rank + 1) % RANKS, (rank - 1) % RANKS
-        for i in range(4):
-            buffer.pp_send(torch.full((16, 8), 10 * rank + i, dtype=torch.float32), following)
-            if i > 0:
-                received = torch.empty(16, 8)
-                buffer.pp_recv(received, before)
-                assert bool((received == 10 * before + i - 1).all())
-        last = torch.empty(16, 8)
-        buffer.pp_recv(last, before)
-        assert bool((last == 10 * before + 3).all())
-        buffer.barrier()
+    with ElasticBuffer(dist.new_group(list(range(RANKS))), 2 << 20) as buffer:
+        _pipeline_round(buffer, rank)
 
 
 def test_3_7_pipeline_sends_to_ring_neighbours_arrive_in_order():
     spawn(_pipeline)
+
+
+class ThreadComm:
+    """What of mpi4py's communicators is used, among threads: blobs by (source, destination)."""
+
+    boxes = collections.defaultdict(queue.Queue)
+
+    def __init__(self, group):
+        self.group = group
+        self.Get_rank, self.Get_size, self.allgather = group.rank, group.size, group.all_gather_object
+
+    def Isend(self, buffer, dest, tag):  # noqa: N802  (mpi4py's names)
+        self.boxes[self.Get_rank(), dest].put(bytes(buffer))
+        return types.SimpleNamespace(Wait=lambda: None)
+
+    def Recv(self, buffer, source, tag):  # noqa: N802
+        buffer[:] = torch.frombuffer(bytearray(self.boxes[source, self.Get_rank()].get(timeout=20)), dtype=torch.uint8)
+
+
+def test_3_7_pipeline_calls_go_over_an_mpi_communicator_too():
+    def body(group):
+        with ElasticBuffer(ThreadComm(group), 2 << 20) as buffer:
+            _pipeline_round(buffer, group.rank())
+            with pytest.raises(Error, match="neighbour"):
+                buffer.pp_send(torch.zeros(8), (group.rank() + 2) % RANKS)
+
+    run_ranks(RANKS, body)
+
+
+def test_3_7_pipeline_calls_need_a_group_that_can_send():
+    def body(group):
+        with ElasticBuffer(group, 2 << 20) as buffer:
+            buffer.pp_set_config(1 << 12, 1)
+            with pytest.raises(Error, match="process group"):
+                buffer.pp_send(torch.zeros(8), (group.rank() + 1) % 2)
+
+    run_ranks(2, body)
