@@ -2,7 +2,7 @@
 """Any shape: what goes out comes back."""
 
 import torch
-from deep_ep import Buffer, ElasticBuffer
+from deep_ep import Buffer, ElasticBuffer, EPHandle, Placement
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -41,13 +41,19 @@ def test_identity_experts_multiply_a_token_by_its_ranks(num_ranks, tokens, hidde
 
 
 @SETTINGS
-@given(alignment=st.sampled_from([1, 4]), expand=st.booleans(), sync=st.booleans(), **SHAPES)
-def test_elastic_round_trips(num_ranks, tokens, hidden, local, topk, dropped, alignment, expand, sync):
+@given(
+    alignment=st.sampled_from([1, 4]),
+    expand=st.booleans(),
+    sync=st.booleans(),
+    node=st.sampled_from([1, 2, 8]),
+    **SHAPES,
+)
+def test_elastic_round_trips(num_ranks, tokens, hidden, local, topk, dropped, alignment, expand, sync, node):
     experts = num_ranks * local
 
     def body(group):
         mine = make_tokens(group.rank(), tokens, hidden, min(topk, experts), experts, dropped)
-        with ElasticBuffer(group, 2 << 20, num_gpu_timeout_secs=20) as buffer:
+        with ElasticBuffer(group, 2 << 20, num_gpu_timeout_secs=20, ranks_per_node=node) as buffer:
             recv_x, _, weights, handle, _ = buffer.dispatch(
                 mine.x,
                 mine.topk_idx,
@@ -83,3 +89,38 @@ def test_combine_is_exact_where_rows_are_small_integers(num_ranks, tokens, hidde
         factor = member_of(mine.topk_idx, experts, num_ranks).sum(dim=1, keepdim=True) + 2
         for each in combined:
             assert torch.equal(each, (mine.x.float() * factor).to(dtype))
+
+
+@SETTINGS
+@given(data=st.data(), expand=st.booleans(), saved=st.booleans(), node=st.sampled_from([2, 8]), **SHAPES)
+def test_any_placement_takes_every_selection_somewhere_and_back(
+    data, num_ranks, tokens, hidden, local, topk, dropped, expand, saved, node
+):
+    experts = num_ranks * local
+    hosted = [[] for _ in range(num_ranks)]
+    for expert in data.draw(st.permutations(range(experts))):
+        homes = data.draw(st.sets(st.integers(0, num_ranks - 1), min_size=1))
+        for rank in sorted(homes):
+            hosted[rank].append(expert)
+    placement = Placement.from_lists(hosted, experts, local_first=data.draw(st.booleans()))
+
+    def body(group):
+        mine = make_tokens(group.rank(), tokens, hidden, min(topk, experts), experts, dropped)
+        with ElasticBuffer(group, 2 << 20, num_gpu_timeout_secs=20, ranks_per_node=node) as buffer:
+            options = dict(num_experts=experts, num_max_tokens_per_rank=20, do_expand=expand, placement=placement)
+            recv_x, ids, weights, handle, _ = buffer.dispatch(mine.x, mine.topk_idx, mine.topk_weights, **options)
+            if saved:
+                handle = EPHandle.from_state_dict(handle.state_dict())
+            again = buffer.dispatch(mine.x, topk_weights=mine.topk_weights, handle=handle)
+            assert torch.equal(again[0], recv_x) and torch.equal(again[2], weights)
+            assert expand or torch.equal(again[1], ids)
+            combined, home, _ = buffer.combine(recv_x, handle, topk_weights=weights)
+            return mine, recv_x.size(0) if expand else int((ids >= 0).sum()), combined, home
+
+    results = run_ranks(num_ranks, body)
+    assert sum(count for _, count, *_ in results) == sum(int((mine.topk_idx >= 0).sum()) for mine, *_ in results)
+    for mine, _, combined, home in results:
+        assert torch.equal(home, torch.where(mine.topk_idx >= 0, mine.topk_weights, 0.0))
+        if expand:
+            wanted = mine.x.float() * (mine.topk_idx >= 0).sum(dim=1, keepdim=True)
+            assert torch.allclose(combined.float(), wanted, rtol=2e-2)
