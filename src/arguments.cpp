@@ -102,6 +102,12 @@ void check_companions(DispatchCall& call) {
   }
 }
 
+void require_same_memory(const Handle& handle, const CallScope& scope) {
+  const auto where = [](bool on_device) { return on_device ? "on a GPU" : "in ordinary memory"; };
+  require((handle.cuda_device >= 0) == scope.on_device, "handle: its tensors are {}, the buffer's are {}",
+          where(handle.cuda_device >= 0), where(scope.on_device));
+}
+
 // Routes from ids, or from an earlier dispatch.
 void check_routes(DispatchCall& call, const CallScope& scope, const std::shared_ptr<const Placement>& even) {
   const DispatchInput& in = call.in;
@@ -117,6 +123,7 @@ void check_routes(DispatchCall& call, const CallScope& scope, const std::shared_
     require(in.max_rows == 0 || in.max_rows == handle.num_rows,
             "max_rows must be left out with a handle, or its rows: {} vs {}", in.max_rows, handle.num_rows);
     require_eq(handle.num_ranks, scope.num_ranks, "handle's ranks == the buffer's ranks");
+    require_same_memory(handle, scope);
     require_eq(in.x.size(0), handle.num_tokens, "x rows == tokens of the handle");
     call.placement = handle.placement;
     call.layout = handle.layout;
@@ -297,6 +304,7 @@ CombineCall check_combine(Operation operation, const CombineInput& in, const Cal
   require(in.handle != nullptr, "handle must be given");
   const Handle& handle = *in.handle;
   require_eq(handle.num_ranks, scope.num_ranks, "handle's ranks == the buffer's ranks");
+  if (!handle.low_latency) require_same_memory(handle, scope);
   require(handle.low_latency == is_low_latency(operation), "handle: {} takes a handle of {}", name(operation),
           is_low_latency(operation) ? "low_latency_dispatch" : "dispatch");
   require(in.x.given() || in.topk_weights.given(), "x or topk_weights must be given");

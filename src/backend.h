@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "deep_ep/buffer.h"
 #include "plan/fp8.h"
@@ -77,6 +78,14 @@ struct CombineCall {
   int num_workers = 0;
 };
 
+/// A checked question about a layout.
+struct LayoutCall {
+  TensorView topk_idx;
+  int num_experts = 0;
+  std::shared_ptr<const Placement> placement;  // never null
+  Stream stream = nullptr;
+};
+
 /// Moves the bytes of one rank. Calls come as Buffer's do: collective, one thread at a time.
 class Backend {
  public:
@@ -91,14 +100,13 @@ class Backend {
   /// step.
   virtual void refuse(Operation operation, const std::string& why) = 0;
 
+  virtual DispatchLayout dispatch_layout(const LayoutCall& call) = 0;
   virtual Tensor allocate(const TensorView& shape) = 0;
+  virtual std::shared_ptr<void> lend(std::vector<std::shared_ptr<void>> owners, Stream user) = 0;
   virtual void set_masked(int rank, bool masked) = 0;
   virtual bool masked(int rank) const = 0;
   /// Raises what enqueued calls found out late.
   virtual void check() {}
-  /// A tensor of this backend's memory for host code to read, and back. Ordinary memory is both already.
-  virtual Tensor to_host(const TensorView& tensor) { return Tensor(tensor, nullptr); }
-  virtual Tensor from_host(Tensor tensor) { return tensor; }
   virtual Statistics statistics() const = 0;
   virtual void reset_statistics() = 0;
 };

@@ -2,14 +2,12 @@
 // The public Buffer: checks each call once, chooses the backend, hands the call over.
 #include "deep_ep/buffer.h"
 
-#include <algorithm>
 #include <map>
 #include <utility>
 
 #include "arguments.h"
 #include "backend.h"
 #include "check.h"
-#include "plan/routing.h"
 
 namespace deep_ep {
 
@@ -29,11 +27,13 @@ struct Buffer::State {
     return *backend;
   }
 
-  std::shared_ptr<const Placement> even_placement(const DispatchInput& in) {
-    if (in.placement || in.handle || in.num_experts < 1) return nullptr;
-    auto& placement = even[in.num_experts];
-    if (!placement) placement = Placement::even(in.num_experts, topology.num_ranks);
+  std::shared_ptr<const Placement> even_placement(int num_experts) {
+    auto& placement = even[num_experts];
+    if (!placement) placement = Placement::even(num_experts, topology.num_ranks);
     return placement;
+  }
+  std::shared_ptr<const Placement> even_placement(const DispatchInput& in) {
+    return in.placement || in.handle || in.num_experts < 1 ? nullptr : even_placement(in.num_experts);
   }
 
   // A call that fails its checks still counts as made: the peers are told, and stay in step.
@@ -64,6 +64,14 @@ struct Buffer::State {
     return checked(operation, [&] { return check_combine(operation, in, scope()); });
   }
 };
+
+bool has_backend(BackendKind kind) noexcept {
+#ifdef EP_WITH_CUDA
+  return kind == BackendKind::kHost || kind == BackendKind::kCuda;
+#else
+  return kind == BackendKind::kHost;
+#endif
+}
 
 Buffer::Buffer(std::unique_ptr<State> state) : state_(std::move(state)) {}
 Buffer::~Buffer() { close(); }
@@ -106,38 +114,13 @@ int Buffer::node_of(int rank) const {
   return state_->topology.node_of_rank[rank];
 }
 
-DispatchLayout Buffer::dispatch_layout(const TensorView& given_idx, int num_experts,
-                                       const std::shared_ptr<const Placement>& placement) const {
-  check_topk_idx(given_idx, num_experts, true);
-  const Tensor topk_idx = state_->open().to_host(given_idx);
-  check_topk_idx(topk_idx, num_experts);
-  const auto placed = placement ? placement : Placement::even(num_experts, num_ranks());
+DispatchLayout Buffer::dispatch_layout(const TensorView& topk_idx, int num_experts,
+                                       const std::shared_ptr<const Placement>& placement, Stream stream) const {
+  Backend& backend = state_->open();
+  check_topk_idx(topk_idx, num_experts, state_->on_device);
+  const auto placed = placement ? placement : state_->even_placement(num_experts);
   check_placement(*placed, num_experts, state_->scope());
-  const plan::PlacementView view{placed->first_replica().data(), placed->all_replicas().data(),
-                                 state_->topology.node_of_rank.data(), placed->policy()};
-  const plan::Routes routes = plan::make_routes(topk_idx, view, num_ranks(), placed->max_slots(), rank());
-  const std::int64_t tokens = routes.num_tokens;
-  const auto zeros = [](DType dtype, std::initializer_list<std::int64_t> shape) {
-    Tensor tensor = Tensor::allocate(dtype, shape);
-    std::fill_n(tensor.as<std::byte>(), tensor.bytes(), std::byte{0});
-    return tensor;
-  };
-  DispatchLayout layout{zeros(DType::kI32, {num_ranks()}), zeros(DType::kI32, {num_nodes()}),
-                        zeros(DType::kI32, {num_experts}), zeros(DType::kBool, {tokens, num_ranks()})};
-  std::copy(routes.tokens_to.begin(), routes.tokens_to.end(), layout.tokens_per_rank.as<std::int32_t>());
-  std::vector<std::int64_t> last_token(num_nodes(), -1);
-  for (std::int64_t i = 0; i < topk_idx.numel(); ++i) {
-    if (routes.rank[i] < 0) continue;
-    const std::int64_t token = i / routes.num_topk;
-    const int node = state_->topology.node_of_rank[routes.rank[i]];
-    ++layout.tokens_per_expert.as<std::int32_t>()[plan::expert_id(topk_idx, i)];
-    layout.is_token_in_rank.as<std::uint8_t>()[token * num_ranks() + routes.rank[i]] = 1;
-    if (std::exchange(last_token[node], token) != token) ++layout.tokens_per_node.as<std::int32_t>()[node];
-  }
-  for (Tensor* tensor :
-       {&layout.tokens_per_rank, &layout.tokens_per_node, &layout.tokens_per_expert, &layout.is_token_in_rank})
-    *tensor = state_->open().from_host(std::move(*tensor));
-  return layout;
+  return backend.dispatch_layout({topk_idx, num_experts, placed, stream});
 }
 
 DispatchOutput Buffer::dispatch(const DispatchInput& input) {
@@ -164,6 +147,11 @@ void Buffer::refuse(Operation operation, const std::string& why) { state_->refus
 
 Tensor Buffer::allocate(DType dtype, std::initializer_list<std::int64_t> shape) {
   return state_->open().allocate(TensorView(static_cast<void*>(nullptr), dtype, shape));
+}
+
+std::shared_ptr<void> Buffer::lend(std::vector<std::shared_ptr<void>> owners, Stream user) {
+  if (user != nullptr) return state_->open().lend(std::move(owners), user);
+  return std::make_shared<std::vector<std::shared_ptr<void>>>(std::move(owners));
 }
 
 void Buffer::set_masked(int rank, bool masked) {

@@ -20,6 +20,9 @@
 
 namespace deep_ep {
 
+/// Whether this library was built with that backend.
+bool has_backend(BackendKind kind) noexcept;
+
 /// The collective calls of a Buffer.
 enum class Operation : std::uint8_t { kDispatch, kCombine, kLowLatencyDispatch, kLowLatencyCombine };
 
@@ -60,6 +63,7 @@ struct Handle {
   int expert_alignment = 1;
   int max_tokens_per_rank = 0;  // kPadded only
   bool low_latency = false;     // made by low_latency_dispatch
+  int cuda_device = -1;         // where its tensors are: a GPU, or -1: ordinary memory
   bool topk_idx_64 = true;
   std::shared_ptr<const Placement> placement;
 
@@ -79,6 +83,8 @@ struct Handle {
                           // of high throughput, where it is the arrival itself
   Tensor slot_rows;       // i32 [slots]: real rows (kByRank: selections) of each hosted expert
   Tensor slot_first_row;  // i32 [slots + 1]: first row of each; kByRank: the prefix of slot_rows, each aligned
+  std::vector<std::int32_t> counted_first_row;  // CUDA buffers: slot_first_row as the host read it; empty where the
+                                                // dispatch was bounded
   Tensor tokens_between;  // i32 [num_ranks, num_ranks]: distinct tokens from rank i to rank j; low latency: column
                           // `rank` only
 };
@@ -276,9 +282,11 @@ class Buffer {
   int node_of(int rank) const;
   const Config& config() const;
 
-  /// Counts only, no communication. topk_idx as in DispatchInput.
+  /// Counts only, no communication. topk_idx as in DispatchInput; `stream` likewise. With a stream, ids that name no
+  /// expert are left out of the counts: the dispatch will refuse them.
   DispatchLayout dispatch_layout(const TensorView& topk_idx, int num_experts,
-                                 const std::shared_ptr<const Placement>& placement = nullptr) const;
+                                 const std::shared_ptr<const Placement>& placement = nullptr,
+                                 Stream stream = nullptr) const;
 
   /// High throughput: sends each token once to every rank that hosts one of its experts; returns when everything has
   /// come. Collective. Throws kInvalidArgument (also: ids out of range, ranks whose calls differ, an arena too small
@@ -306,6 +314,11 @@ class Buffer {
   /// Memory that peers can read: combine takes it in place, without a staging copy. Uninitialised. Throws
   /// kInvalidArgument with the bytes needed and there if the arena is full.
   Tensor allocate(DType dtype, std::initializer_list<std::int64_t> shape);
+
+  /// One owner for all of these owners of a CUDA buffer's outputs, for a caller who uses them on `user`, a stream that
+  /// its calls do not run on: when the last copy is dropped (on any thread), the memory serves again once `user` has
+  /// done what it held by then. Host buffers, and a null stream: it serves again at once.
+  std::shared_ptr<void> lend(std::vector<std::shared_ptr<void>> owners, Stream user);
 
   /// Leaves a rank out: nothing is sent to it and nobody waits for it; its rows count as none. A local decision, which
   /// ranks should take together. Taken back with masked = false. High throughput and low latency alike.

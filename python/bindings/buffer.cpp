@@ -23,96 +23,111 @@ std::chrono::milliseconds milliseconds(double seconds) {
   return std::chrono::milliseconds(static_cast<std::int64_t>(seconds * 1000));
 }
 
-BufferPtr open(const std::shared_ptr<Bootstrap>& group, const Config& config, int num_workers) {
+Seat open(const std::shared_ptr<Bootstrap>& group, const Config& config, int num_workers, Device device) {
   Options options;
   options.num_workers = num_workers;
+  if (device != kCpu) options.backend = BackendKind::kCuda, options.cuda_device = device;
   nb::gil_scoped_release unlocked;
-  return Buffer::open(group, config, options);
+  return Seat{Buffer::open(group, config, options), device};
 }
 
 // Where Python found the mistake: the peers' same call says so.
-void refuse(Buffer& buffer, std::string_view operation, const std::string& why) {
+void refuse(const Seat& seat, std::string_view operation, const std::string& why) {
   nb::gil_scoped_release unlocked;
   for (const Operation each :
        {Operation::kDispatch, Operation::kCombine, Operation::kLowLatencyDispatch, Operation::kLowLatencyCombine})
-    if (operation == name(each)) buffer.refuse(each, why);
+    if (operation == name(each)) seat->refuse(each, why);
 }
 
 // Arguments that cannot even be read are refused like those that the library rejects.
 template <typename Parse>
-auto parsed(Buffer& buffer, Operation operation, const Parse& parse) {
+auto parsed(const Seat& seat, Operation operation, const Parse& parse) {
   try {
     return parse();
   } catch (const std::exception& error) {
     const std::string why = error.what();  // before the interpreter's lock goes: an error of Python lives there
     nb::gil_scoped_release unlocked;
-    buffer.refuse(operation, why);
+    seat->refuse(operation, why);
     throw;
   }
 }
 
-nb::tuple dispatch(Buffer& buffer, const nb::kwargs& keywords) {
-  const DispatchInput input = parsed(buffer, Operation::kDispatch, [&] { return dispatch_input(keywords); });
+nb::tuple dispatch(const Seat& seat, const nb::kwargs& keywords) {
+  const DispatchInput input = parsed(seat, Operation::kDispatch, [&] { return dispatch_input(seat, keywords); });
   DispatchOutput output;
   {
     nb::gil_scoped_release unlocked;
-    output = buffer.dispatch(input);
+    output = lent(seat, seat->dispatch(input), input.handle == nullptr);
   }
-  return to_python(output);
+  return to_python(output, seat.device);
 }
 
-nb::tuple combine(Buffer& buffer, const nb::kwargs& keywords) {
-  const CombineInput input = parsed(buffer, Operation::kCombine, [&] { return combine_input(keywords); });
+nb::tuple combine(const Seat& seat, const nb::kwargs& keywords) {
+  const CombineInput input = parsed(seat, Operation::kCombine, [&] { return combine_input(seat, keywords); });
   CombineOutput output;
   {
     nb::gil_scoped_release unlocked;
-    output = buffer.combine(input);
+    output = lent(seat, seat->combine(input));
   }
-  return to_python(output, keywords.contains("out") ? nb::borrow(keywords["out"]) : nb::none());
+  return to_python(output, keywords.contains("out") ? nb::borrow(keywords["out"]) : nb::none(), seat.device);
 }
 
 // With prepared tensors for a caller who looks at the outputs before receive().
-nb::object low_latency_dispatch(const BufferPtr& buffer, bool prepare, const nb::kwargs& keywords) {
-  const DispatchInput input = parsed(*buffer, Operation::kLowLatencyDispatch, [&] { return dispatch_input(keywords); });
-  DispatchTicket ticket(buffer, input);
+nb::object low_latency_dispatch(const Seat& seat, bool prepare, const nb::kwargs& keywords) {
+  const DispatchInput input =
+      parsed(seat, Operation::kLowLatencyDispatch, [&] { return dispatch_input(seat, keywords); });
+  DispatchTicket ticket(seat, input);
   if (!prepare) return nb::cast(std::move(ticket));
   nb::tuple tensors = ticket.prepare(input);
   return nb::make_tuple(tensors, nb::cast(std::move(ticket)));
 }
 
-nb::tuple dispatch_layout(const Buffer& buffer, nb::handle topk_idx, int num_experts,
+nb::tuple dispatch_layout(const Seat& seat, nb::handle topk_idx, int num_experts,
                           const std::shared_ptr<Placement>& placement) {
-  const TensorView ids = view_of(topk_idx, "topk_idx");
+  const TensorView ids = view_of(topk_idx, "topk_idx", seat.device);
   DispatchLayout layout;
   {
     nb::gil_scoped_release unlocked;
-    layout = buffer.dispatch_layout(ids, num_experts, placement);
+    layout = seat->dispatch_layout(ids, num_experts, placement, seat.calls);
+    if (seat.device != kCpu) {
+      const auto owner = seat->lend({layout.tokens_per_rank.owner, layout.is_token_in_rank.owner}, seat.user);
+      for (Tensor* each :
+           {&layout.tokens_per_rank, &layout.tokens_per_node, &layout.tokens_per_expert, &layout.is_token_in_rank})
+        each->owner = owner;
+    }
   }
-  return nb::make_tuple(to_torch(layout.tokens_per_rank), to_torch(layout.tokens_per_node),
-                        to_torch(layout.tokens_per_expert), to_torch(layout.is_token_in_rank));
+  return nb::make_tuple(to_torch(layout.tokens_per_rank, seat.device), to_torch(layout.tokens_per_node, seat.device),
+                        to_torch(layout.tokens_per_expert, seat.device),
+                        to_torch(layout.is_token_in_rank, seat.device));
 }
 
-nb::tuple weighted_combine_gradient(Buffer& buffer, const std::shared_ptr<Handle>& handle, nb::handle grad_out,
+nb::tuple weighted_combine_gradient(const Seat& seat, const std::shared_ptr<Handle>& handle, nb::handle grad_out,
                                     nb::handle weights, nb::handle rows) {
+  if (seat.device != kCpu)
+    throw Error(ErrorCode::kUnsupported, "weighted_combine_gradient: CPU buffers only, this one is on a GPU");
   const TensorView g = view_of(grad_out, "grad_out"), w = view_of(weights, "weights"), r = view_of(rows, "rows");
   WeightedCombineGradient gradient;
   {
     nb::gil_scoped_release unlocked;
-    gradient = weighted_combine_backward(buffer, handle, g, w, r);
+    gradient = weighted_combine_backward(*seat.buffer, handle, g, w, r);
   }
   return nb::make_tuple(to_torch(gradient.rows), to_torch(gradient.weights));
 }
 
-nb::object allocate(Buffer& buffer, nb::handle like, const std::vector<std::int64_t>& shape) {
-  const DType dtype = view_of(like, "like").dtype;
-  if (shape.size() == 1) return to_torch(buffer.allocate(dtype, {shape[0]}));
-  if (shape.size() == 2) return to_torch(buffer.allocate(dtype, {shape[0], shape[1]}));
-  if (shape.size() == 3) return to_torch(buffer.allocate(dtype, {shape[0], shape[1], shape[2]}));
-  throw Error(ErrorCode::kInvalidArgument, "shape must have 1 to 3 dimensions: it has " + std::to_string(shape.size()));
+nb::object allocate(const Seat& seat, nb::handle like, const std::vector<std::int64_t>& shape) {
+  const DType dtype = view_of(like, "like", device_of(like, "like")).dtype;
+  if (shape.empty() || shape.size() > TensorView::kMaxDims)
+    throw Error(ErrorCode::kInvalidArgument,
+                "shape must have 1 to 3 dimensions: it has " + std::to_string(shape.size()));
+  Tensor made = shape.size() == 1   ? seat->allocate(dtype, {shape[0]})
+                : shape.size() == 2 ? seat->allocate(dtype, {shape[0], shape[1]})
+                                    : seat->allocate(dtype, {shape[0], shape[1], shape[2]});
+  if (seat.device != kCpu) made.owner = seat->lend({made.owner}, seat.user);
+  return to_torch(made, seat.device);
 }
 
-nb::dict statistics(const Buffer& buffer) {
-  const Statistics s = buffer.statistics();
+nb::dict statistics(const Seat& seat) {
+  const Statistics s = seat->statistics();
   nb::list peers;
   for (const Statistics::Peer& peer : s.peers) {
     nb::dict each;
@@ -177,22 +192,32 @@ void bind_config(nb::module_& m) {
 
 void bind_buffer(nb::module_& m) {
   bind_config(m);
-  nb::class_<Buffer>(m, "CoreBuffer", "One rank's end of a group that exchanges tokens.")
-      .def_static("open", &open, nb::arg("group"), nb::arg("config"), nb::arg("num_workers") = 0)
-      .def_prop_ro("rank", &Buffer::rank)
-      .def_prop_ro("num_ranks", &Buffer::num_ranks)
-      .def_prop_ro("num_nodes", &Buffer::num_nodes)
-      .def("node_of", &Buffer::node_of, nb::arg("rank"))
+  m.def("has_cuda", [] { return has_backend(BackendKind::kCuda); });
+  nb::class_<Seat>(m, "CoreBuffer", "One rank's end of a group that exchanges tokens.")
+      .def_static("open", &open, nb::arg("group"), nb::arg("config"), nb::arg("num_workers") = 0,
+                  nb::arg("device") = kCpu)
+      .def(
+          "use_streams",
+          [](Seat& seat, std::uintptr_t calls, std::uintptr_t user) {
+            seat.calls = stream_of(calls), seat.user = stream_of(user);
+          },
+          nb::arg("calls"), nb::arg("user"),
+          "CUDA: operations from now on are enqueued on the stream `calls`, their results used on `user`.")
+      .def_prop_ro("rank", [](const Seat& seat) { return seat->rank(); })
+      .def_prop_ro("num_ranks", [](const Seat& seat) { return seat->num_ranks(); })
+      .def_prop_ro("num_nodes", [](const Seat& seat) { return seat->num_nodes(); })
+      .def(
+          "node_of", [](const Seat& seat, int rank) { return seat->node_of(rank); }, nb::arg("rank"))
       .def("dispatch_layout", &dispatch_layout, nb::arg("topk_idx"), nb::arg("num_experts"),
            nb::arg("placement").none() = nb::none())
       .def("dispatch", &dispatch)
       .def("combine", &combine)
       .def("low_latency_dispatch", &low_latency_dispatch)
       .def("low_latency_combine",
-           [](const BufferPtr& buffer, const nb::kwargs& keywords) {
+           [](const Seat& seat, const nb::kwargs& keywords) {
              const CombineInput input =
-                 parsed(*buffer, Operation::kLowLatencyCombine, [&] { return combine_input(keywords); });
-             return CombineTicket(buffer, input, keywords);
+                 parsed(seat, Operation::kLowLatencyCombine, [&] { return combine_input(seat, keywords); });
+             return CombineTicket(seat, input, keywords);
            })
       .def("weighted_combine_gradient", &weighted_combine_gradient, nb::arg("handle"), nb::arg("grad_out"),
            nb::arg("weights"), nb::arg("rows"))
@@ -200,19 +225,29 @@ void bind_buffer(nb::module_& m) {
       .def("allocate", &allocate, nb::arg("like"), nb::arg("shape"))
       .def(
           "supports_low_latency",
-          [](const Buffer& buffer, std::int64_t hidden, std::int64_t max_tokens, int num_topk, int num_experts) {
+          [](const Seat& seat, std::int64_t hidden, std::int64_t max_tokens, int num_topk, int num_experts) {
             CallShape shape{DType::kBf16, hidden, max_tokens, num_topk, num_experts, false, true};
-            return buffer.supports(shape).reason;
+            return seat->supports(shape).reason;
           },
           nb::arg("hidden"), nb::arg("max_tokens"), nb::arg("num_topk"), nb::arg("num_experts"),
           "Empty where BF16 rows of this shape fit; else what stands in the way.")
-      .def("set_masked", &Buffer::set_masked, nb::arg("rank"), nb::arg("masked"))
-      .def("masked", &Buffer::masked, nb::arg("rank"))
+      .def(
+          "set_masked", [](const Seat& seat, int rank, bool masked) { seat->set_masked(rank, masked); },
+          nb::arg("rank"), nb::arg("masked"))
+      .def(
+          "masked", [](const Seat& seat, int rank) { return seat->masked(rank); }, nb::arg("rank"))
       .def("statistics", &statistics)
-      .def("reset_statistics", &Buffer::reset_statistics)
-      .def("close", [](Buffer& buffer) {
+      .def("reset_statistics", [](const Seat& seat) { seat->reset_statistics(); })
+      .def(
+          "check",
+          [](const Seat& seat) {
+            nb::gil_scoped_release unlocked;
+            seat->check();
+          },
+          "Waits for what was enqueued and raises what it found out.")
+      .def("close", [](const Seat& seat) {
         nb::gil_scoped_release unlocked;
-        buffer.close();
+        seat->close();
       });
 }
 

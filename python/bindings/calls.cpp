@@ -7,7 +7,9 @@
 
 #include <string_view>
 #include <utility>
+#include <vector>
 
+#include "handles.h"
 #include "torch_tensor.h"
 
 namespace deep_ep::python {
@@ -23,17 +25,17 @@ std::shared_ptr<const T> shared(nb::handle object) {
   return object.is_none() ? nullptr : std::shared_ptr<const T>(nb::cast<std::shared_ptr<T>>(object));
 }
 
-bool set_tensor(DispatchInput& in, std::string_view key, nb::handle value) {
+bool set_tensor(DispatchInput& in, std::string_view key, nb::handle value, Device device) {
   if (key == "x") {
-    in.x = view_of(value, "x");
+    in.x = view_of(value, "x", device);
   } else if (key == "scales") {
-    in.scales = view_of(value, "scales");
+    in.scales = view_of(value, "scales", device);
   } else if (key == "topk_idx") {
-    in.topk_idx = view_of(value, "topk_idx");
+    in.topk_idx = view_of(value, "topk_idx", device);
   } else if (key == "topk_weights") {
-    in.topk_weights = view_of(value, "topk_weights");
+    in.topk_weights = view_of(value, "topk_weights", device);
   } else if (key == "side") {
-    for (nb::handle each : value) in.side.push_back(view_of(each, "side"));
+    for (nb::handle each : value) in.side.push_back(view_of(each, "side", device));
   } else {
     return false;
   }
@@ -80,19 +82,19 @@ bool set_choice(DispatchInput& in, std::string_view key, nb::handle value) {
   return true;
 }
 
-bool set_tensor(CombineInput& in, std::string_view key, nb::handle value) {
+bool set_tensor(CombineInput& in, std::string_view key, nb::handle value, Device device) {
   if (key == "x") {
-    in.x = view_of(value, "x");
+    in.x = view_of(value, "x", device);
   } else if (key == "topk_weights") {
-    in.topk_weights = view_of(value, "topk_weights");
+    in.topk_weights = view_of(value, "topk_weights", device);
   } else if (key == "weights") {
-    in.weights = view_of(value, "weights");
+    in.weights = view_of(value, "weights", device);
   } else if (key == "bias_0") {
-    in.bias[0] = view_of(value, "bias_0");
+    in.bias[0] = view_of(value, "bias_0", device);
   } else if (key == "bias_1") {
-    in.bias[1] = view_of(value, "bias_1");
+    in.bias[1] = view_of(value, "bias_1", device);
   } else if (key == "out") {
-    in.out = view_of(value, "out");
+    in.out = view_of(value, "out", device);
   } else {
     return false;
   }
@@ -122,33 +124,71 @@ bool set_choice(CombineInput& in, std::string_view key, nb::handle value) {
 
 }  // namespace
 
-DispatchInput dispatch_input(const nb::kwargs& keywords) {
+DispatchInput dispatch_input(const Seat& seat, const nb::kwargs& keywords) {
   DispatchInput in;
+  in.stream = seat.calls;
   for (auto [name, value] : keywords) {
     const std::string_view key = nb::borrow<nb::str>(name).c_str();
-    if (!set_tensor(in, key, value) && !set_number(in, key, value) && !set_choice(in, key, value)) unknown(key);
+    if (!set_tensor(in, key, value, seat.device) && !set_number(in, key, value) && !set_choice(in, key, value))
+      unknown(key);
   }
   return in;
 }
 
-CombineInput combine_input(const nb::kwargs& keywords) {
+CombineInput combine_input(const Seat& seat, const nb::kwargs& keywords) {
   CombineInput in;
+  in.stream = seat.calls;
   for (auto [name, value] : keywords) {
     const std::string_view key = nb::borrow<nb::str>(name).c_str();
-    if (!set_tensor(in, key, value) && !set_choice(in, key, value)) unknown(key);
+    if (!set_tensor(in, key, value, seat.device) && !set_choice(in, key, value)) unknown(key);
   }
   return in;
 }
 
-nb::tuple to_python(const DispatchOutput& output) {
-  nb::list side;
-  for (const Tensor& each : output.side) side.append(to_torch(each));
-  return nb::make_tuple(to_torch(output.x), to_torch(output.scales), to_torch(output.topk_idx),
-                        to_torch(output.topk_weights), side, nb::cast(std::const_pointer_cast<Handle>(output.handle)));
+namespace {
+
+// One owner for all of them: most of an operation's tensors share a block.
+void lend(const Seat& seat, const std::vector<Tensor*>& tensors) {
+  if (seat.device == kCpu) return;
+  std::vector<std::shared_ptr<void>> owners;
+  for (const Tensor* tensor : tensors)
+    if (tensor->owner && (owners.empty() || owners.back() != tensor->owner)) owners.push_back(tensor->owner);
+  if (owners.empty()) return;
+  const std::shared_ptr<void> owner = seat->lend(std::move(owners), seat.user);
+  for (Tensor* tensor : tensors)
+    if (tensor->owner) tensor->owner = owner;
 }
 
-nb::tuple to_python(const CombineOutput& output, const nb::object& out) {
-  return nb::make_tuple(out.is_none() ? to_torch(output.x) : out, to_torch(output.topk_weights));
+}  // namespace
+
+DispatchOutput lent(const Seat& seat, DispatchOutput output, bool new_handle) {
+  std::vector<Tensor*> tensors{&output.x, &output.scales, &output.topk_idx, &output.topk_weights};
+  for (Tensor& each : output.side) tensors.push_back(&each);
+  lend(seat, tensors);
+  if (seat.device == kCpu || !new_handle) return output;
+  Handle& handle = const_cast<Handle&>(*output.handle);  // nobody else has it yet
+  handle.cuda_device = seat.device;
+  tensors.clear();
+  for (const auto field : kHandleTensors) tensors.push_back(&(handle.*field));
+  lend(seat, tensors);
+  return output;
+}
+
+CombineOutput lent(const Seat& seat, CombineOutput output) {
+  lend(seat, {&output.x, &output.topk_weights});
+  return output;
+}
+
+nb::tuple to_python(const DispatchOutput& output, Device device) {
+  nb::list side;
+  for (const Tensor& each : output.side) side.append(to_torch(each, device));
+  return nb::make_tuple(to_torch(output.x, device), to_torch(output.scales, device), to_torch(output.topk_idx, device),
+                        to_torch(output.topk_weights, device), side,
+                        nb::cast(std::const_pointer_cast<Handle>(output.handle)));
+}
+
+nb::tuple to_python(const CombineOutput& output, const nb::object& out, Device device) {
+  return nb::make_tuple(out.is_none() ? to_torch(output.x, device) : out, to_torch(output.topk_weights, device));
 }
 
 }  // namespace deep_ep::python

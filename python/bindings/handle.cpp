@@ -5,6 +5,7 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <array>
 #include <string>
 
@@ -17,11 +18,7 @@ namespace deep_ep::python {
 
 namespace {
 
-constexpr std::array kTensors{&Handle::dst_rank,      &Handle::dst_row,        &Handle::dst_arrival,
-                              &Handle::first_arrival, &Handle::src_token,      &Handle::arrival_row,
-                              &Handle::slot_rows,     &Handle::slot_first_row, &Handle::tokens_between};
-
-// Saved form: numbers, placement, then kTensors; what is not given is an empty vector.
+// Saved form: numbers, placement, then kHandleTensors; what is not given is an empty vector.
 constexpr std::int64_t kSavedVersion = 1;
 constexpr std::size_t kNumNumbers = 13;
 
@@ -62,17 +59,35 @@ std::shared_ptr<const Placement> placement_from(const TensorView& saved, const H
   return Placement::from_lists(hosted, h.num_experts, policy);
 }
 
-nb::list save(const Handle& h) {
+// Numbers and placement are on the CPU always.
+nb::list save(const std::shared_ptr<Handle>& handle) {
+  const Handle& h = *handle;
   nb::list saved;
   saved.append(to_torch(numbers_of(h)));
   saved.append(to_torch(placement_of(*h.placement)));
-  for (const auto field : kTensors)
-    saved.append(to_torch((h.*field).given() ? copy_of(h.*field) : Tensor::allocate(DType::kI32, {0})));
+  for (const auto field : kHandleTensors) {
+    if (!(h.*field).given())
+      saved.append(to_torch(Tensor::allocate(DType::kI32, {0})));
+    else
+      saved.append(h.cuda_device == kCpu ? to_torch(copy_of(h.*field))
+                                         : to_torch(tensor_of(handle, field), h.cuda_device));
+  }
   return saved;
 }
 
+// Kept as it is, not copied.
+void set_tensor(Handle& handle, std::size_t field, nb::handle given) {
+  const char* name = kHandleTensorNames[field];
+  Tensor tensor = hold(given, name);
+  if (!tensor.contiguous())
+    throw Error(ErrorCode::kInvalidArgument,
+                "handle: its " + std::string(name) + " must be contiguous: " + describe(tensor));
+  handle.*kHandleTensors[field] = std::move(tensor);
+  handle.cuda_device = device_of(given, name);
+}
+
 std::shared_ptr<Handle> restore(const nb::sequence& saved) {
-  const std::size_t expected = 2 + kTensors.size();
+  const std::size_t expected = 2 + kHandleTensors.size();
   if (nb::len(saved) != expected)
     throw Error(ErrorCode::kInvalidArgument, "tensors of a saved handle: " + std::to_string(nb::len(saved)) +
                                                  " are given, " + std::to_string(expected) + " are expected");
@@ -95,11 +110,32 @@ std::shared_ptr<Handle> restore(const nb::sequence& saved) {
   h->num_arrivals = n[12];
   h->placement =
       placement_from(view_of(saved[1], "placement of a saved handle"), *h, static_cast<Placement::Policy>(n[9]));
-  for (std::size_t i = 0; i < kTensors.size(); ++i) {
-    const TensorView view = view_of(saved[2 + i], "tensor of a saved handle");
+  for (std::size_t i = 0; i < kHandleTensors.size(); ++i) {
+    const nb::object tensor = saved[2 + i];
     // A matrix of no rows is a tensor that is there; "not given" was saved as a vector.
-    if (view.ndim > 1 || view.numel() > 0) (*h).*kTensors[i] = copy_of(view);
+    if (nb::cast<int>(tensor.attr("ndim")) > 1 || nb::cast<std::int64_t>(tensor.attr("numel")()) > 0)
+      set_tensor(*h, i, tensor);
   }
+  return h;
+}
+
+// A handle from tensors that Python made, by the names of kHandleTensorNames; they are kept as they are.
+std::shared_ptr<Handle> handle_from(OutputLayout layout, const std::shared_ptr<Placement>& placement, int num_topk,
+                                    int expert_alignment, std::int64_t num_rows, std::int64_t num_arrivals,
+                                    const nb::dict& tensors) {
+  auto h = std::make_shared<Handle>();
+  h->layout = layout;
+  h->num_ranks = placement->num_ranks();
+  h->num_topk = num_topk;
+  h->num_experts = placement->num_experts();
+  h->expert_alignment = expert_alignment;
+  h->placement = placement;
+  h->num_rows = num_rows;
+  h->num_arrivals = num_arrivals;
+  for (std::size_t i = 0; i < kHandleTensors.size(); ++i) {
+    if (tensors.contains(kHandleTensorNames[i])) set_tensor(*h, i, tensors[kHandleTensorNames[i]]);
+  }
+  h->num_tokens = h->dst_rank.size(0);
   return h;
 }
 
@@ -133,7 +169,10 @@ std::shared_ptr<Handle> leave_out(const std::shared_ptr<Handle>& handle, nb::han
 
 std::vector<std::int64_t> aligned_counts(const Handle& handle) {
   std::vector<std::int64_t> counts;
-  const std::int32_t* first = handle.slot_first_row.as<const std::int32_t>();
+  const bool known = !handle.counted_first_row.empty();
+  if (!known && handle.cuda_device != kCpu)
+    throw Error(ErrorCode::kUnsupported, "counts of this dispatch are on the device only: it was bounded");
+  const std::int32_t* first = known ? handle.counted_first_row.data() : handle.slot_first_row.as<const std::int32_t>();
   for (std::int64_t slot = 0; slot < handle.slot_rows.numel(); ++slot) counts.push_back(first[slot + 1] - first[slot]);
   return counts;
 }
@@ -145,8 +184,12 @@ void bind_handle(nb::module_& m) {
       .value("by_rank", OutputLayout::kByRank)
       .value("by_expert", OutputLayout::kByExpert)
       .value("padded", OutputLayout::kPadded);
-  nb::class_<Handle>(m, "Handle", "What one dispatch made that combine and cached dispatches need.")
-      .def_ro("layout", &Handle::layout)
+  nb::class_<Handle> handle(m, "Handle", "What one dispatch made that combine and cached dispatches need.");
+  for (std::size_t i = 0; i < kHandleTensors.size(); ++i)
+    handle.def_prop_ro(kHandleTensorNames[i], [field = kHandleTensors[i]](const std::shared_ptr<Handle>& h) {
+      return to_torch(tensor_of(h, field), h->cuda_device);
+    });
+  handle.def_ro("layout", &Handle::layout)
       .def_ro("num_ranks", &Handle::num_ranks)
       .def_ro("num_topk", &Handle::num_topk)
       .def_ro("num_experts", &Handle::num_experts)
@@ -157,15 +200,13 @@ void bind_handle(nb::module_& m) {
       .def_ro("num_rows", &Handle::num_rows)
       .def_ro("num_arrivals", &Handle::num_arrivals)
       .def_prop_ro("num_slots", [](const Handle& h) { return h.slot_rows.numel(); })
-      .def_prop_ro("first_arrival", [](const Handle& h) { return to_torch(copy_of(h.first_arrival)); })
-      .def_prop_ro("slot_rows", [](const Handle& h) { return to_torch(copy_of(h.slot_rows)); })
-      .def_prop_ro("slot_first_row", [](const Handle& h) { return to_torch(copy_of(h.slot_first_row)); })
       .def_prop_ro("placement", [](const Handle& h) { return std::const_pointer_cast<Placement>(h.placement); })
-      .def_prop_ro("dst_rank", [](const Handle& h) { return to_torch(h.dst_rank); })
-      .def_prop_ro("src_token", [](const Handle& h) { return to_torch(h.src_token); })
       .def("aligned_counts", &aligned_counts, "Rows of each hosted expert, each rounded up to expert_alignment.")
       .def("with_rows", &with_rows, nb::arg("num_rows"))
       .def("save", &save, "As a list of tensors, for Handle.restore.")
+      .def_static("make", &handle_from, nb::arg("layout"), nb::arg("placement"), nb::arg("num_topk"),
+                  nb::arg("expert_alignment"), nb::arg("num_rows"), nb::arg("num_arrivals"), nb::arg("tensors"),
+                  "A handle over tensors with the names of its properties.")
       .def_static("restore", &restore, nb::arg("tensors"));
   m.def("leave_out", &leave_out, nb::arg("handle"), nb::arg("topk_idx"),
         "The handle, of a low-latency dispatch, without the selections that are negative in topk_idx now.");

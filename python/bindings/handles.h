@@ -2,6 +2,7 @@
 // Handles in Python's hands: small tensors made for a handle, and the way back from such a tensor to the handle.
 #pragma once
 
+#include <array>
 #include <initializer_list>
 #include <memory>
 
@@ -10,6 +11,15 @@
 namespace deep_ep::python {
 
 using HandlePtr = std::shared_ptr<const Handle>;
+
+/// A handle's tensors, and what Python calls them.
+inline constexpr std::array kHandleTensors{&Handle::dst_rank,      &Handle::dst_row,        &Handle::dst_arrival,
+                                           &Handle::first_arrival, &Handle::src_token,      &Handle::arrival_row,
+                                           &Handle::slot_rows,     &Handle::slot_first_row, &Handle::tokens_between};
+inline constexpr std::array kHandleTensorNames{"dst_rank",      "dst_row",        "dst_arrival",
+                                               "first_arrival", "src_token",      "arrival_row",
+                                               "slot_rows",     "slot_first_row", "tokens_between"};
+static_assert(kHandleTensors.size() == kHandleTensorNames.size());
 
 /// A tensor from which its handle can be found again, through any alias of its memory: DeepEP's users take handle
 /// tuples apart and put them together again. The handle may be set later than the tensor is made.
@@ -25,7 +35,10 @@ class KeyTensor {
   std::shared_ptr<Entry> entry_;
 };
 
-/// The handle that a KeyTensor with this memory stands for; null if there is none.
+/// One of a handle's tensors, which keeps the handle alive and from which it can be found again.
+Tensor tensor_of(const HandlePtr& handle, Tensor Handle::*field);
+
+/// The handle that a KeyTensor with this memory stands for, or of whose tensors it is one; null if there is none.
 HandlePtr handle_at(const void* data);
 
 /// [shape] of int32, every item `value`.

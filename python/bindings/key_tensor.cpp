@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <unordered_map>
 
@@ -12,8 +13,24 @@ namespace deep_ep::python {
 namespace {
 
 struct Register {
+  // A tensor of a handle; memory that is in use again has been overwritten here by its new handle.
+  struct Seen {
+    const std::byte* end = nullptr;
+    std::weak_ptr<const Handle> handle;
+  };
   std::mutex mutex;
   std::unordered_map<const void*, HandlePtr> handles;
+  std::map<const std::byte*, Seen> tensors;  // by first byte
+
+  HandlePtr owner_of(const std::byte* data) const {
+    auto next = tensors.upper_bound(data);
+    if (next == tensors.begin()) return nullptr;
+    const Seen& seen = std::prev(next)->second;
+    return data < seen.end ? seen.handle.lock() : nullptr;
+  }
+  void forget_the_dead() {
+    std::erase_if(tensors, [](const auto& entry) { return entry.second.handle.expired(); });
+  }
 };
 
 // Never destroyed: the last tensors may go after all static objects.
@@ -50,7 +67,24 @@ void KeyTensor::set(HandlePtr handle) const {
 HandlePtr handle_at(const void* data) {
   std::lock_guard lock(key_register().mutex);
   const auto found = key_register().handles.find(data);
-  return found == key_register().handles.end() ? nullptr : found->second;
+  return found != key_register().handles.end() ? found->second
+                                               : key_register().owner_of(static_cast<const std::byte*>(data));
+}
+
+Tensor tensor_of(const HandlePtr& handle, Tensor Handle::*field) {
+  constexpr std::size_t kManyEntries = 1024;
+  const Tensor& tensor = (*handle).*field;
+  if (!tensor.given()) return {};
+  const auto* first = tensor.as<const std::byte>();
+  if (tensor.bytes() > 0) {
+    Register& known = key_register();
+    std::lock_guard lock(known.mutex);
+    if (known.tensors.size() >= kManyEntries) known.forget_the_dead();
+    const std::byte* end = first + tensor.bytes();
+    known.tensors.erase(known.tensors.upper_bound(first), known.tensors.lower_bound(end));  // of handles that are gone
+    known.tensors[first] = {end, handle};
+  }
+  return Tensor(tensor, std::shared_ptr<void>(handle, tensor.data));
 }
 
 Tensor filled(std::initializer_list<std::int64_t> shape, std::int32_t value) {

@@ -109,32 +109,32 @@ void copy_valid_rows(const DispatchOutput& from, PaddedTensors& to) {
 
 }  // namespace
 
-DispatchTicket::DispatchTicket(BufferPtr buffer, const DispatchInput& input) : buffer_(std::move(buffer)) {
+DispatchTicket::DispatchTicket(const Seat& seat, const DispatchInput& input) : seat_(seat) {
   nb::gil_scoped_release unlocked;
-  ticket_ = buffer_->low_latency_dispatch(input);
+  ticket_ = seat_->low_latency_dispatch(input);
 }
 DispatchTicket::~DispatchTicket() = default;
 DispatchTicket::DispatchTicket(DispatchTicket&&) noexcept = default;
 
 void DispatchTicket::send_again(const nb::kwargs& keywords) {
-  const DispatchInput input = dispatch_input(keywords);
+  const DispatchInput input = dispatch_input(seat_, keywords);
   nb::gil_scoped_release unlocked;
-  ticket_ = buffer_->low_latency_dispatch(input);
+  ticket_ = seat_->low_latency_dispatch(input);
 }
 
 nb::tuple DispatchTicket::prepare(const DispatchInput& in) {
-  const int ranks = buffer_->num_ranks();
+  const int ranks = seat_->num_ranks();
   const auto placement = in.placement ? in.placement : Placement::even(in.num_experts, ranks);
-  const std::int64_t slots = placement->num_slots(buffer_->rank()), rows = std::int64_t{ranks} * in.max_tokens_per_rank;
+  const std::int64_t slots = placement->num_slots(seat_->rank()), rows = std::int64_t{ranks} * in.max_tokens_per_rank;
   const std::int64_t hidden = in.x.size(1);
   Tensor scales;
   if (in.fp8) {
     const std::int64_t channels = in.fp8->ue8m0 ? 512 : 128;
-    scales = column_major(room_for(*buffer_, in.fp8->ue8m0 ? DType::kI32 : DType::kFp32,
+    scales = column_major(room_for(*seat_.buffer, in.fp8->ue8m0 ? DType::kI32 : DType::kFp32,
                                    {slots, (hidden + channels - 1) / channels, rows}));
   }
   prepared_ = std::make_unique<PaddedTensors>(
-      PaddedTensors{room_for(*buffer_, in.fp8 ? DType::kFp8E4m3 : in.x.dtype, {slots, rows, hidden}), scales,
+      PaddedTensors{room_for(*seat_.buffer, in.fp8 ? DType::kFp8E4m3 : in.x.dtype, {slots, rows, hidden}), scales,
                     SlotTables(slots, rows, ranks)});
   const SlotTables& tables = prepared_->tables;
   return nb::make_tuple(to_torch(prepared_->x), to_torch(prepared_->scales), to_torch(tables.count),
@@ -142,7 +142,7 @@ nb::tuple DispatchTicket::prepare(const DispatchInput& in) {
 }
 
 DispatchOutput DispatchTicket::wait(const nb::object& wait_stats, const nb::object& count_stats) {
-  const auto before = peers_of(*buffer_, wait_stats);
+  const auto before = peers_of(*seat_.buffer, wait_stats);
   DispatchOutput out;
   {
     nb::gil_scoped_release unlocked;
@@ -152,7 +152,7 @@ DispatchOutput DispatchTicket::wait(const nb::object& wait_stats, const nb::obje
       prepared_->tables.fill(out.handle);
     }
   }
-  add_waits(*buffer_, before, wait_stats);
+  add_waits(*seat_.buffer, before, wait_stats);
   add_counts(*out.handle, count_stats);
   return out;
 }
@@ -160,7 +160,7 @@ DispatchOutput DispatchTicket::wait(const nb::object& wait_stats, const nb::obje
 nb::object DispatchTicket::receive(nb::object wait_stats, nb::object count_stats) {
   const DispatchOutput out = wait(wait_stats, count_stats);
   if (prepared_) return nb::cast(std::const_pointer_cast<Handle>(out.handle));
-  return to_python(out);
+  return to_python(out, seat_.device);
 }
 
 nb::tuple DispatchTicket::receive_padded(nb::object wait_stats, nb::object count_stats) {
@@ -172,28 +172,28 @@ nb::tuple DispatchTicket::receive_padded(nb::object wait_stats, nb::object count
                         to_torch(tables.layout_range.tensor()), nb::cast(std::const_pointer_cast<Handle>(out.handle)));
 }
 
-CombineTicket::CombineTicket(BufferPtr buffer, const CombineInput& input, const nb::kwargs& keywords)
-    : buffer_(std::move(buffer)), kept_(keywords), out_(nb::none()) {
+CombineTicket::CombineTicket(const Seat& seat, const CombineInput& input, const nb::kwargs& keywords)
+    : seat_(seat), kept_(keywords), out_(nb::none()) {
   if (keywords.contains("out")) out_ = nb::borrow(keywords["out"]);
   nb::gil_scoped_release unlocked;
-  ticket_ = buffer_->low_latency_combine(input);
+  ticket_ = seat_->low_latency_combine(input);
 }
 
 void CombineTicket::send_again() {
-  const CombineInput input = combine_input(nb::borrow<nb::kwargs>(kept_));
+  const CombineInput input = combine_input(seat_, nb::borrow<nb::kwargs>(kept_));
   nb::gil_scoped_release unlocked;
-  ticket_ = buffer_->low_latency_combine(input);
+  ticket_ = seat_->low_latency_combine(input);
 }
 
 nb::tuple CombineTicket::receive(nb::object wait_stats) {
-  const auto before = peers_of(*buffer_, wait_stats);
+  const auto before = peers_of(*seat_.buffer, wait_stats);
   CombineOutput out;
   {
     nb::gil_scoped_release unlocked;
     out = ticket_.receive();
   }
-  add_waits(*buffer_, before, wait_stats);
-  nb::tuple result = to_python(out, out_);
+  add_waits(*seat_.buffer, before, wait_stats);
+  nb::tuple result = to_python(out, out_, seat_.device);
   kept_.clear();
   return result;
 }

@@ -16,7 +16,7 @@ struct PaddedTensors;
 /// A low-latency dispatch between its two halves.
 class DispatchTicket {
  public:
-  DispatchTicket(BufferPtr buffer, const DispatchInput& input);
+  DispatchTicket(const Seat& seat, const DispatchInput& input);
   ~DispatchTicket();
   DispatchTicket(DispatchTicket&&) noexcept;
 
@@ -35,7 +35,7 @@ class DispatchTicket {
  private:
   DispatchOutput wait(const nanobind::object& wait_stats, const nanobind::object& count_stats);
 
-  BufferPtr buffer_;
+  Seat seat_;  // as it was when the operation began
   Ticket<DispatchOutput> ticket_;
   std::unique_ptr<PaddedTensors> prepared_;
 };
@@ -43,7 +43,7 @@ class DispatchTicket {
 /// A low-latency combine between its two halves.
 class CombineTicket {
  public:
-  CombineTicket(BufferPtr buffer, const CombineInput& input, const nanobind::kwargs& keywords);
+  CombineTicket(const Seat& seat, const CombineInput& input, const nanobind::kwargs& keywords);
 
   nanobind::tuple receive(nanobind::object wait_stats);
 
@@ -51,7 +51,7 @@ class CombineTicket {
   void send_again();
 
  private:
-  BufferPtr buffer_;
+  Seat seat_;            // as it was when the operation began
   nanobind::dict kept_;  // weights, bias and out are used until the end
   nanobind::object out_;
   Ticket<CombineOutput> ticket_;

@@ -16,8 +16,6 @@ NB_MODULE(_core, m) {
   bind_groups(m);
   bind_placement(m);
   bind_handle(m);
-  bind_legacy_handles(m);
-  bind_elastic_handles(m);
   bind_low_latency(m);
   bind_buffer(m);
 }

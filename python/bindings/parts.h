@@ -10,8 +10,6 @@ void bind_errors(nanobind::module_& module);
 void bind_groups(nanobind::module_& module);
 void bind_placement(nanobind::module_& module);
 void bind_handle(nanobind::module_& module);
-void bind_legacy_handles(nanobind::module_& module);
-void bind_elastic_handles(nanobind::module_& module);
 void bind_low_latency(nanobind::module_& module);
 void bind_buffer(nanobind::module_& module);
 

@@ -39,6 +39,7 @@ struct DlManagedTensor {
 
 constexpr char kCapsuleName[] = "dltensor";
 constexpr std::int32_t kDlCpu = 1;
+constexpr std::int32_t kDlCuda = 2;
 
 // A tensor on its way out: the struct that DLPack passes around, and what it points to.
 struct Parcel {
@@ -79,6 +80,12 @@ void forget_capsule(PyObject* capsule) {
   managed->deleter(managed);
 }
 
+[[noreturn]] void throw_elsewhere(nb::handle tensor, const char* what, Device device) {
+  const std::string wanted = device == kCpu ? "the CPU" : "cuda:" + std::to_string(device);
+  throw Error(ErrorCode::kUnsupported, std::string(what) + " is on " + nb::str(tensor.attr("device")).c_str() +
+                                           ", where this call's tensors must be on " + wanted);
+}
+
 std::int64_t item(const nb::object& tuple, int i) {
   return nb::cast<std::int64_t>(nb::borrow(PyTuple_GetItem(tuple.ptr(), i)));
 }
@@ -96,12 +103,17 @@ void use_torch(nb::object from_dlpack, nb::dict dtypes) {
   }
 }
 
-TensorView view_of(nb::handle tensor, const char* what) {
+Device device_of(nb::handle tensor, const char* what) {
+  if (nb::cast<bool>(tensor.attr("is_cpu"))) return kCpu;
+  if (nb::cast<bool>(tensor.attr("is_cuda"))) return nb::cast<int>(tensor.attr("get_device")());
+  throw Error(ErrorCode::kUnsupported,
+              std::string(what) + " is on " + nb::str(tensor.attr("device")).c_str() + ": CPU and CUDA are supported");
+}
+
+TensorView view_of(nb::handle tensor, const char* what, Device device) {
   TensorView view;
   if (tensor.is_none()) return view;
-  if (!nb::cast<bool>(tensor.attr("is_cpu")))
-    throw Error(ErrorCode::kUnsupported, std::string(what) + " is on device " + nb::str(tensor.attr("device")).c_str() +
-                                             ": this build of deep_ep has the host backend only, move it to the CPU");
+  if (device_of(tensor, what) != device) throw_elsewhere(tensor, what, device);
   const auto& known = torch_face().dtype_of;
   const nb::object dtype = tensor.attr("dtype");
   const auto found = known.find(dtype.ptr());
@@ -124,11 +136,22 @@ TensorView view_of(nb::handle tensor, const char* what) {
   return view;
 }
 
-nb::object to_torch(const Tensor& tensor) {
+Tensor hold(nb::handle tensor, const char* what) {
+  if (tensor.is_none()) return {};
+  const TensorView view = view_of(tensor, what, device_of(tensor, what));
+  // Whoever drops the view last may not hold the interpreter's lock.
+  return Tensor(view, std::shared_ptr<void>(new nb::object(nb::borrow(tensor)), [](void* kept) {
+                  if (!nb::is_alive()) return;
+                  nb::gil_scoped_acquire lock;
+                  delete static_cast<nb::object*>(kept);
+                }));
+}
+
+nb::object to_torch(const Tensor& tensor, Device device) {
   if (!tensor.given()) return nb::none();
   auto* parcel = new Parcel{{}, tensor};
   parcel->managed.tensor = {parcel->tensor.data,
-                            {kDlCpu, 0},
+                            device == kCpu ? DlDevice{kDlCpu, 0} : DlDevice{kDlCuda, device},
                             parcel->tensor.ndim,
                             dl_type(tensor.dtype),
                             parcel->tensor.shape.data(),

@@ -10,14 +10,24 @@ namespace deep_ep::python {
 
 namespace nb = nanobind;
 
+/// Where tensors are: the number of a GPU, or kCpu.
+using Device = int;
+inline constexpr Device kCpu = -1;
+
 /// Told once by the package: how a DLPack capsule becomes a tensor, and which dtype objects stand for which DType.
 void use_torch(nb::object from_dlpack, nb::dict dtypes);
 
-/// Borrows a torch tensor; None is "not given". `what` names it in errors. Throws kUnsupported for another device or
-/// dtype. The caller keeps the object alive as long as the view is used.
-TensorView view_of(nb::handle tensor, const char* what);
+/// Borrows a torch tensor of that device; None is "not given". `what` names it in errors. Throws kUnsupported for
+/// another device or dtype. The caller keeps the object alive as long as the view is used.
+TensorView view_of(nb::handle tensor, const char* what, Device device = kCpu);
+
+/// As view_of, of whatever device, and keeps the torch tensor alive itself. None: not given.
+Tensor hold(nb::handle tensor, const char* what);
+
+/// Of a torch tensor. Throws kUnsupported where it is neither a CPU nor a CUDA tensor.
+Device device_of(nb::handle tensor, const char* what);
 
 /// A torch tensor over the same memory, which it keeps alive; None if `tensor` is not given.
-nb::object to_torch(const Tensor& tensor);
+nb::object to_torch(const Tensor& tensor, Device device = kCpu);
 
 }  // namespace deep_ep::python

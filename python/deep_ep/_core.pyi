@@ -163,6 +163,10 @@ class Handle:
     @staticmethod
     def restore(tensors: Sequence) -> Handle: ...
 
+    @staticmethod
+    def make(layout: OutputLayout, placement: Placement, num_topk: int, expert_alignment: int, num_rows: int, num_arrivals: int, tensors: dict) -> Handle:
+        """A handle over tensors with the names of its properties."""
+
 def leave_out(handle: Handle, topk_idx: Any) -> Handle:
     """
     The handle, of a low-latency dispatch, without the selections that are negative in topk_idx now.
@@ -170,23 +174,6 @@ def leave_out(handle: Handle, topk_idx: Any) -> Handle:
 
 def handle_of(tensor: Any) -> Any:
     """The handle that a tensor of a handle tuple stands for, or None."""
-
-def intranode_tuple(handle: Handle, is_token_in_rank: Any, rank: int, num_channels: int) -> tuple: ...
-
-def internode_tuple(handle: Handle, is_token_in_rank: Any, members: Any, rank: int, num_channels: int, ranks_per_node: int) -> tuple: ...
-
-def handle_from_rows_by_rank(rows: Any, num_ranks: int, num_rows: int, num_topk: int) -> Handle: ...
-
-def ranks_as_experts(is_token_in_rank: Any) -> Any: ...
-
-def membership_words(is_token_in_rank: Any) -> Any: ...
-
-def elastic_fields(handle: Handle, recv_topk_idx: Any, num_arrivals: int, max_tokens_per_rank: int, num_scaleup: int) -> tuple:
-    """
-    psum per rank, psum per expert, unaligned counts, source metadata, rows at the destinations.
-    """
-
-def handle_from_elastic(topk_idx: Any, dst_row: Any, unaligned: Any, placement: Placement, num_rows: int, num_arrivals: int, expert_alignment: int, expanded: bool) -> Handle: ...
 
 class DispatchTicket:
     """A low-latency dispatch on its way."""
@@ -290,11 +277,18 @@ class SumOrder:
 
     def __init__(self, by_topk: bool = False, round_per_rank: bool = False, round_per_node: bool = False, bias_first: bool = True) -> None: ...
 
+def has_cuda() -> bool: ...
+
 class CoreBuffer:
     """One rank's end of a group that exchanges tokens."""
 
     @staticmethod
-    def open(group: Group, config: BufferConfig, num_workers: int = 0) -> CoreBuffer: ...
+    def open(group: Group, config: BufferConfig, num_workers: int = 0, device: int = -1) -> CoreBuffer: ...
+
+    def use_streams(self, calls: int, user: int) -> None:
+        """
+        CUDA: operations from now on are enqueued on the stream `calls`, their results used on `user`.
+        """
 
     @property
     def rank(self) -> int: ...
@@ -329,6 +323,9 @@ class CoreBuffer:
     def set_masked(self, rank: int, masked: bool) -> None: ...
 
     def masked(self, rank: int) -> bool: ...
+
+    def check(self) -> None:
+        """Waits for what was enqueued and raises what it found out."""
 
     def statistics(self) -> dict: ...
 

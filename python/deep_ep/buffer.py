@@ -41,6 +41,7 @@ class Buffer(NormalMode, LowLatencyMode):
         arena_bytes: int = 0,
         timeout_secs: float = 100.0,
         num_workers: int = 0,
+        device: Any = None,
     ) -> None:
         # The last V1 had use_fabric before explicitly_destroy; positionally we read that order.
         in_order = ("use_fabric", "explicitly_destroy", "enable_shrink", "comm")
@@ -53,7 +54,7 @@ class Buffer(NormalMode, LowLatencyMode):
         comm = given.get("comm", comm)
         for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
             require(value >= 0 and value % 128 == 0, f"{name} must be a multiple of 128: {value}")
-        super().__init__(chosen_group(group, comm), ranks_per_node, num_workers)
+        super().__init__(chosen_group(group, comm), ranks_per_node, num_workers, device)
         self.group = self._group
         self.rank, self.group_size = self._rank, self._num_ranks
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
@@ -113,7 +114,7 @@ class Buffer(NormalMode, LowLatencyMode):
 
     def get_comm_stream(self) -> Any:
         """The stream that operations run on: on CPUs they run in the call itself."""
-        return torch.cpu.current_stream() if hasattr(torch, "cpu") else None
+        return self._comm_stream()
 
     def get_local_buffer_tensor(
         self,
@@ -138,7 +139,7 @@ class Buffer(NormalMode, LowLatencyMode):
         scratch = self.__dict__.setdefault("_scratch_memory", {})
         if use_rdma_buffer not in scratch:
             size = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
-            scratch[use_rdma_buffer] = torch.empty(size, dtype=torch.uint8, device="cpu")
+            scratch[use_rdma_buffer] = torch.empty(size, dtype=torch.uint8, device=self._device)
         return scratch[use_rdma_buffer]
 
     @staticmethod

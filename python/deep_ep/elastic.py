@@ -5,12 +5,12 @@ from typing import Any, Dict, Optional, Tuple
 
 import torch
 
-from . import _core, elastic_sizes, row_order
+from . import _core, elastic_fields, elastic_sizes, row_order
 from ._torch import as_carried
 from .config import align
 from .engram import EngramMixin
 from .errors import require, require_counters
-from .event import EventHandle, EventOverlap, finished, wait_for
+from .event import EventHandle, EventOverlap
 from .gather import GatherMixin
 from .group import barrier as group_barrier
 from .handle import EPHandle
@@ -46,8 +46,9 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
         ranks_per_node: Optional[int] = None,
         arena_bytes: int = 0,
         num_workers: int = 0,
+        device: Any = None,
     ) -> None:
-        super().__init__(group, ranks_per_node, num_workers)
+        super().__init__(group, ranks_per_node, num_workers, device)
         self.group = group
         self.rank_idx, self.num_ranks = self._rank, self._num_ranks
         self.allow_hybrid_mode, self.allow_multiple_reduction = allow_hybrid_mode, allow_multiple_reduction
@@ -128,7 +129,7 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
         return EventHandle()
 
     def get_comm_stream(self) -> Any:
-        return torch.cpu.current_stream() if hasattr(torch, "cpu") else None
+        return self._comm_stream()
 
     def get_physical_domain_size(self) -> Tuple[int, int]:
         return self.num_rdma_ranks, self.num_nvlink_ranks
@@ -186,19 +187,21 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
         *,
         placement: Any = None,
     ) -> Tuple[Any, Optional[torch.Tensor], Optional[torch.Tensor], EPHandle, EventOverlap]:
-        wait_for(previous_event)
-        wait_for(previous_event_before_epilogue)
         data, scales = split(x)
+        self._use(data)
         keywords: Dict[str, Any] = dict(
             x=as_carried(data),
             scales=scales,
             topk_weights=topk_weights,
             column_major_scales=use_tma_aligned_col_major_sf,
         )
-        event = finished(async_with_compute_stream, data, scales, topk_idx, topk_weights)
+        call = self._call("dispatch", previous_event, async_with_compute_stream, previous_event_before_epilogue)
         if handle is not None:
             again = (num_experts, num_max_tokens_per_rank, expert_alignment, do_cpu_sync, do_expand, topk_idx)
-            received = self._dispatch_again(keywords, handle, again, cumulative_local_expert_recv_stats)
+            keywords.update(self._sms(num_sms or handle.num_sms))
+            with call as streams:
+                received = self._dispatch_again(keywords, handle, again, cumulative_local_expert_recv_stats)
+                streams.results(received[2])
         else:
             require_sms = num_sms >= 0 and num_qps >= 0
             max_tokens = num_max_tokens_per_rank or self.num_max_tokens_per_rank
@@ -228,11 +231,15 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
                 layout=_core.OutputLayout.by_expert if do_expand else _core.OutputLayout.by_rank,
                 mask_topk_weights=False,
                 timeout_secs=self._cpu_timeout if cpu_sync else self._gpu_timeout,
+                **self._sms(sms),
             )
-            received = self._dispatch_first(keywords, max_tokens, cpu_sync, do_handle_copy, sms)
-            if cumulative_local_expert_recv_stats is not None:
-                cumulative_local_expert_recv_stats.add_(received[4].num_unaligned_recv_tokens_per_expert)
+            with call as streams:
+                received = self._dispatch_first(keywords, max_tokens, cpu_sync, do_handle_copy, sms)
+                if cumulative_local_expert_recv_stats is not None:
+                    cumulative_local_expert_recv_stats.add_(received[4].num_unaligned_recv_tokens_per_expert)
+                streams.results(*received[:4], *received[4].tensors())
         recv_data, recv_scales, recv_idx, recv_weights, made = received
+        event = streams.finished(data, scales, topk_idx, topk_weights, cumulative_local_expert_recv_stats)
         return received_as(data, recv_data, recv_scales), recv_idx, recv_weights, made, event
 
     def _dispatch_first(
@@ -247,8 +254,8 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
             keywords["max_rows"] = worst_expanded if expanded else max(1, bound)
         data, scales, idx, weights, _, core_handle = self._opened().dispatch(**keywords)
         arrivals = core_handle.num_arrivals if cpu_sync else min(bound, core_handle.num_arrivals)
-        fields = _core.elastic_fields(core_handle, idx, arrivals, max_tokens, self.num_scaleup_ranks)
-        per_rank, per_expert, unaligned, metadata, dst_row = fields
+        fields = elastic_fields.fields_of(core_handle, idx, arrivals, max_tokens, self.num_scaleup_ranks)
+        per_rank, per_expert, unaligned, metadata, dst_row = fields.values()
         aligned = core_handle.aligned_counts() if cpu_sync else []
         if not expanded and self.num_scaleout_ranks > 1 and not self.deterministic:
             order = row_order.by_scaleup_rank(metadata, max_tokens, self.num_scaleup_ranks)
@@ -273,6 +280,8 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
         )
         if keywords["placement"] is not None:
             made._routes = core_handle
+        if self.num_scaleout_ranks == 1 or self.deterministic:
+            made._metadata_in_order = metadata
         return data, scales, (None if expanded else idx), weights, made
 
     def _placement(self, placement: Any, num_experts: int) -> Any:
@@ -294,7 +303,7 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
             ):
                 require(given in (None, own), f"{name} == the handle's: {given} vs {own}")
             require(handle.do_expand or not do_expand, "do_expand: the handle was made without it")
-            return handle.core_handle(self._num_ranks)
+            return handle.core_handle(self._rank, self._num_ranks)
 
         core_handle = self._checked("dispatch", check)
         side = [] if handle.do_expand else [self._marked_ids(core_handle, handle)]
@@ -313,12 +322,14 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
     def _local_ids(self, marked: torch.Tensor, handle: EPHandle) -> torch.Tensor:
         """Those ids beside the rows that came, as slots of this rank, -1 where another rank's copy was taken."""
         placement, experts = handle.placement(self._num_ranks), handle.num_experts
-        slot_of = torch.full((experts + 1,), -1, dtype=handle.topk_idx.dtype, device="cpu")
-        for slot in range(placement.num_slots(self._rank)):
+        slots = range(placement.num_slots(self._rank))
+        device = marked.device
+        slot_of = torch.full((experts + 1,), -1, dtype=handle.topk_idx.dtype, device=device)
+        for slot in slots:
             slot_of[placement.expert_at(self._rank, slot)] = slot
         here = marked.div(experts, rounding_mode="floor") == self._rank
         valid = handle.psum_num_recv_tokens_per_scaleup_rank[-1]
-        here &= torch.arange(marked.size(0), device="cpu").unsqueeze(1) < valid
+        here &= torch.arange(marked.size(0), device=device).unsqueeze(1) < valid
         return slot_of[torch.where(here, marked % experts, experts)]
 
     # Combine --------------------------------------------------------------------------------------------------------
@@ -336,31 +347,33 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
         async_with_compute_stream: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
-        wait_for(previous_event)
-        wait_for(previous_event_before_epilogue)
+        self._use(x)
 
         def check() -> Tuple[Any, Any, Any]:
             require(
                 topk_weights is None or not handle.do_expand or self.allow_multiple_reduction,
                 "topk_weights must be None for expanded rows with allow_multiple_reduction=False",
             )
-            core_handle = handle.core_handle(self._num_ranks)
+            core_handle = handle.core_handle(self._rank, self._num_ranks)
             if x.size(0) != core_handle.num_rows:
                 core_handle = _cut_to(core_handle, handle, x.size(0))
             return core_handle, two_biases(bias), _in_order(x, topk_weights, handle)
 
-        core_handle, biases, (rows, weights) = self._checked("combine", check)
-        combined, combined_weights = self._opened().combine(
-            x=rows,
-            handle=core_handle,
-            topk_weights=None if weights is None else weights.contiguous(),
-            weights_from_owner=True,
-            bias_0=biases[0],
-            bias_1=biases[1],
-            order=self._order(handle.do_expand),
-        )
-        event = finished(async_with_compute_stream, x, topk_weights, *biases, combined)
-        return combined, combined_weights, event
+        with self._call(
+            "combine", previous_event, async_with_compute_stream, previous_event_before_epilogue
+        ) as streams:
+            core_handle, biases, (rows, weights) = self._checked("combine", check)
+            combined, combined_weights = self._opened().combine(
+                x=rows,
+                handle=core_handle,
+                topk_weights=None if weights is None else weights.contiguous(),
+                weights_from_owner=True,
+                bias_0=biases[0],
+                bias_1=biases[1],
+                order=self._order(handle.do_expand),
+                **self._sms(num_sms or handle.num_sms),
+            )
+        return combined, combined_weights, streams.finished(x, topk_weights, *biases, *handle.tensors())
 
     def _order(self, expanded: bool) -> Any:
         multiple = self.allow_multiple_reduction

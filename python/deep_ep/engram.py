@@ -44,6 +44,7 @@ class EngramMixin(Session):
             require(inside, f"indices must be 0 .. {total - 1}")
             return wanted
 
+        self._use(indices)
         wanted = self._checked("dispatch", check)
         data = self._fetch_rows(wanted, self._engram)  # type: ignore[arg-type]
         tokens, per_token = indices.shape
@@ -51,7 +52,7 @@ class EngramMixin(Session):
         if self._engram_sf is not None:
             sf = self._engram_sf[wanted].view(tokens, -1)
             if use_tma_aligned_col_major_sf:
-                padded = torch.empty((sf.size(1), align(max(tokens, 1), 4)), dtype=sf.dtype, device="cpu")
+                padded = torch.empty((sf.size(1), align(max(tokens, 1), 4)), dtype=sf.dtype, device=self._device)
                 padded[:, :tokens] = sf.t()
                 sf = padded.t()[:tokens]
         result = (data.view(tokens, per_token * data.size(1)), sf)
@@ -60,17 +61,17 @@ class EngramMixin(Session):
     def _fetch_rows(self, wanted: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         core, entries, ranks = self._opened(), table.size(0), self._num_ranks
         owner = wanted // entries
-        request = torch.zeros((wanted.numel(), _ROW_BYTES // 8), dtype=torch.int64, device="cpu")
+        request = torch.zeros((wanted.numel(), _ROW_BYTES // 8), dtype=torch.int64, device=self._device)
         request[:, 0] = wanted % entries
         asked, *_, came = core.dispatch(x=request, topk_idx=owner.view(-1, 1), num_experts=ranks)
         # Requests came in order of their ranks, and rows go back in the order of the requests.
         first = came.first_arrival.to(torch.int64)
-        source = torch.repeat_interleave(torch.arange(ranks, device="cpu"), first[1:] - first[:-1])
+        source = torch.repeat_interleave(torch.arange(ranks, device=self._device), first[1:] - first[:-1])
         size = table.size(1) * table.element_size()
-        rows = torch.zeros((asked.size(0), align(size, _ROW_BYTES)), dtype=torch.uint8, device="cpu")
+        rows = torch.zeros((asked.size(0), align(size, _ROW_BYTES)), dtype=torch.uint8, device=self._device)
         rows[:, :size] = table.view(torch.uint8)[asked[:, 0]]
         back = core.dispatch(x=rows, topk_idx=source.view(-1, 1), num_experts=ranks)[0]
         # They are here by owner, each owner's in the order asked.
-        result = torch.empty((wanted.numel(), size), dtype=torch.uint8, device="cpu")
+        result = torch.empty((wanted.numel(), size), dtype=torch.uint8, device=self._device)
         result[torch.argsort(owner, stable=True)] = back[:, :size]
         return result.view(table.dtype)

@@ -14,14 +14,26 @@ class EventHandle:
     """A moment on the current stream: of CUDA, where the process uses it; else it lies in the past already."""
 
     def __init__(self) -> None:
-        self._event = None
+        self._event: Any = None
         if _cuda_in_use():
             self._event = torch.cuda.Event()
             self._event.record()
 
+    @classmethod
+    def on(cls, stream: Any) -> "EventHandle":
+        """A moment on that stream."""
+        handle = cls.__new__(cls)
+        handle._event = stream.record_event()
+        return handle
+
     def current_stream_wait(self) -> None:
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
+
+    def let_wait(self, stream: Any) -> None:
+        """Makes `stream` wait."""
+        if self._event is not None:
+            stream.wait_event(self._event)
 
 
 class EventOverlap:
@@ -60,9 +72,14 @@ class EventOverlap:
         self._release_handle = False
 
 
+def event_of(previous_event: Any) -> Optional[EventHandle]:
+    """Of an `EventOverlap` or an `EventHandle`; both APIs take both, and None."""
+    return getattr(previous_event, "event", previous_event)
+
+
 def wait_for(previous_event: Any) -> None:
-    """Waits for an `EventOverlap` or an `EventHandle`; both APIs take both, and None."""
-    event = getattr(previous_event, "event", previous_event)
+    """Makes the current stream wait."""
+    event = event_of(previous_event)
     if event is not None:
         event.current_stream_wait()
 

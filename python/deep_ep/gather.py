@@ -49,8 +49,8 @@ class GatherMixin(Session):
     def agrs_get_inplace_tensor(self, shapes: Union[Sequence[int], Sequence[Sequence[int]]], dtype: torch.dtype) -> Any:
         """A tensor, or several, to fill and to gather."""
         if len(shapes) > 0 and not isinstance(shapes[0], int):
-            return tuple(torch.empty(tuple(shape), dtype=dtype, device="cpu") for shape in shapes)  # type: ignore[arg-type]
-        return torch.empty(tuple(shapes), dtype=dtype, device="cpu")  # type: ignore[arg-type]
+            return tuple(torch.empty(tuple(shape), dtype=dtype, device=self._device) for shape in shapes)  # type: ignore[arg-type]
+        return torch.empty(tuple(shapes), dtype=dtype, device=self._device)  # type: ignore[arg-type]
 
     def all_gather(self, tensors: Any) -> Tuple[Any, ...]:
         """(every rank's tensors, each `[num_ranks, ...]`, and a callable that waits). Collective."""
@@ -69,14 +69,15 @@ class GatherMixin(Session):
         self._agrs_used = used
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._use(tensor)
         size = tensor.numel() * tensor.element_size()
-        row = torch.zeros((1, align(max(size, 1), _ROW_BYTES)), dtype=torch.uint8, device="cpu")
+        row = torch.zeros((1, align(max(size, 1), _ROW_BYTES)), dtype=torch.uint8, device=self._device)
         row[0, :size] = tensor.contiguous().view(-1).view(torch.uint8)
-        everyone = torch.arange(self._num_ranks, dtype=torch.int32, device="cpu").view(1, -1)
+        everyone = torch.arange(self._num_ranks, dtype=torch.int32, device=self._device).view(1, -1)
         gathered = self._opened().dispatch(x=row, topk_idx=everyone, num_experts=self._num_ranks)[0]
         shape = (self._num_ranks, *tensor.shape)
         if math.prod(shape) == 0:
-            return torch.empty(shape, dtype=tensor.dtype, device="cpu")
+            return torch.empty(shape, dtype=tensor.dtype, device=self._device)
         return gathered[:, :size].contiguous().view(tensor.dtype).view(shape)
 
 

@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Optional
 import torch
 
 from . import _core, row_order
+from .elastic_fields import handle_from_fields
 
 _TENSORS = (
     "topk_idx",
@@ -58,6 +59,8 @@ class EPHandle:
         self.cached_recv_src_metadata_before_sort: Optional[torch.Tensor] = None
         # Experts placed by the caller: which routes they gave, the fields above cannot tell.
         self._routes: Any = None
+        # The metadata as the library made it, where its rows are in the library's order.
+        self._metadata_in_order: Optional[torch.Tensor] = None
 
     def deterministic_sort(
         self,
@@ -84,6 +87,8 @@ class EPHandle:
     def row_order(self, num_rows: Optional[int] = None) -> Optional[torch.Tensor]:
         """The library's row of each compact row; None where that is the row itself."""
         metadata = self.recv_src_metadata
+        if metadata.is_cuda and metadata is self._metadata_in_order:
+            return None  # what the GPU holds is not read for it: graphs cannot be captured through a read
         num_valid = min(int(self.psum_num_recv_tokens_per_scaleup_rank[-1]), metadata.size(0))
         return row_order.of_metadata(metadata, num_valid, metadata.size(0) if num_rows is None else num_rows)
 
@@ -91,33 +96,27 @@ class EPHandle:
         """Who hosts which expert."""
         return _core.Placement.even(self.num_experts, num_ranks) if self._routes is None else self._routes.placement
 
+    def tensors(self) -> List[torch.Tensor]:
+        return [self.__dict__[name] for name in _TENSORS if self.__dict__[name] is not None]
+
     @property
     def num_rows(self) -> int:
         return self.num_expanded_tokens if self.do_expand else self.num_recv_tokens
 
-    def core_handle(self, num_ranks: int) -> Any:
-        """The library's handle: found by the memory of a tensor that it made, or made again from the tensors."""
-        found = _core.handle_of(self.psum_num_recv_tokens_per_scaleup_rank)
+    def core_handle(self, rank: int, num_ranks: int) -> Any:
+        """The library's handle: found by the memory of one of its tensors, or made again from what they say."""
+        found = _core.handle_of(self.num_unaligned_recv_tokens_per_expert)
         if found is not None and found.num_rows == self.num_rows and found.num_experts == self.num_experts:
             return found
         if self._routes is not None:
             return self._routes
-        return _core.handle_from_elastic(
-            self.topk_idx,
-            self.dst_buffer_slot_idx,
-            self.num_unaligned_recv_tokens_per_expert,
-            _core.Placement.even(self.num_experts, num_ranks),
-            self.num_rows,
-            self.num_recv_tokens,
-            self.expert_alignment,
-            self.do_expand,
-        )
+        return handle_from_fields(self, rank, num_ranks)
 
     # Above upstream -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> Dict[str, Any]:
         """Everything, as tensors and numbers, for `from_state_dict`: torch.save writes it."""
-        state = dict(self.__dict__)
+        state = dict(self.__dict__, _metadata_in_order=None)
         for name in _TENSORS:
             if state[name] is not None:
                 state[name] = state[name].clone()

@@ -77,6 +77,7 @@ class HybridEPBuffer(Session):
         each one's rows in order (source rank, source token), padded with zeros to `pad_multiple`. Routes are a bool map
         [tokens, experts] with probs of its shape, or top-k ids with weights. With `num_permuted_tokens` there are that many
         rows; if more would come, the call is refused, so the overflow flag is always 0."""
+        self._use(hidden)
         if handle is not None:
             rows, scales, *_ = self._opened().dispatch(x=hidden, scales=scaling_factor, handle=handle.core)
             return rows, None, scales, handle.tokens_per_expert, handle
@@ -126,6 +127,7 @@ class HybridEPBuffer(Session):
         fuse_unpermute_combine: bool = False,
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """(sums of each token's rows, and their probs at home, [tokens, experts])."""
+        self._use(hidden)
         tokens, weights = self._opened().combine(
             x=hidden,
             handle=handle.core,
@@ -144,8 +146,8 @@ class HybridEPBuffer(Session):
     def _most_of_all(self, mine: int) -> int:
         """The largest of all ranks' numbers."""
         ranks = self._num_ranks
-        row = torch.full((1, 2), mine, dtype=torch.int64, device="cpu")
-        everyone = torch.arange(ranks, dtype=torch.int32, device="cpu").view(1, ranks)
+        row = torch.full((1, 2), mine, dtype=torch.int64, device=self._device)
+        everyone = torch.arange(ranks, dtype=torch.int32, device=self._device).view(1, ranks)
         return int(self._opened().dispatch(x=row, topk_idx=everyone, num_experts=ranks)[0].max())
 
 

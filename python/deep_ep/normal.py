@@ -9,8 +9,8 @@ from . import _core
 from ._torch import as_carried, as_given
 from .config import DISPATCH_CONFIGS, Config, align
 from .errors import require
-from .event import EventOverlap, finished, wait_for
-from .legacy_handle import recover
+from .event import EventOverlap
+from .legacy_handle import internode_tuple, intranode_tuple, membership_words, ranks_as_experts, recover
 from .session import Session, two_biases
 
 Rows = Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]
@@ -41,10 +41,11 @@ class NormalMode(Session):
         *,
         placement: Any = None,
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor, EventOverlap]:
-        wait_for(previous_event)
-        per_rank, per_node, per_expert, member = self._opened().dispatch_layout(topk_idx, num_experts, placement)
+        core = self._use(topk_idx)
+        with self._call("dispatch", previous_event, async_finish) as call:
+            per_rank, per_node, per_expert, member = core.dispatch_layout(topk_idx, num_experts, placement)
         per_node = per_node if self._num_nodes > 1 else None
-        return per_rank, per_node, per_expert, member, finished(async_finish, topk_idx)
+        return per_rank, per_node, per_expert, member, call.finished(topk_idx)
 
     def dispatch(
         self,
@@ -65,23 +66,24 @@ class NormalMode(Session):
         *,
         placement: Any = None,
     ) -> Tuple[Any, Any, Any, Any, Any, EventOverlap]:
-        wait_for(previous_event)
         data, scales = split(x)
+        core = self._use(data)
         if handle is not None:
-            received = self._dispatch_again(data, scales, handle, topk_idx, topk_weights)
-            return received, None, None, None, None, finished(async_finish, data, scales)
+            with self._call("dispatch", previous_event, async_finish) as call:
+                received = self._dispatch_again(data, scales, handle, topk_idx, topk_weights, config)
+            return received, None, None, None, None, call.finished(data, scales)
         layout = (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
-        keywords = self._checked(
-            "dispatch", lambda: self._dispatch_keywords(data, scales, layout, topk_idx, topk_weights, placement)
-        )
-        keywords.update(expert_alignment=expert_alignment, max_rows=num_worst_tokens)
-        out = self._opened().dispatch(**keywords)
-        recv_data, recv_scales, recv_idx, recv_weights, side, core_handle = out
-        if topk_idx is None:
-            recv_idx = None
-        counts = self._expert_counts(core_handle, layout[2], topk_idx, expert_alignment, num_worst_tokens)
+        with self._call("dispatch", previous_event, async_finish) as call:
+            keywords = self._checked(
+                "dispatch", lambda: self._dispatch_keywords(data, scales, layout, topk_idx, topk_weights, placement)
+            )
+            keywords.update(expert_alignment=expert_alignment, max_rows=num_worst_tokens, **self._config_sms(config))
+            recv_data, recv_scales, recv_idx, recv_weights, side, core_handle = core.dispatch(**keywords)
+            if topk_idx is None:
+                recv_idx = None
+            counts = self._expert_counts(core_handle, layout[2], topk_idx, expert_alignment, num_worst_tokens)
         tuple_ = self._handle_tuple(core_handle, is_token_in_rank, side, config)
-        event = finished(async_finish, data, scales, topk_idx, topk_weights)
+        event = call.finished(data, scales, topk_idx, topk_weights, is_token_in_rank)
         return received_as(data, recv_data, recv_scales), recv_idx, recv_weights, counts, tuple_, event
 
     def combine(
@@ -95,20 +97,22 @@ class NormalMode(Session):
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
-        wait_for(previous_event)
+        core = self._use(x)
         num_topk = None if topk_weights is None else topk_weights.size(-1)
-        core_handle, biases = self._checked(
-            "combine", lambda: (recover(handle, self._num_ranks, num_topk), two_biases(bias))
-        )
-        combined, weights = self._opened().combine(
-            x=x,
-            handle=core_handle,
-            topk_weights=None if topk_weights is None else topk_weights.contiguous(),
-            bias_0=biases[0],
-            bias_1=biases[1],
-            order=self._rank_order(),
-        )
-        return combined, weights, finished(async_finish, x, topk_weights, *biases)
+        with self._call("combine", previous_event, async_finish) as call:
+            core_handle, biases = self._checked(
+                "combine", lambda: (recover(handle, self._rank, self._num_ranks, num_topk), two_biases(bias))
+            )
+            combined, weights = core.combine(
+                x=x,
+                handle=core_handle,
+                topk_weights=None if topk_weights is None else topk_weights.contiguous(),
+                bias_0=biases[0],
+                bias_1=biases[1],
+                order=self._rank_order(),
+                **self._config_sms(config),
+            )
+        return combined, weights, call.finished(x, topk_weights, *biases)
 
     def internode_dispatch(
         self,
@@ -167,14 +171,22 @@ class NormalMode(Session):
     # Parts of dispatch ----------------------------------------------------------------------------------------------
 
     def _dispatch_again(
-        self, data: torch.Tensor, scales: Optional[torch.Tensor], handle: Any, topk_idx: Any, topk_weights: Any
+        self,
+        data: torch.Tensor,
+        scales: Optional[torch.Tensor],
+        handle: Any,
+        topk_idx: Any,
+        topk_weights: Any,
+        config: Optional[Config],
     ) -> Rows:
         def check() -> Any:
             assert topk_idx is None and topk_weights is None, "with a handle, topk_idx and topk_weights must be None"
-            return recover(handle, self._num_ranks, None)
+            return recover(handle, self._rank, self._num_ranks, None)
 
         core_handle = self._checked("dispatch", check)
-        recv_data, recv_scales, *_ = self._opened().dispatch(x=as_carried(data), scales=scales, handle=core_handle)
+        recv_data, recv_scales, *_ = self._opened().dispatch(
+            x=as_carried(data), scales=scales, handle=core_handle, **self._config_sms(config)
+        )
         return received_as(data, recv_data, recv_scales)
 
     def _dispatch_keywords(
@@ -213,9 +225,9 @@ class NormalMode(Session):
             keywords.update(placement=placement)
         else:
             # Only the ranks are known: each stands for one expert of its own.
-            keywords.update(topk_idx=_core.ranks_as_experts(is_token_in_rank), num_experts=self._num_ranks)
+            keywords.update(topk_idx=ranks_as_experts(is_token_in_rank), num_experts=self._num_ranks)
         if self._num_nodes > 1:
-            keywords["side"] = [_core.membership_words(is_token_in_rank)]
+            keywords["side"] = [membership_words(is_token_in_rank)]
         return keywords
 
     def _expert_counts(
@@ -229,24 +241,27 @@ class NormalMode(Session):
 
     def _sum_of_counts(self, per_expert: torch.Tensor) -> List[int]:
         """All ranks' counts of this rank's experts, which tokens without ids do not say: one more small exchange."""
-        ranks = self._num_ranks
+        ranks, device = self._num_ranks, per_expert.device
         even = _core.Placement.even(per_expert.size(0), ranks)
         slots = [even.num_slots(rank) for rank in range(ranks)]
-        rows = torch.zeros((ranks, align(max(1, *slots), 4)), dtype=torch.int32, device="cpu")
+        rows = torch.zeros((ranks, align(max(1, *slots), 4)), dtype=torch.int32, device=device)
         for row, counts in zip(rows, per_expert.split(slots)):
             row[: counts.numel()] = counts
         local = slots[self._rank]
-        everyone = torch.arange(ranks, dtype=torch.int32, device="cpu").view(ranks, 1)
+        everyone = torch.arange(ranks, dtype=torch.int32, device=device).view(ranks, 1)
         received = self._opened().dispatch(x=rows, topk_idx=everyone, num_experts=ranks)[0]
         return received[:, :local].sum(dim=0).tolist()
 
     def _handle_tuple(self, core_handle: Any, member: Any, side: List[torch.Tensor], config: Optional[Config]) -> Any:
         channels = self._num_channels(config)
         if self._num_nodes == 1:
-            return _core.intranode_tuple(core_handle, member, self._rank, channels)
-        return _core.internode_tuple(core_handle, member, side[0], self._rank, channels, self._node_size)
+            return intranode_tuple(core_handle, member, self._rank, channels)
+        return internode_tuple(core_handle, member, side[0], self._rank, channels, self._node_size)
 
     def _num_channels(self, config: Optional[Config]) -> int:
         if config is None and self._num_ranks in DISPATCH_CONFIGS:
             return type(self).num_sms // 2  # type: ignore[attr-defined]
         return (config or Config()).num_channels
+
+    def _config_sms(self, config: Optional[Config]) -> Dict[str, int]:
+        return self._sms(type(self).num_sms if config is None else config.num_sms)  # type: ignore[attr-defined]

@@ -2,12 +2,16 @@
 """The part that both buffers share: a C++ buffer that is opened by all ranks together and closed by each alone."""
 
 import atexit
+import contextlib
 import weakref
-from typing import Any, Callable, Dict, List, Optional, TypeVar
+from typing import Any, Callable, Dict, Iterator, List, Optional, TypeVar
+
+import torch
 
 from . import _core
-from .errors import invalid, require
-from .group import core_group_of, rank_of, size_of
+from .errors import invalid, require, unsupported
+from .group import ThreadRank, core_group_of, rank_of, size_of
+from .streams import CudaCall, HostCall
 from .topology import core_nodes, node_size
 
 _Result = TypeVar("_Result")
@@ -28,12 +32,26 @@ def _close_all() -> None:
         session.close()
 
 
-class Session:
-    """Owner of one C++ buffer. Closing never communicates; outputs stay valid after it."""
+def _chosen_device(device: Any) -> torch.device:
+    """As asked for; else this process's current GPU, where there is one and the library was built for it; else the CPU."""
+    if device is None:
+        device = "cuda" if _core.has_cuda() and torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", torch.cuda.current_device())
+    return chosen
 
-    def __init__(self, group: Any, ranks_per_node: Optional[int], num_workers: int) -> None:
+
+class Session:
+    """Owner of one C++ buffer, and of a second one where calls on CPU tensors and on CUDA tensors are mixed. Closing never
+    communicates; outputs stay valid after it."""
+
+    def __init__(self, group: Any, ranks_per_node: Optional[int], num_workers: int, device: Any = None) -> None:
         self._group = group
-        self._core: Optional[Any] = None
+        self._core: Optional[Any] = None  # the one of the last call
+        self._cores: Dict[str, Any] = {}  # by type of device
+        self._stream: Any = None  # of operations on CUDA tensors
+        self._device = _chosen_device(device)
         self._core_group = core_group_of(group)
         self._rank, self._num_ranks = rank_of(group), size_of(group)
         self._node_size = node_size(self._num_ranks, ranks_per_node)
@@ -46,15 +64,77 @@ class Session:
     def _num_nodes(self) -> int:
         return -(-self._num_ranks // self._node_size)
 
+    @property
+    def _on_gpu(self) -> bool:
+        return self._device.type == "cuda"
+
     def _open(self) -> None:
-        """Collective."""
-        self._core = _core.CoreBuffer.open(self._core_group, self._config, self._num_workers)
+        """Opens the buffer for `_device`, anew where it was open. Collective."""
+        if self._on_gpu and not _core.has_cuda():
+            raise unsupported(f"tensors are on {self._device}, but this deep_ep was built without CUDA")
+        if self._on_gpu and self._stream is None:
+            self._stream = torch.cuda.Stream(self._device, priority=-1)
+        device = self._device.index if self._on_gpu else -1
+        self._core = _core.CoreBuffer.open(self._core_group, self._config, self._num_workers, device)
+        self._cores[self._device.type] = self._core
         _open_sessions.add(self)
 
     def _opened(self) -> Any:
+        """For calls that bring no tensors, or after `_use`. Operations then run on the current stream."""
         if self._core is None:
             raise invalid("the buffer is closed")
+        if self._on_gpu and not self._in_call:
+            current = torch.cuda.current_stream(self._device).cuda_stream
+            self._core.use_streams(current, current)
         return self._core
+
+    def _use(self, x: torch.Tensor) -> Any:
+        """The C++ buffer for tensors that are where `x` is. Collective at the first call for its type of device."""
+        if x.device.type != self._device.type and x.device.type in ("cpu", "cuda"):
+            self._opened()
+            self._device = x.device
+            self._core = self._cores.get(x.device.type)
+            if self._core is None:
+                self._open()
+        return self._opened()
+
+    _in_call = False
+
+    @contextlib.contextmanager
+    def _call(self, operation: str, previous_event: Any, asynchronous: bool, *more_events: Any) -> Iterator[Any]:
+        """An operation's way through streams, see `streams`. `_use` comes first."""
+        events = (previous_event, *more_events)
+        core = self._opened()
+        if not self._on_gpu:
+            yield HostCall(events, asynchronous)
+            return
+        self._checked(operation, self._require_own_stream)
+        call = CudaCall(core, self._stream, events, asynchronous)
+        self._in_call = True
+        try:
+            with call:
+                yield call
+        finally:
+            self._in_call = False
+
+    def _sms(self, num_sms: int) -> Dict[str, int]:
+        """On a GPU an operation takes as many SMs at most; on CPUs the buffer's threads, whatever number of SMs was named."""
+        return {"num_workers": num_sms} if self._on_gpu else {}
+
+    def _comm_stream(self) -> Any:
+        if self._on_gpu:
+            return self._stream
+        return torch.cpu.current_stream() if hasattr(torch, "cpu") else None
+
+    def _require_own_stream(self) -> None:
+        """Threads that share a stream would wait for each other's operations there, and for each other's calls: forever."""
+        if isinstance(self._group, ThreadRank) and self._num_ranks > 1:
+            current = torch.cuda.current_stream(self._device)
+            require(
+                current != torch.cuda.default_stream(self._device),
+                "ranks that are threads of one process must each have a stream of their own: "
+                "with torch.cuda.stream(torch.cuda.Stream()): ...",
+            )
 
     def _rank_order(self) -> Any:
         """Upstream's V1 order of sums: rank by rank, between nodes rounded per node first."""
@@ -72,9 +152,11 @@ class Session:
 
     def close(self) -> None:
         """Unmaps the buffer on this rank. May be called twice; tensors that it gave out stay valid."""
-        core, self._core = getattr(self, "_core", None), None
-        if core is not None:
+        self._core = None
+        cores, self._cores = self.__dict__.get("_cores", {}), {}
+        for core in cores.values():
             core.close()
+        if cores:
             _open_sessions.discard(self)
 
     def __enter__(self) -> Any:
@@ -90,7 +172,9 @@ class Session:
 
     def set_masked(self, rank: int, masked: bool = True) -> None:
         """Leaves a rank out of everything, or takes it back. A local decision, which ranks should take together."""
-        self._opened().set_masked(rank, masked)
+        self._opened()
+        for core in self._cores.values():
+            core.set_masked(rank, masked)
 
     def masked_ranks(self) -> List[bool]:
         core = self._opened()
@@ -99,6 +183,10 @@ class Session:
     def statistics(self) -> Dict[str, Any]:
         """Counters since the buffer opened: bytes and waits by peer, rows by expert, refusals, memory."""
         return self._opened().statistics()
+
+    def check(self) -> None:
+        """Waits for all enqueued operations and raises what they found out. Without it, the next call raises that."""
+        self._opened().check()
 
     def reset_statistics(self) -> None:
         self._opened().reset_statistics()
@@ -109,8 +197,6 @@ class Session:
 
     def allocate(self, shape: Any, dtype: Any) -> Any:
         """Memory that peers can read: combine takes it without a staging copy."""
-        import torch
-
         return self._opened().allocate(torch.empty(1, dtype=dtype, device="cpu"), list(shape))
 
 

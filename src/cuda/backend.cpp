@@ -15,6 +15,7 @@ class CudaBackend final : public Backend {
 
   DispatchOutput dispatch(const DispatchCall& call) override { return cuda::dispatch(context_, call); }
   CombineOutput combine(const CombineCall& call) override { return cuda::combine(context_, call); }
+  DispatchLayout dispatch_layout(const LayoutCall& call) override { return cuda::dispatch_layout(context_, call); }
   Ticket<DispatchOutput> low_latency_dispatch(const DispatchCall&) override { no_low_latency(); }
   Ticket<CombineOutput> low_latency_combine(const CombineCall&) override { no_low_latency(); }
   void refuse(Operation operation, const std::string& why) override { context_.refuse(operation, why); }
@@ -29,19 +30,8 @@ class CudaBackend final : public Backend {
     tensor.data = context_.window() + block.at;
     return tensor;
   }
-  Tensor to_host(const TensorView& tensor) override {
-    Tensor copy = Tensor::allocate(tensor.dtype, {tensor.numel()});
-    TensorView view = tensor;
-    view.data = copy.data;
-    if (tensor.bytes() > 0) context_.copy(copy.data, tensor.data, tensor.bytes(), cudaMemcpyDeviceToHost);
-    return Tensor(view, copy.owner);
-  }
-  Tensor from_host(Tensor tensor) override {
-    TensorView view = tensor;
-    auto owner = context_.local(tensor.bytes());
-    view.data = owner.get();
-    if (tensor.bytes() > 0) context_.copy(view.data, tensor.data, tensor.bytes(), cudaMemcpyHostToDevice);
-    return Tensor(view, std::move(owner));
+  std::shared_ptr<void> lend(std::vector<std::shared_ptr<void>> owners, Stream user) override {
+    return context_.lend(std::move(owners), user);
   }
 
   void set_masked(int rank, bool masked) override { context_.set_masked(rank, masked); }

@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "check.h"
+#include "cuda/capture.h"
 #include "cuda/failure.h"
 
 namespace deep_ep::cuda {
@@ -23,15 +24,14 @@ constexpr std::size_t kFirstSlab = std::size_t{32} << 20;
 constexpr int kDefaultBlocks = 24;  // what fills a link with something to spare
 constexpr std::size_t kMaxDefaultArena = std::size_t{16} << 30;
 
-// Allocations and copies of set-up are no part of a capture that the calling thread may be in.
-class OutsideCapture {
- public:
-  OutsideCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  ~OutsideCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
+// Pinned memory that kernels write and the host reads, and its address for kernels.
+template <typename T>
+void allocate_mapped(T*& host, T*& device, std::size_t bytes) {
+  cuda::check(cudaHostAlloc(reinterpret_cast<void**>(&host), bytes, cudaHostAllocMapped | cudaHostAllocPortable),
+              "cudaHostAlloc");
+  std::memset(static_cast<void*>(host), 0, bytes);
+  cuda::check(cudaHostGetDevicePointer(reinterpret_cast<void**>(&device), host, 0), "cudaHostGetDevicePointer");
+}
 
 int device_of(const Options& options) {
   int device = options.cuda_device;
@@ -94,12 +94,9 @@ Context::Context(const BackendInput& input)
   cuda::check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
   cuda::check(cudaStreamCreateWithFlags(&copies_, cudaStreamNonBlocking), "cudaStreamCreate");
   cuda::check(cudaEventCreateWithFlags(&last_done_, cudaEventDisableTiming), "cudaEventCreate");
-  cuda::check(
-      cudaHostAlloc(reinterpret_cast<void**>(&mailbox_), sizeof(Mailbox), cudaHostAllocMapped | cudaHostAllocPortable),
-      "cudaHostAlloc");
-  std::memset(static_cast<void*>(mailbox_), 0, sizeof(Mailbox));
-  cuda::check(cudaHostGetDevicePointer(reinterpret_cast<void**>(&device_mailbox_), mailbox_, 0),
-              "cudaHostGetDevicePointer");
+  allocate_mapped(mailbox_, device_mailbox_, sizeof(Mailbox));
+  allocate_mapped(first_row_, device_first_row_, sizeof(std::int32_t) * (config.max_experts + 1));
+  returns_ = std::make_shared<Returns>(device);
   cuda::check(cudaMalloc(reinterpret_cast<void**>(&state_), sizeof(State)), "cudaMalloc");
   cuda::check(cudaMemset(state_, 0, sizeof(State)), "cudaMemset");
   cuda::check(cudaMalloc(reinterpret_cast<void**>(&device_peers_), sizeof(Peer) * num_ranks), "cudaMalloc");
@@ -159,6 +156,7 @@ void Context::prepare_kernels() {
                                      most - static_cast<int>(attributes.sharedSizeBytes)),
                 "cudaFuncSetAttribute");
   };
+  prepare(layout_kernel());
   prepare(notify_kernel());
   prepare(refuse_kernel());
   prepare(dispatch_kernel(false, DType::kU8));
@@ -180,6 +178,7 @@ Context::~Context() {
   cudaFree(device_peers_);
   cudaFree(nodes_);
   cudaFreeHost(mailbox_);
+  cudaFreeHost(first_row_);
 }
 
 void Context::copy(void* dst, const void* src, std::size_t bytes, cudaMemcpyKind kind) {
@@ -193,21 +192,30 @@ void Context::upload_peers() { copy(device_peers_, peers_.data(), sizeof(Peer) *
 // Calls
 // ---------------------------------------------------------------------------------------------------------------------
 
-Call Context::plain_call(Operation operation, Stream stream, std::chrono::milliseconds timeout, int num_workers) {
+Call Context::begin_local(Stream stream) {
   cuda::check(cudaSetDevice(device), "cudaSetDevice");
   Call call;
-  call.operation = operation;
   call.wait = stream == nullptr;
   call.stream = call.wait ? stream_ : static_cast<cudaStream_t>(stream);
-  call.timeout = timeout;
-  call.blocks = num_workers > 0 ? std::min(num_workers, most_blocks_) : default_blocks_;
-  call.serial = ++serial_;
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   cuda::check(cudaStreamIsCapturing(call.stream, &status), "cudaStreamIsCapturing");
-  call.capturing = status != cudaStreamCaptureStatusNone;
+  call.capturing = capturing_ = status != cudaStreamCaptureStatusNone;
+  captured_.clear();  // of a call that failed
   // Calls of one buffer run one after the other, whatever streams they come on.
   if (!call.capturing && last_stream_ != nullptr && last_stream_ != call.stream)
     cuda::check(cudaStreamWaitEvent(call.stream, last_done_), "cudaStreamWaitEvent");
+  returns_->sweep(completed());
+  sweep_graphs();
+  return call;
+}
+
+Call Context::plain_call(Operation operation, Stream stream, std::chrono::milliseconds timeout, int num_workers) {
+  Call call = begin_local(stream);
+  call.operation = operation;
+  call.timeout = timeout;
+  call.blocks = num_workers > 0 ? std::min(num_workers, most_blocks_) : default_blocks_;
+  call.serial = ++serial_;
+  returns_->note_call(call.serial);
   return call;
 }
 
@@ -241,7 +249,10 @@ Common Context::common(const Call& call, const Signature& signature) const {
 
 void Context::end(const Call& call) {
   cuda::check(cudaGetLastError(), fmt::format("launching {}", name(call.operation)));
-  if (call.capturing) return;
+  if (call.capturing) {
+    give_to_graph(call.stream, std::exchange(captured_, {}));
+    return;
+  }
   cuda::check(cudaEventRecord(last_done_, call.stream), "cudaEventRecord");
   last_stream_ = call.stream;
   if (!call.wait) return;
@@ -375,7 +386,12 @@ plan::Arena::Block Context::arena_block(std::size_t bytes, bool anywhere, const 
     return block.owner || !anywhere ? block : arena_->allocate(bytes, true);
   };
   plan::Arena::Block block = take();
-  if (block.owner || call.capturing || in_doubt_.empty()) return block;
+  if (block.owner || call.capturing) {
+    block.owner = kept(std::move(block.owner));
+    return block;
+  }
+  returns_->reclaim(call.stream);
+  if (block = take(); block.owner || in_doubt_.empty()) return block;
   if (last_stream_ != nullptr) cuda::check(cudaEventSynchronize(last_done_), "cudaEventSynchronize");
   sweep();
   return take();
@@ -388,13 +404,19 @@ void Context::keep_in_doubt(const Call& call, std::shared_ptr<void> block) {
 std::shared_ptr<void> Context::local(std::size_t bytes) {
   const OutsideCapture outside;
   for (const auto& slab : slabs_)
-    if (plan::Arena::Block block = slab->allocate(bytes, true); block.owner) return block.owner;
+    if (plan::Arena::Block block = slab->allocate(bytes, true); block.owner) return kept(std::move(block.owner));
   const std::size_t size = std::max(kFirstSlab << slabs_.size(), 2 * bytes);
   void* memory = nullptr;
   cuda::check(cudaMalloc(&memory, size), fmt::format("cudaMalloc of {} bytes", size));
   std::shared_ptr<void> owner(memory, [](void* p) { cudaFree(p); });
   slabs_.push_back(std::make_shared<plan::Arena>(std::move(owner), static_cast<std::byte*>(memory), 0, size));
-  return slabs_.back()->allocate(bytes, true).owner;
+  return kept(slabs_.back()->allocate(bytes, true).owner);
+}
+
+// What a captured call takes belongs to its graph too: every replay uses it.
+std::shared_ptr<void> Context::kept(std::shared_ptr<void> owner) {
+  if (capturing_ && owner) captured_.push_back(owner);
+  return owner;
 }
 
 Tensor Context::local_tensor(DType dtype, std::initializer_list<std::int64_t> shape) {

@@ -14,6 +14,7 @@
 
 #include "backend.h"
 #include "cuda/kernels.h"
+#include "cuda/returns.h"
 #include "cuda/window.h"
 #include "plan/arena.h"
 
@@ -52,6 +53,8 @@ class Context {
 
   /// Begins a call: raises what an earlier one found out late (told to the peers as a refusal), orders the stream.
   Call begin(Operation operation, Stream stream, std::chrono::milliseconds timeout, int num_workers);
+  /// Begins work of this rank alone, which is no operation and has no epoch.
+  Call begin_local(Stream stream);
   Common common(const Call& call, const Signature& signature) const;
   /// After the last kernel of a call. Throws launch errors; where the call waits, what its kernels reported.
   void end(const Call& call);
@@ -68,12 +71,19 @@ class Context {
   void keep_in_doubt(const Call& call, std::shared_ptr<void> block);
   /// Memory of this device that only this rank uses; ordered as the buffer's calls are.
   std::shared_ptr<void> local(std::size_t bytes);
+  /// Owners in the hands of a caller whose work on `user` is not ordered with our calls.
+  std::shared_ptr<void> lend(std::vector<std::shared_ptr<void>> owners, Stream user) {
+    return returns_->lend(std::move(owners), static_cast<cudaStream_t>(user));
+  }
   Tensor local_tensor(DType dtype, std::initializer_list<std::int64_t> shape);
 
   const DevicePlacement& on_device(const std::shared_ptr<const Placement>& placement);
   const std::int32_t* node_of_rank() const { return nodes_; }
   std::int64_t counted_rows() const { return mailbox_->rows; }
   std::int64_t counted_arrivals() const { return mailbox_->arrivals; }
+  /// [slots + 1], as slot_first_row of the handle.
+  const std::int32_t* counted_first_row() const { return first_row_; }
+  std::int32_t* device_first_row() const { return device_first_row_; }
   int shared_limit() const { return shared_limit_; }
   /// Of `blocks`, how many write to other devices only; 0: all write everywhere.
   int remote_blocks(int blocks) const;
@@ -102,6 +112,7 @@ class Context {
   [[noreturn]] void raise(const Fault& fault);
   void raise_fault();
   void sweep();
+  std::shared_ptr<void> kept(std::shared_ptr<void> owner);
   Call plain_call(Operation operation, Stream stream, std::chrono::milliseconds timeout, int num_workers);
   void launch_refusal(const Call& call, const std::string& why);
 
@@ -109,6 +120,9 @@ class Context {
   std::vector<std::shared_ptr<Window>> windows_;
   std::shared_ptr<plan::Arena> arena_;
   std::vector<std::shared_ptr<plan::Arena>> slabs_;  // local memory
+  std::shared_ptr<Returns> returns_;                 // memory that callers have dropped
+  bool capturing_ = false;                           // this call goes into a graph,
+  std::vector<std::shared_ptr<void>> captured_;      // which then keeps all memory that the call took
   std::map<const Placement*, DevicePlacement> placements_;
   std::vector<Peer> peers_;
   Peer* device_peers_ = nullptr;
@@ -116,8 +130,10 @@ class Context {
   State* state_ = nullptr;
   Mailbox* mailbox_ = nullptr;         // pinned
   Mailbox* device_mailbox_ = nullptr;  // the same, as kernels see it
-  cudaStream_t stream_ = nullptr;      // of calls that bring none
-  cudaStream_t copies_ = nullptr;      // set-up copies, never part of a capture
+  std::int32_t* first_row_ = nullptr;  // pinned likewise: counts that the host reads
+  std::int32_t* device_first_row_ = nullptr;
+  cudaStream_t stream_ = nullptr;  // of calls that bring none
+  cudaStream_t copies_ = nullptr;  // set-up copies, never part of a capture
   cudaEvent_t last_done_ = nullptr;
   cudaStream_t last_stream_ = nullptr;
   int default_blocks_ = 1, most_blocks_ = 1;

@@ -38,7 +38,18 @@ struct NotifyParams {
   int expert_alignment, max_tokens_per_rank, num_slots;
   std::int32_t *first_arrival, *slot_rows, *slot_first_row, *tokens_between;  // of the handle
   std::int32_t* first_row;                                                    // [num_ranks][num_slots]
-  bool alone;  // no dispatch kernel follows if this fails
+  std::int32_t* counted_first_row;  // slot_first_row in pinned memory; none: the host does not wait for it
+  bool alone;                       // no dispatch kernel follows if this fails
+};
+
+struct LayoutParams {
+  const void* topk_idx;
+  bool topk_idx_64;
+  int num_tokens, num_topk, num_experts, num_ranks, num_nodes, rank;
+  plan::PlacementView placement;      // on the device
+  std::int32_t* counters;             // [num_ranks | num_nodes | num_experts], cleared
+  std::uint8_t* is_token_in_rank;     // [num_tokens, num_ranks]
+  unsigned long long* bad_selection;  // cleared; selections minus the index of the first id that names no expert
 };
 
 struct DispatchParams {
@@ -94,6 +105,7 @@ struct CombineParams {
   std::int32_t* num_terms;  // [tokens]
 };
 
+void launch_layout(const LayoutParams& params, cudaStream_t stream);
 void launch_notify(const NotifyParams& params, int blocks, cudaStream_t stream);
 /// `shared_limit`: bytes of shared memory that a block of this device may take for stages.
 void launch_dispatch(DispatchParams params, bool quantize, int blocks, cudaStream_t stream, int shared_limit);
@@ -105,6 +117,7 @@ struct RefuseParams {
 void launch_refuse(const RefuseParams& params, cudaStream_t stream);
 
 /// The kernels themselves, to be loaded and configured before any of them runs.
+const void* layout_kernel();
 const void* notify_kernel();
 const void* refuse_kernel();
 const void* dispatch_kernel(bool quantize, DType dtype);

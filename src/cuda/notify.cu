@@ -218,6 +218,7 @@ __device__ void plan_rows(const Now& now, const NotifyParams& p) {
     if (p.layout == OutputLayout::kPadded && rows > padded_rows) atomicMax(&p.common.state->full_slot_rows, rows);
     p.slot_rows[slot] = rows;
     p.slot_first_row[slot] = row;
+    if (p.counted_first_row != nullptr) p.counted_first_row[slot] = row;
     for (int src = 0; src < ranks; ++src) {
       p.first_row[std::int64_t{src} * p.num_slots + slot] = row;
       row += now.active(src) ? now.announced_rows(me, src)[slot] : 0;
@@ -226,6 +227,7 @@ __device__ void plan_rows(const Now& now, const NotifyParams& p) {
   __syncthreads();
   if (threadIdx.x != 0) return;
   p.slot_first_row[p.num_slots] = base;
+  if (p.counted_first_row != nullptr) p.counted_first_row[p.num_slots] = base;
   const std::int64_t num_rows = p.layout == OutputLayout::kByRank ? num_arrivals : base;
   p.common.state->rows = num_rows;
   p.common.state->arrivals = num_arrivals;

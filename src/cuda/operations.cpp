@@ -30,7 +30,7 @@ class Dispatch {
     if (!cached_) {
       make_handle();
       notify();
-      if (exact()) context_.await_counts(now_);
+      if (exact()) await_counts();
     }
     size_output();
     send();
@@ -41,8 +41,15 @@ class Dispatch {
   // The number of arrivals of kPadded is known by nobody before the counts either: it waits as an exact call does.
   bool exact() const { return !cached_ && call_.in.max_rows == 0; }
 
+  void await_counts() {
+    context_.await_counts(now_);
+    const std::int32_t* first = context_.counted_first_row();
+    handle_->counted_first_row.assign(first, first + num_slots_ + 1);
+  }
+
   void make_handle() {
     handle_ = std::make_shared<Handle>(handle_for(call_, context_.num_ranks));
+    handle_->cuda_device = context_.device;
     const std::int64_t tokens = call_.num_tokens, topk = call_.num_topk, ranks = context_.num_ranks;
     for (Tensor* tensor : {&handle_->dst_rank, &handle_->dst_row, &handle_->dst_arrival})
       *tensor = context_.local_tensor(DType::kI32, {tokens, topk});
@@ -94,6 +101,7 @@ class Dispatch {
     p.slot_first_row = data(handle_->slot_first_row);
     p.tokens_between = data(handle_->tokens_between);
     p.first_row = data(first_row_);
+    p.counted_first_row = exact() ? context_.device_first_row() : nullptr;
     p.alone = exact();
     launch_notify(p, blocks, now_.stream);
   }
@@ -301,6 +309,40 @@ class Combine {
 };
 
 }  // namespace
+
+DispatchLayout dispatch_layout(Context& context, const LayoutCall& asked) {
+  const Call now = context.begin_local(asked.stream);
+  const std::int64_t tokens = asked.topk_idx.size(0), topk = asked.topk_idx.size(1), experts = asked.num_experts;
+  const std::int64_t ranks = context.num_ranks, nodes = context.topology.num_nodes;
+  // All counters in one piece, which is cleared at once.
+  const Tensor bad = context.local_tensor(DType::kI64, {1});
+  const Tensor counters = context.local_tensor(DType::kI32, {ranks + nodes + experts});
+  const Tensor member = context.local_tensor(DType::kBool, {tokens, ranks});
+  check(cudaMemsetAsync(bad.data, 0, bad.bytes(), now.stream), "cudaMemsetAsync");
+  check(cudaMemsetAsync(counters.data, 0, counters.bytes(), now.stream), "cudaMemsetAsync");
+  LayoutParams p{};
+  p.topk_idx = asked.topk_idx.data;
+  p.topk_idx_64 = asked.topk_idx.dtype == DType::kI64;
+  p.num_tokens = static_cast<int>(tokens), p.num_topk = static_cast<int>(topk), p.num_experts = asked.num_experts;
+  p.num_ranks = context.num_ranks, p.num_nodes = context.topology.num_nodes, p.rank = context.rank;
+  p.placement = context.on_device(asked.placement).view;
+  p.counters = data(counters);
+  p.is_token_in_rank = data<std::uint8_t>(member);
+  p.bad_selection = data<unsigned long long>(bad);
+  launch_layout(p, now.stream);
+  context.end(now);
+  if (now.wait) {
+    std::int64_t from_end = 0;
+    context.copy(&from_end, bad.data, sizeof from_end, cudaMemcpyDeviceToHost);
+    const std::int64_t at = tokens * topk - from_end;
+    require(from_end == 0, "topk_idx[{}, {}]: this expert does not exist, experts are 0 .. {}", at / topk, at % topk,
+            experts - 1);
+  }
+  const auto part = [&](std::int64_t first, std::int64_t count) {
+    return Tensor(TensorView(data(counters) + first, DType::kI32, {count}), counters.owner);
+  };
+  return {part(0, ranks), part(ranks, nodes), part(ranks + nodes, experts), member};
+}
 
 DispatchOutput dispatch(Context& context, const DispatchCall& call) { return Dispatch(context, call).run(); }
 CombineOutput combine(Context& context, const CombineCall& call) { return Combine(context, call).run(); }

@@ -8,6 +8,7 @@
 namespace deep_ep::cuda {
 
 DispatchOutput dispatch(Context& context, const DispatchCall& call);
+DispatchLayout dispatch_layout(Context& context, const LayoutCall& call);
 CombineOutput combine(Context& context, const CombineCall& call);
 
 }  // namespace deep_ep::cuda

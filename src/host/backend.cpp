@@ -28,6 +28,14 @@ class HostBackend final : public Backend {
   }
   void refuse(Operation operation, const std::string& why) override { context_->refuse(operation, why); }
 
+  DispatchLayout dispatch_layout(const LayoutCall& call) override {
+    return host::dispatch_layout(call, context_->topology, context_->rank);
+  }
+  // Work on ordinary memory is done when its caller drops it.
+  std::shared_ptr<void> lend(std::vector<std::shared_ptr<void>> owners, Stream) override {
+    return std::make_shared<std::vector<std::shared_ptr<void>>>(std::move(owners));
+  }
+
   Tensor allocate(const TensorView& shape) override {
     plan::Arena& arena = context_->arena();
     plan::Arena::Block block = arena.allocate(shape.bytes(), false);

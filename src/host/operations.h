@@ -15,6 +15,7 @@ namespace deep_ep::host {
 
 DispatchOutput dispatch(Context& context, const DispatchCall& call);
 CombineOutput combine(Context& context, const CombineCall& call);
+DispatchLayout dispatch_layout(const LayoutCall& call, const plan::Topology& topology, int rank);
 /// The tickets keep the context alive: they may outlive the buffer.
 Ticket<DispatchOutput> low_latency_dispatch(const std::shared_ptr<Context>& context, const DispatchCall& call);
 Ticket<CombineOutput> low_latency_combine(const std::shared_ptr<Context>& context, const CombineCall& call);
