@@ -76,10 +76,10 @@ def wrong_links(text, doc):
 
 
 def wrong_targets(text):
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
-    commands = re.findall(r"`(?:make|\./do) ([a-z]+)", text)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    commands = re.findall(r"`(?:make|\./do) ([a-z-]+)", text)
     for language, block in FENCE.findall(text):
-        commands += re.findall(r"^(?:\$ )?(?:make|\./do) ([a-z]+)", block, re.M) if language != "cpp" else []
+        commands += re.findall(r"^(?:\$ )?(?:make|\./do) ([a-z-]+)", block, re.M) if language != "cpp" else []
     for target in commands:
         if target not in targets:
             yield f"make {target}: the Makefile has no such target"

@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: MIT
+// The raw network: what src/net gets out of a libfabric provider between two ranks, nothing of dispatch in it. The
+// limit beside which exchanges between nodes are measured. Two processes of this machine by default; or one rank each
+// where RANK, WORLD_SIZE=2 and MASTER_ADDR are set (between two namespaces: tools/cluster_test.py says how).
+#include <fmt/core.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "bench/free_port.h"
+#include "deep_ep/bootstrap.h"
+#include "deep_ep/error.h"
+#include "net/arrivals.h"
+#include "net/fabric.h"
+
+namespace deep_ep::bench {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using namespace std::chrono_literals;
+
+struct Command {
+  std::string provider = "tcp";
+  std::string interface;
+  std::size_t most_bytes = 4 << 20;
+  std::size_t window_bytes = 16 << 20;  // under way at once
+  double seconds = 0.4;                 // per size and measurement
+  std::string out;
+};
+
+class Counter final : public net::Receiver {
+ public:
+  void on_notice(int, const net::Notice&) override { ++notices; }
+  void on_message(int, std::uint32_t, std::span<const std::byte>) override { ++messages; }
+  void on_peer_failed(int peer, const std::string& reason) override {
+    throw Error(ErrorCode::kSystem, fmt::format("rank {}: {}", peer, reason));
+  }
+  std::uint64_t notices = 0, messages = 0;
+};
+
+/// One of two ranks.
+class Rank {
+ public:
+  Rank(const Command& command, std::shared_ptr<Bootstrap> group)
+      : command_(command), group_(std::move(group)), memory_(2 * command.most_bytes) {
+    NetworkConfig settings;
+    settings.provider = command.provider;
+    settings.interface = command.interface;
+    fabric_ = net::open_fabric(*group_, settings, 30s);
+    region_ = fabric_->register_memory({memory_.data(), memory_.size(), -1});
+    peer_ = 1 - group_->rank();
+    const auto keys = group_->all_gather(fabric_->region_key(region_), 30s);
+    remote_ = fabric_->import_region(peer_, keys[peer_]);
+  }
+
+  const net::FabricReport& report() const { return fabric_->report(); }
+
+  nlohmann::json measure(std::size_t bytes) {
+    const double one_way = ping_pong(bytes) / 2;
+    const double rate = stream(bytes);
+    return {{"bytes", bytes}, {"one_way_us", one_way * 1e6}, {"gb_per_s", rate * 1e-9}};
+  }
+
+ private:
+  void put(std::size_t bytes) {
+    const net::Put put{peer_, region_, 0, remote_, command_.most_bytes, bytes, net::Notice{}, &completions_};
+    while (!fabric_->put(put)) fabric_->progress(counter_);
+    ++puts_;
+  }
+
+  template <typename Ready>
+  void turn_until(const Ready& ready) {
+    const auto deadline = Clock::now() + 60s;
+    while (!ready()) {
+      fabric_->progress(counter_);
+      if (Clock::now() > deadline) throw Error(ErrorCode::kSystem, "the peer does not answer");
+    }
+  }
+
+  std::uint64_t ended() const { return completions_.done + completions_.failed; }
+  bool is_first() const { return group_->rank() == 0; }
+
+  // Both ranks leave at the same time, and agree on how often to repeat: rank 0 says it.
+  std::uint64_t agree(std::uint64_t value) {
+    Bootstrap::Blob blob(sizeof value);
+    std::memcpy(blob.data(), &value, sizeof value);
+    const auto all = group_->all_gather(blob, 60s);
+    std::memcpy(&value, all[0].data(), sizeof value);
+    return value;
+  }
+
+  double round_trips(std::size_t bytes, std::uint64_t times) {
+    agree(0);
+    const std::uint64_t before = counter_.notices;
+    const auto start = Clock::now();
+    for (std::uint64_t i = 1; i <= times; ++i) {
+      if (is_first()) put(bytes);
+      turn_until([&] { return counter_.notices >= before + i; });
+      if (!is_first()) put(bytes);
+    }
+    const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+    turn_until([&] { return ended() == puts_; });
+    return seconds / static_cast<double>(times);
+  }
+
+  // Seconds of a round trip.
+  double ping_pong(std::size_t bytes) {
+    const double guess = round_trips(bytes, 50);
+    return round_trips(
+        bytes, agree(std::clamp<std::uint64_t>(static_cast<std::uint64_t>(command_.seconds / guess), 10, 100000)));
+  }
+
+  // Bytes per second in one direction.
+  double one_way(std::size_t bytes, std::uint64_t times) {
+    agree(0);
+    const std::uint64_t before = counter_.notices;
+    const auto start = Clock::now();
+    if (is_first()) {
+      for (std::uint64_t i = 0; i < times; ++i) {
+        turn_until([&] { return fabric_->bytes_in_flight() + bytes <= std::max(command_.window_bytes, bytes); });
+        put(bytes);
+      }
+      turn_until([&] { return counter_.notices == before + 1; });  // rank 1 has them all
+    } else {
+      turn_until([&] { return counter_.notices == before + times; });
+      put(bytes);
+    }
+    const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+    turn_until([&] { return ended() == puts_; });
+    return static_cast<double>(bytes * times) / seconds;
+  }
+
+  double stream(std::size_t bytes) {
+    const double guess = one_way(bytes, 32) / static_cast<double>(bytes);
+    return one_way(bytes,
+                   agree(std::clamp<std::uint64_t>(static_cast<std::uint64_t>(command_.seconds * guess), 16, 1000000)));
+  }
+
+  const Command& command_;
+  const std::shared_ptr<Bootstrap> group_;
+  std::vector<std::byte> memory_;  // the first half is sent, the second received
+  std::unique_ptr<net::Fabric> fabric_;
+  Counter counter_;
+  net::Completions completions_;
+  std::uint64_t puts_ = 0;
+  int region_ = -1, peer_ = -1, remote_ = -1;
+};
+
+int run(const Command& command, const TcpRendezvous& where) {
+  Rank rank(command, tcp_group(where));
+  nlohmann::json report = {{"provider", rank.report().capabilities.provider},
+                           {"interface", rank.report().interface},
+                           {"immediate_bytes", rank.report().capabilities.immediate_bytes},
+                           {"sizes", nlohmann::json::array()}};
+  if (where.rank == 0) fmt::print("{}{:>10} {:>12} {:>10}\n", rank.report().to_string(), "bytes", "one way us", "GB/s");
+  for (std::size_t bytes = 16; bytes <= command.most_bytes; bytes *= 4) {
+    const nlohmann::json line = rank.measure(bytes);
+    report["sizes"].push_back(line);
+    if (where.rank == 0)
+      fmt::print("{:>10} {:>12.1f} {:>10.3f}\n", bytes, line["one_way_us"].get<double>(),
+                 line["gb_per_s"].get<double>());
+  }
+  if (where.rank == 0 && !command.out.empty()) std::ofstream(command.out) << report.dump(1) << '\n';
+  return 0;
+}
+
+int run_both(const Command& command) {
+  TcpRendezvous where = TcpRendezvous::from_environment();
+  if (where.num_ranks == 2) return run(command, where);
+  where.port = free_port();
+  where.num_ranks = 2;
+  const pid_t child = fork();
+  where.rank = child == 0 ? 1 : 0;
+  const int code = run(command, where);
+  if (child == 0) _exit(code);
+  int status = 0;
+  waitpid(child, &status, 0);
+  return code != 0 || status != 0 ? 1 : 0;
+}
+
+}  // namespace
+}  // namespace deep_ep::bench
+
+int main(int argc, char** argv) {
+  deep_ep::bench::Command command;
+  CLI::App app("Ping-pong and one-way streams of puts with notices over a libfabric provider, between two ranks");
+  app.add_option("--provider", command.provider, "libfabric provider, as Config::network.provider")
+      ->capture_default_str();
+  app.add_option("--interface", command.interface, "network interface or address");
+  app.add_option("--most-bytes", command.most_bytes, "largest put")->capture_default_str();
+  app.add_option("--window-bytes", command.window_bytes, "bytes under way at once in a stream")->capture_default_str();
+  app.add_option("--seconds", command.seconds, "for each size and measurement")->capture_default_str();
+  app.add_option("--out", command.out, "JSON file");
+  CLI11_PARSE(app, argc, argv);
+  try {
+    return deep_ep::bench::run_both(command);
+  } catch (const std::exception& error) {
+    fmt::print(stderr, "fabric_raw: {}\n", error.what());
+    return 1;
+  }
+}
