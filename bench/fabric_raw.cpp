@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The raw network: what src/net gets out of a libfabric provider between two ranks, nothing of dispatch in it. The
 // limit beside which exchanges between nodes are measured. Two processes of this machine by default; or one rank each
-// where RANK, WORLD_SIZE=2 and MASTER_ADDR are set (between two namespaces: tools/cluster_test.py says how).
+// where RANK, WORLD_SIZE=2 and MASTER_ADDR are set (between two namespaces: tools/cluster_test.py --only speed).
 #include <fmt/core.h>
 #include <sys/wait.h>
 #include <unistd.h>

@@ -70,7 +70,9 @@ class Proxy {
   /// Puts of this channel and epoch whose source bytes may be reused, failed ones included. Acquires what the network
   /// read. 0 for an epoch that is 16 or more behind the newest of its channel.
   std::uint64_t completed(int channel, std::uint32_t epoch) const;
-  /// Waits until all that was handed over before has been delivered, or its peer has failed. False at the deadline.
+  /// Waits until all that was handed over before has left, or its peer has failed: messages are delivered, puts have
+  /// ended (over TCP a put's bytes may still be in the socket; a message sent after it and delivered covers it). False
+  /// at the deadline.
   bool flush(Clock::time_point deadline);
 
   std::uint64_t bytes_in_flight() const { return bytes_in_flight_.load(std::memory_order_relaxed); }

@@ -7,10 +7,12 @@
 #include <cstring>
 #include <numeric>
 #include <string>
+#include <thread>
 
 #include "deep_ep/error.h"
 #include "net/engines.h"
 #include "net/fabric_ends.h"
+#include "net/proxy_ranks.h"
 #include "ranks.h"
 
 namespace deep_ep::net {
@@ -138,6 +140,48 @@ TEST_P(LibfabricTest, closing_with_work_under_way_ends_it) {
   EXPECT_EQ(completions.done + completions.failed, static_cast<std::uint64_t>(started));
 }
 
+TEST_P(LibfabricTest, proxies_on_threads_exchange_puts_and_messages_and_close_after_a_flush) {
+  if (const std::string why = missing(GetParam().provider); !why.empty()) GTEST_SKIP() << why;
+  constexpr int kRanks = 3, kRounds = 20;
+  constexpr std::size_t kPiece = 4096;
+  std::vector<std::unique_ptr<Fabric>> fabrics;
+  for (int rank = 0; rank < kRanks; ++rank) fabrics.push_back(open(GetParam(), rank, kRanks, 91));
+  std::vector<ProxyRank> ranks(kRanks);
+  start_proxies(ranks, std::move(fabrics));
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < kRanks; ++rank) {
+    threads.emplace_back([&, rank] {
+      ProxyRank& self = ranks[rank];
+      for (std::uint32_t epoch = 1; epoch <= kRounds; ++epoch) {
+        self.proxy->set_epoch(epoch);
+        std::memset(self.memory.data() + rank * kPiece, static_cast<int>(epoch * 8 + rank), kPiece);
+        const auto byte = static_cast<std::byte>(epoch);
+        for (int peer = 0; peer < kRanks; ++peer) {
+          if (peer == rank) continue;
+          EXPECT_TRUE(self.proxy->put(put_to(peer, 1, epoch, rank * kPiece, kPiece), soon()));
+          self.proxy->message(peer, epoch, {&byte, 1});
+        }
+        for (int peer = 0; peer < kRanks; ++peer) {
+          if (peer == rank) continue;
+          EXPECT_TRUE(wait_for([&] { return self.notices(peer, 1, epoch) == 1; }));
+          const auto* here = reinterpret_cast<const std::uint8_t*>(self.memory.data()) + peer * kPiece;
+          EXPECT_EQ(std::count(here, here + kPiece, static_cast<std::uint8_t>(epoch * 8 + peer)),
+                    static_cast<std::ptrdiff_t>(kPiece));
+        }
+        // Nobody writes again before all have looked: messages of the next round say so.
+        EXPECT_TRUE(wait_for([&] { return self.proxy->completed(1, epoch) == kRanks - 1; }));
+        for (int peer = 0; peer < kRanks; ++peer)
+          if (peer != rank) self.proxy->message(peer, epoch, {});
+        EXPECT_TRUE(wait_for([&] { return self.copy(&ProxyRank::messages_).size() >= 2u * epoch * (kRanks - 1); }));
+      }
+      EXPECT_TRUE(self.proxy->flush(soon()));
+      self.proxy->close();
+      EXPECT_EQ(self.proxy->counters().refused, 0u) << self.proxy->counters().last_refusal;
+    });
+  }
+  for (auto& thread : threads) thread.join();
+}
+
 INSTANTIATE_TEST_SUITE_P(Ways, LibfabricTest,
                          ::testing::Values(Way{"tcp;ofi_rxm", 8}, Way{"tcp;ofi_rxm", 4}, Way{"tcp;ofi_rxm", 0},
                                            Way{"shm", 8}, Way{"shm", 0}),
@@ -178,6 +222,54 @@ TEST(libfabric, an_unknown_provider_or_interface_is_refused_with_what_there_is) 
   EXPECT_THAT(refusal_of("carrier pigeon", ""), HasSubstr("'carrier pigeon' is not among"));
   EXPECT_THAT(refusal_of("tcp", "nowhere0"), HasSubstr("'nowhere0' is not among"));
   EXPECT_EQ(refusal_of("tcp", "127.0.0.1"), "");
+}
+
+/// Ranks as processes, each of which writes into all others.
+void expect_exchange_of_processes(const std::string& provider) {
+  constexpr int kRanks = 3;
+  const auto body = [provider](int rank, const std::shared_ptr<Bootstrap>& group, test::Blackboard&) {
+    NetworkConfig settings;
+    settings.provider = provider;
+    End end(open_fabric(*group, settings, 20s), kRanks * kBytes);
+    end.region = end.fabric->register_memory({end.memory.data(), end.memory.size(), -1});
+    const auto keys = group->all_gather(end.fabric->region_key(end.region), 20s);
+    for (int peer = 0; peer < kRanks; ++peer) end.remote[peer] = end.fabric->import_region(peer, keys[peer]);
+    const std::size_t at = static_cast<std::size_t>(rank) * kBytes;
+    std::fill_n(end.memory.begin() + at, kBytes, static_cast<std::byte>(rank + 1));
+    Completions completions;
+    for (int peer = 0; peer < kRanks; ++peer) {
+      if (peer == rank) continue;
+      EXPECT_TRUE(end.turn_until([&] { return end.put(peer, at, at, kBytes, {1, 1}, &completions); }));
+    }
+    EXPECT_TRUE(end.turn_until([&] {
+      int here = 1;
+      for (int peer = 0; peer < kRanks; ++peer) here += end.arrivals.count(peer, {1, 1}) == 1;
+      return here == kRanks && completions.done == kRanks - 1;
+    }));
+    for (std::size_t i = 0; i < end.memory.size(); ++i)
+      ASSERT_EQ(end.memory[i], static_cast<std::byte>(i / kBytes + 1)) << "byte " << i << " at rank " << rank;
+    // Nobody leaves while another still waits for what he sent: progress is made by both ends.
+    EXPECT_TRUE(end.turn_until([&] { return end.fabric->is_idle(); }));
+    const std::byte done{1};
+    for (int peer = 0; peer < kRanks; ++peer) {
+      if (peer == rank) continue;
+      EXPECT_TRUE(end.turn_until([&] { return end.fabric->message(peer, 0, {&done, 1}); }));
+    }
+    EXPECT_TRUE(end.turn_until([&] { return end.messages == kRanks - 1 && end.fabric->is_idle(); }));
+    (void)group->all_gather({}, 20s);
+  };
+  test::Processes processes(kRanks, body);
+  EXPECT_THAT(processes.wait(), ::testing::Each(0));
+}
+
+TEST(libfabric, processes_exchange_over_tcp) {
+  if (const std::string why = missing("tcp"); !why.empty()) GTEST_SKIP() << why;
+  expect_exchange_of_processes("tcp");
+}
+
+TEST(libfabric, processes_exchange_over_shm) {
+  if (const std::string why = missing("shm"); !why.empty()) GTEST_SKIP() << why;
+  expect_exchange_of_processes("shm");
 }
 
 /// Two ranks as processes, one of which is killed.

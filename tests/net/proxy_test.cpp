@@ -6,14 +6,12 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
-#include <map>
 #include <thread>
-#include <tuple>
 
 #include "deep_ep/error.h"
 #include "net/loopback.h"
+#include "net/proxy_ranks.h"
 
 namespace deep_ep::net {
 namespace {
@@ -22,90 +20,18 @@ using namespace std::chrono_literals;
 using ::testing::HasSubstr;
 using Clock = Proxy::Clock;
 
-constexpr std::size_t kRegionBytes = 1 << 16;
-
-Clock::time_point soon() { return Clock::now() + 20s; }
-
-template <typename Ready>
-bool wait_for(const Ready& ready) {
-  for (const auto deadline = soon(); !ready(); std::this_thread::sleep_for(100us))
-    if (Clock::now() > deadline) return false;
-  return true;
-}
-
-/// A rank with a proxy; what arrives is counted under a mutex.
-class Rank final : public ProxyReceiver {
- public:
-  void on_notice(int source, const Notice& notice) override {
-    std::lock_guard lock(mutex_);
-    ++notices_[{source, notice.channel, notice.epoch}];
-  }
-  void on_message(int source, std::uint32_t epoch, std::span<const std::byte> payload) override {
-    std::lock_guard lock(mutex_);
-    messages_.emplace_back(source, epoch, std::string(reinterpret_cast<const char*>(payload.data()), payload.size()));
-  }
-  void on_peer_failed(int peer, const std::string& reason) override {
-    std::lock_guard lock(mutex_);
-    failures_.emplace_back(peer, reason);
-  }
-  void on_bad_command(const std::string& why) override {
-    std::lock_guard lock(mutex_);
-    bad_commands_.push_back(why);
-  }
-  void on_completed() override { ++completions_; }
-
-  int notices(int source, int channel, std::uint32_t epoch) {
-    std::lock_guard lock(mutex_);
-    return notices_[{source, channel, epoch}];
-  }
-  template <typename T>
-  T copy(T Rank::*what) {
-    std::lock_guard lock(mutex_);
-    return this->*what;
-  }
-
-  std::vector<std::byte> memory = std::vector<std::byte>(kRegionBytes);
-  std::atomic<int> completions_{0};
-  std::map<std::tuple<int, int, std::uint32_t>, int> notices_;
-  std::vector<std::tuple<int, std::uint32_t, std::string>> messages_;
-  std::vector<std::pair<int, std::string>> failures_;
-  std::vector<std::string> bad_commands_;
-  std::unique_ptr<Proxy> proxy;  // last: it ends first
-
- private:
-  std::mutex mutex_;
-};
-
+/// Ranks with proxies on an in-memory network.
 struct Cluster {
   explicit Cluster(int num_ranks, const LoopbackFaults& faults = {}, const ProxyOptions& options = {})
       : network(LoopbackNetwork::create(num_ranks, faults)), ranks(num_ranks) {
     std::vector<std::unique_ptr<Fabric>> fabrics;
-    std::vector<Blob> keys, addresses(num_ranks);
-    for (int rank = 0; rank < num_ranks; ++rank) {
-      fabrics.push_back(network->open(rank));
-      fabrics[rank]->connect(addresses);
-      fabrics[rank]->register_memory({ranks[rank].memory.data(), kRegionBytes, -1});
-      keys.push_back(fabrics[rank]->region_key(0));
-    }
-    for (int rank = 0; rank < num_ranks; ++rank) {
-      for (int peer = 0; peer < num_ranks; ++peer) fabrics[rank]->import_region(peer, keys[peer]);
-      ranks[rank].proxy = std::make_unique<Proxy>(std::move(fabrics[rank]), ranks[rank], options);
-    }
+    for (int rank = 0; rank < num_ranks; ++rank) fabrics.push_back(network->open(rank));
+    start_proxies(ranks, std::move(fabrics), options);
   }
 
   std::shared_ptr<LoopbackNetwork> network;
-  std::vector<Rank> ranks;
+  std::vector<ProxyRank> ranks;
 };
-
-Command put_to(int peer, int channel, std::uint32_t epoch, std::uint64_t at, std::size_t bytes) {
-  Command command;
-  command.peer = peer;
-  command.channel = channel;
-  command.epoch = epoch;
-  command.at = command.remote_at = at;
-  command.bytes = bytes;
-  return command;
-}
 
 TEST(proxy, puts_of_several_workers_arrive_counted_under_every_fault_that_loses_nothing) {
   LoopbackFaults faults;
@@ -122,7 +48,7 @@ TEST(proxy, puts_of_several_workers_arrive_counted_under_every_fault_that_loses_
       cluster.ranks[rank].proxy->set_epoch(epoch);
       for (int worker = 0; worker < kWorkers; ++worker) {
         workers.emplace_back([&, rank, worker] {
-          Rank& self = cluster.ranks[rank];
+          ProxyRank& self = cluster.ranks[rank];
           for (int i = 0; i < kPuts; ++i) {
             // Everybody owns a piece of everybody's memory; the bytes say who wrote them, and when.
             const std::size_t at = ((rank * kWorkers + worker) * kPuts + i) * kBytes;
@@ -137,7 +63,7 @@ TEST(proxy, puts_of_several_workers_arrive_counted_under_every_fault_that_loses_
     }
     for (auto& worker : workers) worker.join();
     for (int rank = 0; rank < kRanks; ++rank) {
-      Rank& self = cluster.ranks[rank];
+      ProxyRank& self = cluster.ranks[rank];
       for (int peer = 0; peer < kRanks; ++peer) {
         if (peer == rank) continue;
         ASSERT_TRUE(wait_for([&] { return self.notices(peer, 2, epoch) == kWorkers * kPuts; }));
@@ -149,7 +75,7 @@ TEST(proxy, puts_of_several_workers_arrive_counted_under_every_fault_that_loses_
       ASSERT_TRUE(wait_for([&] { return self.proxy->completed(2, epoch) == kWorkers * kPuts * (kRanks - 1); }));
     }
   }
-  for (Rank& rank : cluster.ranks) {
+  for (ProxyRank& rank : cluster.ranks) {
     EXPECT_TRUE(rank.proxy->flush(soon()));
     EXPECT_EQ(rank.proxy->bytes_in_flight(), 0u);
     EXPECT_EQ(rank.proxy->counters().refused, 0u);
@@ -167,8 +93,8 @@ TEST(proxy, messages_come_whole_and_flush_waits_for_their_delivery) {
   for (int i = 0; i < 20; ++i) cluster.ranks[0].proxy->message(1, 3, {first, text.size()});
   EXPECT_TRUE(cluster.ranks[0].proxy->flush(soon()));
   cluster.ranks[0].proxy->close();  // right away: nothing may be lost
-  ASSERT_TRUE(wait_for([&] { return cluster.ranks[1].copy(&Rank::messages_).size() == 20; }));
-  for (const auto& [source, epoch, got] : cluster.ranks[1].copy(&Rank::messages_)) {
+  ASSERT_TRUE(wait_for([&] { return cluster.ranks[1].copy(&ProxyRank::messages_).size() == 20; }));
+  for (const auto& [source, epoch, got] : cluster.ranks[1].copy(&ProxyRank::messages_)) {
     EXPECT_EQ(source, 0);
     EXPECT_EQ(epoch, 3u);
     EXPECT_EQ(got, text);
@@ -203,27 +129,27 @@ TEST(proxy, a_killed_peer_and_one_given_up_end_what_waits_for_them) {
   for (int peer : {1, 2})
     for (int i = 0; i < 5; ++i) ASSERT_TRUE(proxy.put(put_to(peer, 1, 1, 0, 64), soon()));
   cluster.network->kill(1);
-  EXPECT_TRUE(wait_for([&] { return cluster.ranks[0].copy(&Rank::failures_).size() == 1; }));
-  EXPECT_EQ(cluster.ranks[0].copy(&Rank::failures_)[0].first, 1);
+  EXPECT_TRUE(wait_for([&] { return cluster.ranks[0].copy(&ProxyRank::failures_).size() == 1; }));
+  EXPECT_EQ(cluster.ranks[0].copy(&ProxyRank::failures_)[0].first, 1);
   proxy.give_up(2, "rank 1 said so");
   EXPECT_TRUE(proxy.flush(soon()));
   EXPECT_EQ(proxy.completed(1, 1), 10u);
-  EXPECT_EQ(cluster.ranks[0].copy(&Rank::failures_).size(), 1u);  // what we said ourselves is no news
+  EXPECT_EQ(cluster.ranks[0].copy(&ProxyRank::failures_).size(), 1u);  // what we said ourselves is no news
   EXPECT_TRUE(proxy.put(put_to(2, 1, 1, 0, 64), soon()));
   EXPECT_TRUE(wait_for([&] { return proxy.completed(1, 1) == 11; }));
 }
 
 TEST(proxy, what_can_never_succeed_is_refused_or_reported) {
   Cluster cluster(2);
-  Rank& self = cluster.ranks[0];
+  ProxyRank& self = cluster.ranks[0];
   EXPECT_THROW(self.proxy->put(put_to(2, 0, 0, 0, 64), soon()), Error);
   EXPECT_THROW(self.proxy->put(put_to(1, 16, 0, 0, 64), soon()), Error);
   EXPECT_THROW(self.proxy->put(put_to(1, 0, 0, 8, 64), soon()), Error);
   EXPECT_THROW(self.proxy->put(put_to(1, 0, 0, 0, 0), soon()), Error);
   // Only the proxy knows how long regions are.
   ASSERT_TRUE(self.proxy->put(put_to(1, 0, 1, kRegionBytes, 64), soon()));
-  EXPECT_TRUE(wait_for([&] { return self.copy(&Rank::bad_commands_).size() == 1; }));
-  EXPECT_THAT(self.copy(&Rank::bad_commands_)[0], HasSubstr("64 bytes at 65536 of a region of 65536"));
+  EXPECT_TRUE(wait_for([&] { return self.copy(&ProxyRank::bad_commands_).size() == 1; }));
+  EXPECT_THAT(self.copy(&ProxyRank::bad_commands_)[0], HasSubstr("64 bytes at 65536 of a region of 65536"));
   EXPECT_TRUE(wait_for([&] { return self.proxy->completed(0, 1) == 1; }));
 }
 
