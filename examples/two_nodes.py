@@ -29,7 +29,7 @@ def main() -> None:
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     # torchrun says how many ranks a machine has; all machines must have as many here.
     node_size = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
-    buffer = deep_ep.Buffer(dist.group.WORLD, ranks_per_node=node_size)
+    buffer = deep_ep.Buffer(dist.group.WORLD, ranks_per_node=node_size, explicitly_destroy=True)
 
     torch.manual_seed(rank)
     num_experts = args.experts_per_rank * num_ranks

@@ -107,6 +107,8 @@ class Backend {
   virtual bool masked(int rank) const = 0;
   /// Raises what enqueued calls found out late.
   virtual void check() {}
+  /// What was found out while opening, for logs; one line each.
+  virtual std::string describe() const { return ""; }
   virtual Statistics statistics() const = 0;
   virtual void reset_statistics() = 0;
 };

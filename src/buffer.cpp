@@ -166,6 +166,8 @@ bool Buffer::masked(int rank) const {
 }
 
 Support Buffer::supports(const CallShape& shape) const { return check_support(shape, state_->scope()); }
+std::string Buffer::describe() const { return state_->config.to_string() + state_->open().describe(); }
+
 Statistics Buffer::statistics() const { return state_->open().statistics(); }
 void Buffer::check() { state_->open().check(); }
 void Buffer::reset_statistics() { state_->open().reset_statistics(); }

@@ -333,6 +333,9 @@ class Buffer {
   /// nobody asked. Host buffers: nothing is ever late.
   void check();
 
+  /// For logs: the configuration and, between nodes, the network that was chosen and what became of its settings, one
+  /// line each.
+  std::string describe() const;
   Statistics statistics() const;
   void reset_statistics();
 

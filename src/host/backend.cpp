@@ -15,9 +15,7 @@ class HostBackend final : public Backend {
   explicit HostBackend(const BackendInput& input) : context_(std::make_shared<Context>(input)) {}
 
   DispatchOutput dispatch(const DispatchCall& call) override { return host::dispatch(*context_, call); }
-  CombineOutput combine(const CombineCall& call) override {
-    return host::combine(*context_, call);
-  }
+  CombineOutput combine(const CombineCall& call) override { return host::combine(*context_, call); }
   Ticket<DispatchOutput> low_latency_dispatch(const DispatchCall& call) override {
     require_no_network("low_latency_dispatch");
     return host::low_latency_dispatch(context_, call);
@@ -48,6 +46,7 @@ class HostBackend final : public Backend {
 
   void set_masked(int rank, bool masked) override { context_->set_masked(rank, masked); }
   bool masked(int rank) const override { return context_->masked(rank); }
+  std::string describe() const override { return context_->link() != nullptr ? context_->link()->describe() : ""; }
   Statistics statistics() const override { return context_->statistics(); }
   void reset_statistics() override { context_->reset_statistics(); }
 

@@ -357,4 +357,11 @@ void Link::on_peer_failed(int peer, const std::string& reason) {
 // Chunks and slots are ours to place: this would be a mistake of this file. Whoever waits for the bytes says so.
 void Link::on_bad_command(const std::string&) {}
 
+std::string Link::describe() const {
+  const net::FabricCounters counters = proxy_->counters();
+  const std::string refused =
+      counters.refused == 0 ? "0" : fmt::format("{}, last: {}", counters.refused, counters.last_refusal);
+  return proxy_->report().to_string() + fmt::format("network.refused = {}\n", refused);
+}
+
 }  // namespace deep_ep::host

@@ -97,6 +97,8 @@ class Link final : private net::ProxyReceiver {
   /// This rank found out; everybody else is told.
   void report_dead(int peer, const std::string& how);
 
+  /// The network, its settings, and what was refused.
+  std::string describe() const;
   /// Bytes handed to the network in puts, by peer.
   std::uint64_t put_bytes(int peer) const { return put_bytes_[peer].load(std::memory_order_relaxed); }
 

@@ -54,14 +54,15 @@ std::string NetworkConfig::to_string() const {
 namespace net {
 
 std::string FabricReport::to_string() const {
-  std::string text =
-      fmt::format("provider: {}\ninterface: {}\nnotices: {}\ndevice memory: {}\nregion keys: {}\n",
-                  capabilities.provider, interface,
-                  capabilities.immediate_bytes > 0 ? fmt::format("{} bytes with the put", capabilities.immediate_bytes)
-                                                   : "a message after a delivered put",
-                  capabilities.device_memory ? "registered" : "staged through host memory",
-                  capabilities.random_keys ? "random" : "the provider's");
-  for (const AppliedKnob& knob : knobs) text += fmt::format("{} = {}: {}\n", knob.name, knob.value, knob.state);
+  std::string text = fmt::format(
+      "network.provider = {}\nnetwork.interface = {}\nnetwork.notices = {}\nnetwork.device_memory = {}\n"
+      "network.region_keys = {}\n",
+      capabilities.provider, interface,
+      capabilities.immediate_bytes > 0 ? fmt::format("{} bytes with the put", capabilities.immediate_bytes)
+                                       : "a message after a delivered put",
+      capabilities.device_memory ? "registered" : "staged through host memory",
+      capabilities.random_keys ? "random" : "the provider's");
+  for (const AppliedKnob& knob : knobs) text += fmt::format("network.{} = {}: {}\n", knob.name, knob.value, knob.state);
   return text;
 }
 

@@ -200,7 +200,7 @@ TEST(libfabric, settings_that_a_provider_does_not_apply_are_said_so) {
   for (int i = 0; i < 3; ++i) EXPECT_THAT(report.knobs[i].state, StartsWith("not applied: tcp;ofi_rxm")) << i;
   EXPECT_EQ(report.knobs[3].state, "applied");
   EXPECT_THAT(report.to_string(), HasSubstr("service_level = 3: not applied: tcp;ofi_rxm"));
-  EXPECT_THAT(report.to_string(), HasSubstr("interface: "));
+  EXPECT_THAT(report.to_string(), HasSubstr("network.interface = "));
 }
 
 TEST(libfabric, an_unknown_provider_or_interface_is_refused_with_what_there_is) {

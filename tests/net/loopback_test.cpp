@@ -213,7 +213,8 @@ TEST(loopback, ranks_on_threads_exchange_under_every_fault_that_loses_nothing) {
         end.fabric->set_epoch(epoch);
         for (int peer = 0; peer < kRanks; ++peer) {
           const std::size_t at = static_cast<std::size_t>(rank) * kBytes;
-          EXPECT_TRUE(end.put(peer, at, at, kBytes, Notice{3, epoch}, &completions));
+          // Into the second half of the memory: a source is nobody's target.
+          EXPECT_TRUE(end.put(peer, at, at + kRanks * kBytes, kBytes, Notice{3, epoch}, &completions));
         }
         const auto all_here = [&] {
           for (int peer = 0; peer < kRanks; ++peer)
