@@ -55,8 +55,10 @@ class Proxy {
   Proxy(const Proxy&) = delete;
   Proxy& operator=(const Proxy&) = delete;
 
-  /// Hands over one put. Waits while the queue is full; false if it still is at the deadline. Throws kInvalidArgument
-  /// on numbers that do not fit a command; the rest is found out by the proxy (on_bad_command).
+  /// Hands over one put, whose bytes this thread has written, or acquired from those who did; streaming stores are
+  /// fenced by then, for no release store orders them. Waits while the queue is full; false if it still is at the
+  /// deadline. Throws kInvalidArgument on numbers that do not fit a command; the rest is found out by the proxy
+  /// (on_bad_command).
   bool put(const Command& command, Clock::time_point deadline);
   /// Hands over a message; the payload is copied.
   void message(int peer, std::uint32_t epoch, std::span<const std::byte> payload);
