@@ -310,7 +310,7 @@ __device__ void part(const Now& now, const CombineParams& p) {
     if (!now.active(peer)) continue;
     publish(now, &now.words(peer, me).finished, 1);
     std::uint32_t value = 0;
-    if (!await(now, &now.words(me, peer).finished, value)) report(now, Fault::kTimeout, peer, 1, 0);
+    if (!await(now, &now.words(me, peer).finished, value, peer)) report(now, Fault::kTimeout, peer, 1, 0);
   }
 }
 

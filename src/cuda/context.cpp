@@ -99,6 +99,9 @@ Context::Context(const BackendInput& input)
   returns_ = std::make_shared<Returns>(device);
   cuda::check(cudaMalloc(reinterpret_cast<void**>(&state_), sizeof(State)), "cudaMalloc");
   cuda::check(cudaMemset(state_, 0, sizeof(State)), "cudaMemset");
+  cuda::check(cudaMalloc(reinterpret_cast<void**>(&counters_.peers), counters_bytes()), "cudaMalloc");
+  cuda::check(cudaMemset(counters_.peers, 0, counters_bytes()), "cudaMemset");
+  counters_.rows_per_slot = reinterpret_cast<std::uint64_t*>(counters_.peers + num_ranks);
   cuda::check(cudaMalloc(reinterpret_cast<void**>(&device_peers_), sizeof(Peer) * num_ranks), "cudaMalloc");
   cuda::check(cudaMalloc(reinterpret_cast<void**>(&nodes_), sizeof(std::int32_t) * num_ranks), "cudaMalloc");
   copy(nodes_, topology.node_of_rank.data(), sizeof(std::int32_t) * num_ranks, cudaMemcpyHostToDevice);
@@ -175,13 +178,14 @@ Context::~Context() {
     if (stream != nullptr) cudaStreamSynchronize(stream), cudaStreamDestroy(stream);
   if (last_done_ != nullptr) cudaEventDestroy(last_done_);
   cudaFree(state_);
+  cudaFree(counters_.peers);
   cudaFree(device_peers_);
   cudaFree(nodes_);
   cudaFreeHost(mailbox_);
   cudaFreeHost(first_row_);
 }
 
-void Context::copy(void* dst, const void* src, std::size_t bytes, cudaMemcpyKind kind) {
+void Context::copy(void* dst, const void* src, std::size_t bytes, cudaMemcpyKind kind) const {
   const OutsideCapture outside;
   cuda::check(cudaMemcpyAsync(dst, src, bytes, kind, copies_), "cudaMemcpyAsync");
   cuda::check(cudaStreamSynchronize(copies_), "cudaStreamSynchronize");
@@ -236,6 +240,7 @@ Common Context::common(const Call& call, const Signature& signature) const {
   Common common{};
   common.state = state_;
   common.mailbox = device_mailbox_;
+  common.counters = counters_;
   common.peers = device_peers_;
   common.layout = layout_;
   common.rank = rank;
@@ -466,15 +471,35 @@ void Context::set_masked(int peer, bool masked) {
   upload_peers();
 }
 
+std::size_t Context::counters_bytes() const {
+  return sizeof(Statistics::Peer) * num_ranks + sizeof(std::uint64_t) * config.max_experts;
+}
+
+void Context::show_slots(int num_slots) {
+  count([&](Statistics& statistics) {
+    if (statistics.rows_per_slot.size() < static_cast<std::size_t>(num_slots)) statistics.rows_per_slot.resize(num_slots);
+  });
+}
+
+// Read beside whatever runs, on a stream of its own.
 Statistics Context::statistics() const {
+  std::vector<std::byte> counted(counters_bytes());
+  copy(counted.data(), counters_.peers, counted.size(), cudaMemcpyDeviceToHost);
   std::lock_guard lock(mutex_);
   Statistics result = statistics_;
+  const std::size_t peers = sizeof(Statistics::Peer) * num_ranks;
+  std::memcpy(result.peers.data(), counted.data(), peers);
+  std::memcpy(result.rows_per_slot.data(), counted.data() + peers, sizeof(std::uint64_t) * result.rows_per_slot.size());
   result.arena_bytes_in_use = arena_->in_use();
   result.arena_bytes_high_water = arena_->high_water();
   return result;
 }
 
 void Context::reset_statistics() {
+  const OutsideCapture outside;
+  cuda::check(cudaSetDevice(device), "cudaSetDevice");
+  cuda::check(cudaMemsetAsync(counters_.peers, 0, counters_bytes(), copies_), "cudaMemsetAsync");
+  cuda::check(cudaStreamSynchronize(copies_), "cudaStreamSynchronize");
   std::lock_guard lock(mutex_);
   statistics_ = {};
   statistics_.peers.resize(num_ranks);

@@ -87,12 +87,14 @@ class Context {
   int shared_limit() const { return shared_limit_; }
   /// Of `blocks`, how many write to other devices only; 0: all write everywhere.
   int remote_blocks(int blocks) const;
-  void copy(void* dst, const void* src, std::size_t bytes, cudaMemcpyKind kind);
+  void copy(void* dst, const void* src, std::size_t bytes, cudaMemcpyKind kind) const;
 
   void set_masked(int peer, bool masked);
   bool masked(int peer) const { return peers_[peer].active == 0; }
   Statistics statistics() const;
   void reset_statistics();
+  /// A call with so many slots of ours: Statistics shows as many.
+  void show_slots(int num_slots);
   template <typename Change>
   void count(const Change& change) {
     std::lock_guard lock(mutex_);
@@ -108,6 +110,7 @@ class Context {
   void prepare_kernels();
   void upload_peers();
   std::uint64_t completed() const;
+  std::size_t counters_bytes() const;
   bool take_fault(Fault& fault);
   [[noreturn]] void raise(const Fault& fault);
   void raise_fault();
@@ -132,6 +135,7 @@ class Context {
   Mailbox* device_mailbox_ = nullptr;  // the same, as kernels see it
   std::int32_t* first_row_ = nullptr;  // pinned likewise: counts that the host reads
   std::int32_t* device_first_row_ = nullptr;
+  Counters counters_{};            // device memory, one piece that begins with the peers
   cudaStream_t stream_ = nullptr;  // of calls that bring none
   cudaStream_t copies_ = nullptr;  // set-up copies, never part of a capture
   cudaEvent_t last_done_ = nullptr;

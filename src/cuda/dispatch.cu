@@ -27,6 +27,7 @@ struct Destination {
   std::int64_t first_arrival;
   const std::int32_t* first_rows;  // by slot
   bool writes_here;                // this block's movers write there
+  unsigned rows_counted;           // where rows are more than arrivals: those that this block counted
 };
 
 // Phase reply: a thread per source says where its rows begin. With a cached handle the call is announced here too.
@@ -70,10 +71,11 @@ __device__ void reply(const Now& now, const DispatchParams& p) {
 __device__ bool await_reply(const Now& now, const DispatchParams& p, int dst, Destination& to) {
   const int me = p.common.rank;
   to.block = nullptr;
+  to.rows_counted = 0;
   if (!now.active(dst)) return true;
   if (p.cached && !await_same_call(now, dst)) return false;
   std::uint32_t value = 0;
-  if (!await(now, &now.words(me, dst).replied, value)) {
+  if (!await(now, &now.words(me, dst).replied, value, counted_once(dst))) {
     report(now, Fault::kTimeout, dst, 1, 0);
     return false;
   }
@@ -472,6 +474,37 @@ __device__ void clear_unwritten(const DispatchParams& p, const Destination& mine
     ids[i] = -1;
 }
 
+// For Statistics. Rows of kByRank are the arrivals, whose number is known; others are counted by the companion warps.
+__device__ void count_rows_sent(const DispatchParams& p, Destination* to, int warp, int warps, int lane) {
+  if (p.layout == OutputLayout::kByRank) return;
+  const std::int64_t selections = std::int64_t{p.num_tokens} * p.num_topk;
+  const std::int64_t step = std::int64_t{gridDim.x} * warps * 32;
+  for (std::int64_t i = (std::int64_t{blockIdx.x} * warps + warp) * 32 + lane; i < selections; i += step) {
+    const int rank = p.routes.dst_rank[i];
+    if (rank >= 0) atomicAdd(&to[rank].rows_counted, 1u);
+  }
+}
+
+// Every thread of a block, after its companions have counted.
+__device__ void add_rows_sent(const DispatchParams& p, const Destination* to) {
+  if (p.layout == OutputLayout::kByRank) return;
+  __syncthreads();
+  for (int peer = static_cast<int>(threadIdx.x); peer < p.common.num_ranks; peer += static_cast<int>(blockDim.x))
+    if (to[peer].block != nullptr)
+      count_sent(p.common, peer, to[peer].rows_counted * p.shape.bytes_of_row(p.layout));
+}
+
+// The last block, once an exchange has ended well.
+__device__ void count_exchange(const Now& now, const DispatchParams& p) {
+  const std::uint64_t bytes = p.shape.bytes_of_arrival(p.layout) +
+                              (p.layout == OutputLayout::kByRank ? p.shape.bytes_of_row(p.layout) : 0);
+  const std::int32_t* const tokens = p.tokens_between + p.common.rank * p.common.num_ranks;
+  for (int peer = static_cast<int>(threadIdx.x); peer < p.common.num_ranks; peer += static_cast<int>(blockDim.x))
+    if (now.active(peer)) count_sent(p.common, peer, static_cast<std::uint64_t>(tokens[peer]) * bytes);
+  for (int slot = static_cast<int>(threadIdx.x); slot < p.num_slots; slot += static_cast<int>(blockDim.x))
+    count_received(p.common, slot, p.slot_rows[slot]);
+}
+
 // Phase receive: the last block tells the peers that all is sent, and waits for theirs.
 __device__ void receive(const Now& now, const DispatchParams& p) {
   const int me = p.common.rank;
@@ -481,8 +514,9 @@ __device__ void receive(const Now& now, const DispatchParams& p) {
     if (!now.active(peer)) continue;
     publish(now, &now.words(peer, me).arrived, 1);
     std::uint32_t value = 0;
-    if (!await(now, &now.words(me, peer).arrived, value)) report(now, Fault::kTimeout, peer, 1, 0);
+    if (!await(now, &now.words(me, peer).arrived, value, peer)) report(now, Fault::kTimeout, peer, 1, 0);
   }
+  if (!failed) count_exchange(now, p);
 }
 
 enum class Rows { kAsTheyAre, kBf16, kFp16, kFp32 };
@@ -516,6 +550,7 @@ __global__ void __launch_bounds__(
     if (warp >= p.mover_warps) {
       write_companions(p, to, warp - p.mover_warps, crew.companions, lane);
       clear_unwritten(p, to[p.common.rank], warp - p.mover_warps, crew.companions, lane);
+      count_rows_sent(p, to, warp - p.mover_warps, crew.companions, lane);
     } else if constexpr (kRows == Rows::kAsTheyAre) {
       move_rows(p, to, stages, barriers, warp, lane);
     } else if constexpr (kRows == Rows::kBf16) {
@@ -525,6 +560,7 @@ __global__ void __launch_bounds__(
     } else {
       quantize_rows<Fp32>(p, to, stages, warp, lane);
     }
+    add_rows_sent(p, to);
   }
   if (!last_block(now)) return;
   receive(now, p);

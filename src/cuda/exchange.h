@@ -79,10 +79,17 @@ struct Peer {
   std::int32_t same_device;  // writes there do not cross a link
 };
 
+/// What kernels count, in device memory; Statistics says what each number means.
+struct Counters {
+  Statistics::Peer* peers;       // [num_ranks]
+  std::uint64_t* rows_per_slot;  // [max_slots]
+};
+
 /// What every kernel is told.
 struct Common {
   State* state;
   Mailbox* mailbox;
+  Counters counters;
   const Peer* peers;  // [num_ranks]
   plan::WindowLayout layout;
   int rank;

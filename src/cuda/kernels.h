@@ -73,6 +73,7 @@ struct DispatchParams {
   std::uint64_t block_at;
   std::int64_t rows, arrivals, max_rows;
   const std::int32_t *first_arrival, *first_row, *slot_rows, *slot_first_row;
+  const std::int32_t* tokens_between;  // [num_ranks][num_ranks]
   // How the blocks share the work.
   int remote_blocks;  // so many write to other devices only, the rest to this one; 0: all write everywhere
   int mover_warps;

@@ -25,6 +25,7 @@ class Dispatch {
         num_slots_(call.placement->num_slots(context.rank)) {}
 
   DispatchOutput run() {
+    context_.show_slots(num_slots_);
     require(!now_.capturing || cached_ || call_.in.max_rows > 0,
             "stream: an exact-size dispatch waits for its counts and cannot be captured: give max_rows");
     if (!cached_) {
@@ -153,6 +154,7 @@ class Dispatch {
     p.first_row = data(first_row_);
     p.slot_rows = data(handle.slot_rows);
     p.slot_first_row = data(handle.slot_first_row);
+    p.tokens_between = data(handle.tokens_between);
     // A quantising warp is bound by its arithmetic: doing it twice, for near and far, would cost more than it saves.
     p.remote_blocks = call_.quantize ? 0 : context_.remote_blocks(now_.blocks);
     launch_dispatch(p, call_.quantize, now_.blocks, now_.stream, context_.shared_limit());

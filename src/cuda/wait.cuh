@@ -2,6 +2,7 @@
 // Waiting on the device: every wait has a deadline, and the first that passes it leaves one record for the host.
 #pragma once
 
+#include "cuda/counters.cuh"
 #include "cuda/exchange.h"
 #include "cuda/ptx.cuh"
 
@@ -65,16 +66,25 @@ __device__ __noinline__ inline void report(const Now& now, Fault::Kind kind, int
 }
 
 /// Waits until the epoch of a word in our own window has come; its value then, or nothing after the deadline. The
-/// acquire pairs with publish().
-__device__ inline bool await(const Now& now, const std::uint64_t* word, std::uint32_t& value) {
+/// acquire pairs with publish(). `count_for`: the peer that the wait is counted for, or -1: another block counts it.
+__device__ inline bool await(const Now& now, const std::uint64_t* word, std::uint32_t& value, int count_for) {
   std::uint64_t seen = ptx::load_acquire_system(word);
-  while (seen >> 32 < now.epoch) {
-    if (ptx::nanoseconds() > now.deadline) return false;
-    seen = ptx::load_acquire_system(word);
+  if (seen >> 32 < now.epoch) {
+    const std::uint64_t start = ptx::nanoseconds();
+    std::uint64_t clock = start;
+    while (seen >> 32 < now.epoch && clock <= now.deadline) {
+      seen = ptx::load_acquire_system(word);
+      clock = ptx::nanoseconds();
+    }
+    if (count_for >= 0) count_wait(now.common, count_for, clock - start);
+    if (seen >> 32 < now.epoch) return false;
   }
   value = static_cast<std::uint32_t>(seen);
   return true;
 }
+
+/// Where every block waits for a peer, the first one counts.
+__device__ inline int counted_once(int peer) { return blockIdx.x == 0 ? peer : -1; }
 
 /// Writes a word in a peer's window. Release: whoever acquires it sees what this thread wrote and what it acquired.
 __device__ inline void publish(const Now& now, std::uint64_t* word, std::uint32_t value) {
@@ -99,7 +109,7 @@ __device__ inline bool await_room(const Now& now, int peer) {
 __device__ inline bool await_same_call(const Now& now, int peer) {
   std::uint32_t value = 0;
   const int me = now.common.rank;
-  if (!await(now, &now.words(me, peer).announced, value)) {
+  if (!await(now, &now.words(me, peer).announced, value, counted_once(peer))) {
     report(now, Fault::kTimeout, peer, 1, 0);
     return false;
   }

@@ -229,13 +229,9 @@ class Dispatch {
   }
 
   void count_bytes(std::vector<std::uint64_t>& bytes_to) const {
-    const plan::RowShape& shape = call_.shape;
-    std::uint64_t row = shape.row_bytes + 4 * static_cast<std::uint64_t>(shape.num_scales), arrival = 0;
+    const std::uint64_t row = call_.shape.bytes_of_row(call_.layout);
+    const std::uint64_t arrival = call_.shape.bytes_of_arrival(call_.layout);
     const bool by_rank = call_.layout == OutputLayout::kByRank;
-    if (shape.topk_weights) (by_rank ? arrival : row) += 4 * static_cast<std::uint64_t>(by_rank ? shape.num_topk : 1);
-    if (!cached_)
-      arrival += 4 + static_cast<std::uint64_t>(shape.num_topk) * (shape.topk_idx_bytes + (by_rank ? 0 : 4));
-    for (int i = 0; i < shape.num_side; ++i) arrival += shape.side_bytes[i];
     for (int token = 0; token < call_.num_tokens; ++token) {
       const std::int32_t* rank = dst_rank_ + static_cast<std::size_t>(token) * call_.num_topk;
       for (int k = 0; k < call_.num_topk; ++k) {

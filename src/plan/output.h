@@ -24,6 +24,20 @@ struct RowShape {
   bool topk_weights = false;
   int num_side = 0;
   std::size_t side_bytes[kMaxSide] = {};
+
+  /// Bytes that travel with each row, and beside the rows once for each (token, rank): what Statistics counts as sent.
+  EP_HOST_DEVICE std::uint64_t bytes_of_row(OutputLayout layout) const {
+    return row_bytes + 4 * static_cast<std::uint64_t>(num_scales) +
+           (topk_weights && layout != OutputLayout::kByRank ? 4 : 0);
+  }
+  EP_HOST_DEVICE std::uint64_t bytes_of_arrival(OutputLayout layout) const {
+    const bool by_rank = layout == OutputLayout::kByRank;
+    const auto topk = static_cast<std::uint64_t>(num_topk);
+    std::uint64_t bytes = topk_weights && by_rank ? 4 * topk : 0;
+    if (topk_idx_bytes > 0) bytes += 4 + topk * (static_cast<std::uint64_t>(topk_idx_bytes) + (by_rank ? 0 : 4));
+    for (int i = 0; i < num_side; ++i) bytes += side_bytes[i];
+    return bytes;
+  }
 };
 
 //   x | scales | topk_idx | topk_weights | src_token | arrival_row | side 0 | side 1 | ...     each 128-byte aligned
