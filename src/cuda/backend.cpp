@@ -22,10 +22,9 @@ class CudaBackend final : public Backend {
   void check() override { context_.check(); }
 
   Tensor allocate(const TensorView& shape) override {
-    plan::Arena& arena = context_.arena();
-    plan::Arena::Block block = arena.allocate(shape.bytes(), false);
+    plan::Arena::Block block = context_.arena_block(shape.bytes(), false);
     require(block.owner != nullptr, "arena_bytes: {} bytes are needed, {} are free in one piece", shape.bytes(),
-            arena.largest_free());
+            context_.arena_room());
     Tensor tensor(shape, std::move(block.owner));
     tensor.data = context_.window() + block.at;
     return tensor;

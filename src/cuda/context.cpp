@@ -21,6 +21,7 @@ using Bytes = Bootstrap::Blob;
 using Clock = std::chrono::steady_clock;
 
 constexpr std::size_t kFirstSlab = std::size_t{32} << 20;
+constexpr std::size_t kFirstArenaPages = std::size_t{64} << 20;
 constexpr int kDefaultBlocks = 24;  // what fills a link with something to spare
 constexpr std::size_t kMaxDefaultArena = std::size_t{16} << 30;
 
@@ -46,6 +47,28 @@ std::size_t arena_bytes(const Config& config, int ranks_here) {
   std::size_t free = 0, total = 0;
   cuda::check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
   return std::min(kMaxDefaultArena, total / 8 / static_cast<std::size_t>(ranks_here));
+}
+
+// What ranks tell one another first: it decides how much of its GPU each takes, and how memory is shared.
+struct Neighbours {
+  int ranks_here = 0;     // on this GPU
+  bool machines = false;  // more than one
+};
+
+Neighbours meet_neighbours(Bootstrap& group, const cudaDeviceProp& info, std::chrono::milliseconds timeout) {
+  const ProcessIdentity process = this_process();
+  Bytes mine(sizeof info.uuid.bytes + sizeof process.boot_id);
+  std::memcpy(mine.data(), info.uuid.bytes, sizeof info.uuid.bytes);
+  std::memcpy(mine.data() + sizeof info.uuid.bytes, process.boot_id, sizeof process.boot_id);
+  Neighbours neighbours;
+  for (const Bytes& theirs : group.all_gather(mine, timeout)) {
+    neighbours.ranks_here += theirs == mine;
+    const bool same_machine =
+        theirs.size() == mine.size() &&
+        std::equal(mine.begin() + sizeof info.uuid.bytes, mine.end(), theirs.begin() + sizeof info.uuid.bytes);
+    neighbours.machines = neighbours.machines || !same_machine;
+  }
+  return neighbours;
 }
 
 Bytes pack(const WindowAddress& address, const std::string& config) {
@@ -81,11 +104,8 @@ Context::Context(const BackendInput& input)
       peers_(num_ranks) {
   cudaDeviceProp info;
   cuda::check(cudaGetDeviceProperties(&info, device), "cudaGetDeviceProperties");
-  // What meets first: who shares a GPU with us. It decides how much of it we take.
-  Bytes uuid(sizeof info.uuid.bytes);
-  std::memcpy(uuid.data(), info.uuid.bytes, uuid.size());
-  const auto uuids = input.group->all_gather(uuid, config.open_timeout);
-  const int ranks_here = static_cast<int>(std::count(uuids.begin(), uuids.end(), uuid));
+  const Neighbours neighbours = meet_neighbours(*input.group, info, config.open_timeout);
+  const int ranks_here = neighbours.ranks_here;
   all_on_one_device_ = ranks_here == num_ranks;
   most_blocks_ = std::max(1, info.multiProcessorCount / ranks_here);
   default_blocks_ = std::min(most_blocks_, input.options.num_workers > 0 ? input.options.num_workers : kDefaultBlocks);
@@ -108,12 +128,12 @@ Context::Context(const BackendInput& input)
   local(1);  // the first slab
   prepare_kernels();
   statistics_.peers.resize(num_ranks);
-  open_windows(input);
+  open_windows(*input.group, choose_sharing(device, neighbours.machines));
 }
 
-void Context::open_windows(const BackendInput& input) {
-  Bootstrap& group = *input.group;
-  auto own = Window::create(device, layout_.total_bytes);
+void Context::open_windows(Bootstrap& group, Sharing sharing) {
+  const std::size_t first = layout_.arena_at + std::min(layout_.arena_bytes, kFirstArenaPages);
+  auto own = Window::create({device, sharing, layout_.total_bytes, first});
   // Everything before the arena; on the device before any peer is told of it.
   cuda::check(cudaMemset(own->base(), 0, layout_.arena_at), "cudaMemset of a window");
   cuda::check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
@@ -127,7 +147,7 @@ void Context::open_windows(const BackendInput& input) {
       require_same_config(text, blobs[peer], rank, peer);
       WindowAddress address;
       std::memcpy(&address, blobs[peer].data(), sizeof address);
-      windows_[peer] = peer == rank ? own : Window::open(address, device, config.open_timeout);
+      windows_[peer] = peer == rank ? own : Window::open(address, {device, rank, config.open_timeout});
       const bool same = std::memcmp(address.device_uuid, own->address().device_uuid, sizeof address.device_uuid) == 0;
       peers_[peer] = {windows_[peer]->base(), 1, same};
     }
@@ -327,7 +347,7 @@ void Context::raise(const Fault& fault) {
   switch (static_cast<Fault::Kind>(fault.kind)) {
     case Fault::kTimeout:
       throw Error(WaitRecord{rank, name(operation), fault.peer, fault.epoch, static_cast<std::uint64_t>(fault.expected),
-                             static_cast<std::uint64_t>(fault.seen), false});
+                             static_cast<std::uint64_t>(fault.seen), windows_[fault.peer]->owner_gone()});
     case Fault::kGaveUp:
       throw Error(WaitRecord{rank, "combine (that rank gave up first)", fault.peer, fault.epoch, 1, 0, false});
     case Fault::kDiffers: {
@@ -380,26 +400,42 @@ void Context::sweep() {
   for (int peer = 0; peer < num_ranks; ++peer) {
     std::uint64_t released = 0;
     std::memcpy(&released, words.data() + line * peer, sizeof released);
-    left = std::min(left, released);
+    if (!windows_[peer]->owner_gone()) left = std::min(left, released);
   }
   std::erase_if(quarantine_, [&](const auto& entry) { return entry.first <= left; });
 }
 
 plan::Arena::Block Context::arena_block(std::size_t bytes, bool anywhere, const Call& call) {
-  auto take = [&] {
-    plan::Arena::Block block = arena_->allocate(bytes, false);
-    return block.owner || !anywhere ? block : arena_->allocate(bytes, true);
-  };
-  plan::Arena::Block block = take();
+  plan::Arena::Block block = arena_block(bytes, anywhere);
   if (block.owner || call.capturing) {
     block.owner = kept(std::move(block.owner));
     return block;
   }
   returns_->reclaim(call.stream);
-  if (block = take(); block.owner || in_doubt_.empty()) return block;
+  if (block = arena_block(bytes, anywhere); block.owner || in_doubt_.empty()) return block;
   if (last_stream_ != nullptr) cuda::check(cudaEventSynchronize(last_done_), "cudaEventSynchronize");
   sweep();
-  return take();
+  return arena_block(bytes, anywhere);
+}
+
+plan::Arena::Block Context::arena_block(std::size_t bytes, bool anywhere) {
+  plan::Arena::Block block = arena_->allocate(bytes, false);
+  if (!block.owner && anywhere) block = arena_->allocate(bytes, true);
+  no_pages_ = block.owner && !grow_arena(block.at + block.bytes);
+  return no_pages_ ? plan::Arena::Block{} : block;
+}
+
+// Pages for all of the window up to there. Without them there is no room, as where the arena is full.
+bool Context::grow_arena(std::size_t upto) {
+  const OutsideCapture outside;
+  std::vector<int> masked;
+  for (int peer = 0; peer < num_ranks; ++peer)
+    if (peers_[peer].active == 0) masked.push_back(peer);
+  return windows_[rank]->grow(upto, masked, config.timeout) == Window::Growth::kDone;
+}
+
+std::size_t Context::arena_room() const {
+  return no_pages_ ? windows_[rank]->mapped() - layout_.arena_at : arena_->largest_free();
 }
 
 void Context::keep_in_doubt(const Call& call, std::shared_ptr<void> block) {
@@ -477,7 +513,8 @@ std::size_t Context::counters_bytes() const {
 
 void Context::show_slots(int num_slots) {
   count([&](Statistics& statistics) {
-    if (statistics.rows_per_slot.size() < static_cast<std::size_t>(num_slots)) statistics.rows_per_slot.resize(num_slots);
+    if (statistics.rows_per_slot.size() < static_cast<std::size_t>(num_slots))
+      statistics.rows_per_slot.resize(num_slots);
   });
 }
 

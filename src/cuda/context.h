@@ -67,6 +67,9 @@ class Context {
   plan::Arena& arena() { return *arena_; }
   /// A block of the arena; after what is in doubt was settled, if that is what it takes.
   plan::Arena::Block arena_block(std::size_t bytes, bool anywhere, const Call& call);
+  plan::Arena::Block arena_block(std::size_t bytes, bool anywhere);
+  /// What arena_block() had at most, in one piece, where it had too little.
+  std::size_t arena_room() const;
   /// Keeps a block until the call that uses it is known to have ended well.
   void keep_in_doubt(const Call& call, std::shared_ptr<void> block);
   /// Memory of this device that only this rank uses; ordered as the buffer's calls are.
@@ -106,7 +109,8 @@ class Context {
     std::uint64_t serial;
     std::shared_ptr<void> block;
   };
-  void open_windows(const BackendInput& input);
+  void open_windows(Bootstrap& group, Sharing sharing);
+  bool grow_arena(std::size_t upto);
   void prepare_kernels();
   void upload_peers();
   std::uint64_t completed() const;
@@ -143,6 +147,7 @@ class Context {
   int default_blocks_ = 1, most_blocks_ = 1;
   int shared_limit_ = 0;
   bool all_on_one_device_ = true;
+  bool no_pages_ = false;  // the last block that was asked for found addresses, but no memory for them
   std::uint64_t serial_ = 0;
   std::deque<Doubt> in_doubt_;
   std::deque<std::pair<std::uint64_t, std::shared_ptr<void>>> quarantine_;  // epoch, block

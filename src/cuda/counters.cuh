@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// What kernels count for Statistics: a few additions per operation, which nobody waits for. Relaxed atomics: the numbers
-// publish nothing, and the host may read or clear them at any time.
+// What kernels count for Statistics: a few additions per operation, which nobody waits for. Relaxed atomics: the
+// numbers publish nothing, and the host may read or clear them at any time.
 #pragma once
 
 #include "cuda/exchange.h"

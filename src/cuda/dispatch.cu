@@ -490,14 +490,13 @@ __device__ void add_rows_sent(const DispatchParams& p, const Destination* to) {
   if (p.layout == OutputLayout::kByRank) return;
   __syncthreads();
   for (int peer = static_cast<int>(threadIdx.x); peer < p.common.num_ranks; peer += static_cast<int>(blockDim.x))
-    if (to[peer].block != nullptr)
-      count_sent(p.common, peer, to[peer].rows_counted * p.shape.bytes_of_row(p.layout));
+    if (to[peer].block != nullptr) count_sent(p.common, peer, to[peer].rows_counted * p.shape.bytes_of_row(p.layout));
 }
 
 // The last block, once an exchange has ended well.
 __device__ void count_exchange(const Now& now, const DispatchParams& p) {
-  const std::uint64_t bytes = p.shape.bytes_of_arrival(p.layout) +
-                              (p.layout == OutputLayout::kByRank ? p.shape.bytes_of_row(p.layout) : 0);
+  const std::uint64_t bytes =
+      p.shape.bytes_of_arrival(p.layout) + (p.layout == OutputLayout::kByRank ? p.shape.bytes_of_row(p.layout) : 0);
   const std::int32_t* const tokens = p.tokens_between + p.common.rank * p.common.num_ranks;
   for (int peer = static_cast<int>(threadIdx.x); peer < p.common.num_ranks; peer += static_cast<int>(blockDim.x))
     if (now.active(peer)) count_sent(p.common, peer, static_cast<std::uint64_t>(tokens[peer]) * bytes);

@@ -145,7 +145,7 @@ class Dispatch {
     for (int i = 0; i < call_.shape.num_side; ++i) p.side[i] = static_cast<const std::byte*>(call_.in.side[i].data);
     p.verdict = block_.owner ? Reply::kAccepted : Reply::kArenaTooSmall;
     p.needed = at_.total_bytes;
-    p.there = context_.arena().largest_free();
+    p.there = context_.arena_room();
     p.block_at = block_.at;
     p.rows = num_rows_;
     p.arrivals = num_arrivals_;
@@ -283,7 +283,7 @@ class Combine {
     plan::Arena::Block block = context_.arena_block(bytes, true, now_);
     require(block.owner != nullptr,
             "arena_bytes: rank {} needs {} bytes of arena to stage combine's input, {} are free there", context_.rank,
-            bytes, arena.largest_free());
+            bytes, context_.arena_room());
     if (bytes > 0)
       check(cudaMemcpyAsync(context_.window() + block.at, tensor.data, bytes, cudaMemcpyDeviceToDevice, now_.stream),
             "cudaMemcpyAsync");

@@ -1,30 +1,22 @@
 // SPDX-License-Identifier: MIT
 #include "cuda/window.h"
 
-#include <poll.h>
-#include <sys/socket.h>
-#include <sys/un.h>
 #include <unistd.h>
 
-#include <atomic>
-#include <cerrno>
+#include <algorithm>
 #include <cstring>
 #include <fstream>
 #include <map>
-#include <mutex>
 #include <random>
 #include <string>
-#include <thread>
 
+#include "check.h"
 #include "cuda/driver.h"
+#include "environment.h"
 
 namespace deep_ep::cuda {
 
 namespace {
-
-[[noreturn]] void throw_system(const std::string& call) {
-  throw Error(ErrorCode::kSystem, fmt::format("{}: {}", call, std::strerror(errno)));
-}
 
 // Windows of this process, for ranks that are threads of it.
 struct Registry {
@@ -37,135 +29,176 @@ Registry& registry() {
   return instance;
 }
 
-void read_boot_id(std::uint8_t (&id)[16]) {
-  std::ifstream file("/proc/sys/kernel/random/boot_id");
-  std::string text;
-  std::getline(file, text);
-  std::erase(text, '-');
-  for (std::size_t i = 0; i < sizeof id && 2 * i + 1 < text.size(); ++i)
-    id[i] = static_cast<std::uint8_t>(std::stoi(text.substr(2 * i, 2), nullptr, 16));
+CUmemAllocationHandleType handle_type(Sharing sharing) {
+  switch (sharing) {
+    case Sharing::kDescriptor: return CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+    case Sharing::kFabric: return CU_MEM_HANDLE_TYPE_FABRIC;
+    case Sharing::kIpc: break;
+  }
+  return CU_MEM_HANDLE_TYPE_NONE;
 }
 
-CUmemAllocationProp properties_of(int device) {
+CUmemAllocationProp properties_of(int device, Sharing sharing) {
   CUmemAllocationProp properties = {};
   properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
   properties.location = {CU_MEM_LOCATION_TYPE_DEVICE, {device}};
-  properties.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+  properties.requestedHandleTypes = handle_type(sharing);
   return properties;
 }
 
-// An abstract name: nothing is left in any folder, however a process ends.
-socklen_t name_socket(sockaddr_un& name, const WindowAddress& of) {
-  const std::string text = fmt::format("deep_ep-{}-{}-{:08x}", of.pid, of.serial, of.nonce);
-  name = {};
-  name.sun_family = AF_UNIX;
-  text.copy(name.sun_path + 1, sizeof name.sun_path - 1);
-  return static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + text.size());
+std::size_t round_up(std::size_t bytes, std::size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+std::string door_name(const WindowAddress& of) {
+  return fmt::format("deep_ep-{}-{}-{:08x}", of.process.pid, of.serial, of.nonce);
 }
 
-// One descriptor as ancillary data of a one-byte message.
-struct Parcel {
-  char byte = 0;
-  iovec data{&byte, 1};
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
-  msghdr message{};
-  Parcel() {
-    message.msg_iov = &data;
-    message.msg_iovlen = 1;
-    message.msg_control = control;
-    message.msg_controllen = sizeof control;
+bool has(int device, CUdevice_attribute attribute) {
+  int value = 0;
+  EP_DRIVER(cuDeviceGetAttribute, &value, attribute, device);
+  return value != 0;
+}
+
+[[noreturn]] void throw_unreachable(int from, const std::string& to) {
+  throw Error(ErrorCode::kUnsupported,
+              fmt::format("GPU {} cannot access the memory of {}: there is neither NVLink nor PCIe peer access between "
+                          "them",
+                          from, to));
+}
+
+// The peer's GPU as this process numbers it; -1 where it does not see it.
+int visible_device(const std::uint8_t (&uuid)[16]) {
+  int count = 0;
+  check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+  for (int device = 0; device < count; ++device) {
+    cudaDeviceProp info;
+    check(cudaGetDeviceProperties(&info, device), "cudaGetDeviceProperties");
+    if (std::memcmp(info.uuid.bytes, uuid, sizeof uuid) == 0) return device;
   }
-};
-
-void send_descriptor(int socket, int fd) {
-  Parcel parcel;
-  cmsghdr* header = CMSG_FIRSTHDR(&parcel.message);
-  header->cmsg_level = SOL_SOCKET;
-  header->cmsg_type = SCM_RIGHTS;
-  header->cmsg_len = CMSG_LEN(sizeof fd);
-  std::memcpy(CMSG_DATA(header), &fd, sizeof fd);
-  (void)!sendmsg(socket, &parcel.message, MSG_NOSIGNAL);  // a peer that went away reports it itself
+  return -1;
 }
 
-int receive_descriptor(int socket) {
-  Parcel parcel;
-  if (recvmsg(socket, &parcel.message, MSG_CMSG_CLOEXEC) <= 0) throw_system("recvmsg of a peer's window");
-  const cmsghdr* header = CMSG_FIRSTHDR(&parcel.message);
-  if (header == nullptr || header->cmsg_type != SCM_RIGHTS)
-    throw Error(ErrorCode::kSystem, "a peer sent no descriptor of its window");
-  int fd = -1;
-  std::memcpy(&fd, CMSG_DATA(header), sizeof fd);
-  return fd;
-}
-
-int connect_to(const WindowAddress& address, std::chrono::milliseconds timeout) {
-  const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  if (fd < 0) throw_system("socket");
-  const timeval limit{timeout.count() / 1000, timeout.count() % 1000 * 1000};
-  setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
-  sockaddr_un name;
-  const socklen_t length = name_socket(name, address);
-  if (connect(fd, reinterpret_cast<sockaddr*>(&name), length) != 0) {
-    close(fd);
-    throw_system(fmt::format("connect to process {} for its window", address.pid));
-  }
-  return fd;
+void require_access(int from, int to) {
+  if (from == to || to < 0) return;
+  int reachable = 0;
+  check(cudaDeviceCanAccessPeer(&reachable, from, to), "cudaDeviceCanAccessPeer");
+  if (reachable == 0) throw_unreachable(from, fmt::format("GPU {}", to));
 }
 
 }  // namespace
 
-// Serves the window's descriptor to processes of the same user.
-struct Window::Door {
-  int listener = -1;
-  int memory = -1;
-  std::atomic<bool> closing{false};
-  std::thread thread;
+// By what means
+// ---------------------------------------------------------------------------------------------------------------------
 
-  void serve() {
-    while (!closing) {
-      pollfd watched{listener, POLLIN, 0};
-      if (poll(&watched, 1, 20) != 1) continue;
-      const int peer = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
-      if (peer < 0) continue;
-      ucred who{};
-      socklen_t length = sizeof who;
-      if (getsockopt(peer, SOL_SOCKET, SO_PEERCRED, &who, &length) == 0 && who.uid == geteuid())
-        send_descriptor(peer, memory);
-      close(peer);
-    }
+const char* name(Sharing sharing) {
+  switch (sharing) {
+    case Sharing::kDescriptor: return "descriptor";
+    case Sharing::kFabric: return "fabric";
+    case Sharing::kIpc: return "ipc";
   }
-  ~Door() {
-    closing = true;
-    if (thread.joinable()) thread.join();
-    if (listener >= 0) close(listener);
-    if (memory >= 0) close(memory);
+  return "?";
+}
+
+Sharing choose_sharing(int device, bool machines) {
+  if (const auto wanted = environment("DEEP_EP_CUDA_SHARING")) {
+    for (Sharing sharing : {Sharing::kDescriptor, Sharing::kFabric, Sharing::kIpc})
+      if (*wanted == name(sharing)) return sharing;
+    require(false, "environment variable DEEP_EP_CUDA_SHARING: '{}' is none of descriptor, fabric, ipc", *wanted);
   }
-};
-
-Window::Window() = default;
-
-std::shared_ptr<Window> Window::create(int device, std::size_t bytes) {
-  int shareable = 0;
-  EP_DRIVER(cuDeviceGetAttribute, &shareable, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED, device);
-  if (shareable == 0)
+  if (machines) {
+    if (has(device, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED)) return Sharing::kFabric;
     throw Error(
         ErrorCode::kUnsupported,
-        fmt::format("GPU {} cannot share its memory by file descriptor (CUDA virtual memory management)", device));
-  const CUmemAllocationProp properties = properties_of(device);
-  std::size_t granularity = 0;
-  EP_DRIVER(cuMemGetAllocationGranularity, &granularity, &properties, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED);
+        fmt::format("ranks are on several machines, and GPU {} is in no NVLink fabric that joins them", device));
+  }
+  return has(device, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED) ? Sharing::kDescriptor
+                                                                                      : Sharing::kIpc;
+}
+
+ProcessIdentity this_process() {
+  static const std::uint64_t number = std::random_device()() | std::uint64_t{std::random_device()()} << 32;
+  ProcessIdentity identity;
+  identity.number = number;
+  identity.pid = getpid();
+  std::ifstream file("/proc/sys/kernel/random/boot_id");
+  std::string text;
+  std::getline(file, text);
+  std::erase(text, '-');
+  for (std::size_t i = 0; i < sizeof identity.boot_id && 2 * i + 1 < text.size(); ++i)
+    identity.boot_id[i] = static_cast<std::uint8_t>(std::stoi(text.substr(2 * i, 2), nullptr, 16));
+  return identity;
+}
+
+// Addresses and pages
+// ---------------------------------------------------------------------------------------------------------------------
+
+void Window::reserve() { EP_DRIVER(cuMemAddressReserve, &base_, bytes_, 0, 0, 0); }
+
+void Window::allow(int device, const Chunk& chunk) {
+  CUmemAccessDesc access = {};
+  access.location = {CU_MEM_LOCATION_TYPE_DEVICE, {device}};
+  access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+  EP_DRIVER(cuMemSetAccess, base_ + chunk.at, chunk.bytes, &access, 1);
+}
+
+// The chunk is ours from here on, whatever happens.
+void Window::map(Chunk chunk) {
+  std::lock_guard lock(mutex_);
+  try {
+    EP_DRIVER(cuMemMap, base_ + chunk.at, chunk.bytes, 0, chunk.memory, 0);
+  } catch (...) {
+    (void)driver::find<decltype(cuMemRelease)>("cuMemRelease")(chunk.memory);
+    throw;
+  }
+  chunks_.push_back(chunk);
+  for (int device : devices_) allow(device, chunk);
+  mapped_ = chunk.at + chunk.bytes;
+}
+
+void Window::allow_all(int device) {
+  std::lock_guard lock(mutex_);
+  if (std::find(devices_.begin(), devices_.end(), device) != devices_.end()) return;
+  for (const Chunk& chunk : chunks_) allow(device, chunk);
+  devices_.push_back(device);
+}
+
+// False where the GPU has no such memory.
+bool Window::take_pages(std::size_t upto) {
+  Chunk chunk{0, mapped_, round_up(upto, address_.granularity) - mapped_};
+  const CUmemAllocationProp properties = properties_of(address_.device, address_.sharing);
+  const auto create = driver::find<decltype(cuMemCreate)>("cuMemCreate");
+  const CUresult code = create(&chunk.memory, chunk.bytes, &properties, 0);
+  if (code == CUDA_ERROR_OUT_OF_MEMORY) return false;
+  driver::check(code,
+                fmt::format("cuMemCreate of {} bytes to share by {}", chunk.bytes, name(address_.sharing)).c_str());
+  map(chunk);
+  return true;
+}
+
+std::shared_ptr<Window> Window::create(const Wanted& wanted) {
   std::shared_ptr<Window> window(new Window);
-  window->bytes_ = (bytes + granularity - 1) / granularity * granularity;
-  EP_DRIVER(cuMemCreate, &window->memory_, window->bytes_, &properties, 0);
-  window->map(device);
   WindowAddress& address = window->address_;
-  read_boot_id(address.boot_id);
-  cudaDeviceProp info;
-  check(cudaGetDeviceProperties(&info, device), "cudaGetDeviceProperties");
-  std::memcpy(address.device_uuid, info.uuid.bytes, sizeof address.device_uuid);
-  address.pid = getpid();
-  address.device = device;
+  address.process = this_process();
+  address.sharing = wanted.sharing;
+  address.device = wanted.device;
   address.nonce = std::random_device()();
+  cudaDeviceProp info;
+  check(cudaGetDeviceProperties(&info, wanted.device), "cudaGetDeviceProperties");
+  std::memcpy(address.device_uuid, info.uuid.bytes, sizeof address.device_uuid);
+  if (wanted.sharing == Sharing::kIpc) {
+    window->bytes_ = window->mapped_ = wanted.bytes;
+    void* memory = nullptr;
+    check(cudaMalloc(&memory, wanted.bytes), fmt::format("cudaMalloc of {} bytes", wanted.bytes));
+    window->base_ = reinterpret_cast<CUdeviceptr>(memory);
+  } else {
+    const CUmemAllocationProp properties = properties_of(wanted.device, wanted.sharing);
+    EP_DRIVER(cuMemGetAllocationGranularity, &address.granularity, &properties, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED);
+    window->bytes_ = round_up(wanted.bytes, address.granularity);
+    window->devices_ = {wanted.device};
+    window->reserve();
+    const std::size_t first = wanted.sharing == Sharing::kDescriptor ? wanted.first : wanted.bytes;
+    if (!window->take_pages(first))
+      throw Error(ErrorCode::kSystem, fmt::format("GPU {} has no {} bytes left for a window", wanted.device, first));
+  }
   address.bytes = window->bytes_;
   std::lock_guard lock(registry().mutex);
   address.serial = registry().next++;
@@ -173,96 +206,133 @@ std::shared_ptr<Window> Window::create(int device, std::size_t bytes) {
   return window;
 }
 
-void Window::map(int device) {
-  EP_DRIVER(cuMemAddressReserve, &base_, bytes_, 0, 0, 0);
-  EP_DRIVER(cuMemMap, base_, bytes_, 0, memory_, 0);
-  allow(device);
-}
-
-void Window::allow(int device) {
-  CUmemAccessDesc access = {};
-  access.location = {CU_MEM_LOCATION_TYPE_DEVICE, {device}};
-  access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
-  EP_DRIVER(cuMemSetAccess, base_, bytes_, &access, 1);
-}
-
-std::shared_ptr<Window> Window::open(const WindowAddress& address, int device, std::chrono::milliseconds timeout) {
-  if (address.pid == getpid()) {
+Window::~Window() {
+  subscription_.reset();  // before the addresses go
+  door_.reset();
+  const bool ours = address_.process.number == this_process().number;
+  // Errors have nobody to go to here: the process may be ending and the driver gone.
+  if (address_.sharing == Sharing::kIpc) {
+    if (base_ != 0 && ours) cudaFree(base());
+    if (base_ != 0 && !ours) cudaIpcCloseMemHandle(base());
+  } else if (base_ != 0) {
+    for (const Chunk& chunk : chunks_) {
+      (void)driver::find<decltype(cuMemUnmap)>("cuMemUnmap")(base_ + chunk.at, chunk.bytes);
+      (void)driver::find<decltype(cuMemRelease)>("cuMemRelease")(chunk.memory);
+    }
+    (void)driver::find<decltype(cuMemAddressFree)>("cuMemAddressFree")(base_, bytes_);
+  }
+  if (ours) {
     std::lock_guard lock(registry().mutex);
+    registry().windows.erase(address_.serial);
+  }
+}
+
+// Sharing
+// ---------------------------------------------------------------------------------------------------------------------
+
+// The handle goes into the address, which is exchanged when the buffer opens.
+void Window::share_at_once() {
+  if (address_.sharing == Sharing::kIpc) {
+    cudaIpcMemHandle_t handle;
+    check(cudaIpcGetMemHandle(&handle, base()), "cudaIpcGetMemHandle");
+    static_assert(sizeof handle == sizeof address_.handle);
+    std::memcpy(address_.handle, &handle, sizeof handle);
+  } else {
+    CUmemFabricHandle handle;
+    EP_DRIVER(cuMemExportToShareableHandle, &handle, chunks_.front().memory, CU_MEM_HANDLE_TYPE_FABRIC, 0);
+    static_assert(sizeof handle == sizeof address_.handle);
+    std::memcpy(address_.handle, &handle, sizeof handle);
+  }
+}
+
+void Window::offer() {
+  if (address_.sharing != Sharing::kDescriptor) return share_at_once();
+  int memory = -1;
+  const Chunk& first = chunks_.front();
+  EP_DRIVER(cuMemExportToShareableHandle, &memory, first.memory, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
+  door_ = std::make_unique<Door>(door_name(address_), Piece{first.at, first.bytes}, memory);
+}
+
+void Window::seal() {
+  if (door_) door_->seal();
+}
+
+Window::Growth Window::grow(std::size_t needed, const std::vector<int>& skip, std::chrono::milliseconds timeout) {
+  if (needed <= mapped_) return Growth::kDone;
+  // By a quarter at least, so that growing ends soon; but no more than is needed where that is all there is.
+  const std::size_t least = std::min(bytes_, mapped_ + mapped_ / 4);
+  if (!take_pages(std::max(needed, least)) && !take_pages(needed)) return Growth::kNoMemory;
+  if (!door_) return Growth::kDone;
+  int memory = -1;
+  const Chunk& last = chunks_.back();
+  EP_DRIVER(cuMemExportToShareableHandle, &memory, last.memory, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
+  return door_->give({last.at, last.bytes}, memory, skip, timeout).empty() ? Growth::kDone : Growth::kPeerSilent;
+}
+
+std::shared_ptr<Window> Window::open(const WindowAddress& address, const Guest& guest) {
+  if (address.process.number == this_process().number && address.process.pid == getpid()) {
+    std::unique_lock lock(registry().mutex);
     const auto found = registry().windows.find(address.serial);
     auto window = found != registry().windows.end() ? found->second.lock() : nullptr;
+    lock.unlock();
     if (!window)
       throw Error(ErrorCode::kSystem,
                   fmt::format("window {} of this process was closed while its peers opened it", address.serial));
-    if (address.device == device) return window;
-    int reachable = 0;
-    check(cudaDeviceCanAccessPeer(&reachable, device, address.device), "cudaDeviceCanAccessPeer");
-    if (reachable == 0)
-      throw Error(ErrorCode::kUnsupported,
-                  fmt::format("GPU {} cannot access the memory of GPU {}: there is neither NVLink nor PCIe peer access "
-                              "between them",
-                              device, address.device));
-    window->allow(device);
+    require_access(guest.device, address.device);
+    if (address.sharing != Sharing::kIpc) {
+      window->allow_all(guest.device);
+    } else if (address.device != guest.device) {
+      const cudaError_t code = cudaDeviceEnablePeerAccess(address.device, 0);
+      if (code == cudaErrorPeerAccessAlreadyEnabled) {
+        (void)cudaGetLastError();
+      } else {
+        check(code, "cudaDeviceEnablePeerAccess");
+      }
+    }
     return window;
   }
-  std::uint8_t boot_id[16] = {};
-  read_boot_id(boot_id);
-  if (std::memcmp(boot_id, address.boot_id, sizeof boot_id) != 0)
-    throw Error(
-        ErrorCode::kUnsupported,
-        fmt::format("process {} is on another machine: the CUDA backend shares memory within one", address.pid));
-  const int socket = connect_to(address, timeout);
-  int fd = -1;
-  try {
-    fd = receive_descriptor(socket);
-  } catch (...) {
-    close(socket);
-    throw;
-  }
-  close(socket);
   std::shared_ptr<Window> window(new Window);
   window->address_ = address;
   window->bytes_ = address.bytes;
   try {
-    EP_DRIVER(cuMemImportFromShareableHandle, &window->memory_, reinterpret_cast<void*>(static_cast<std::intptr_t>(fd)),
-              CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
-    close(fd);
-    fd = -1;
-    window->map(device);
+    const int there = visible_device(address.device_uuid);
+    require_access(guest.device, there);
+    window->open_elsewhere(guest);
   } catch (const Error& error) {
-    if (fd >= 0) close(fd);
-    throw Error(error.code(), fmt::format("window of process {}: {}", address.pid, error.what()));
+    throw Error(error.code(), fmt::format("window of process {}: {}", address.process.pid, error.what()));
   }
   return window;
 }
 
-void Window::offer() {
-  auto door = std::make_unique<Door>();
-  EP_DRIVER(cuMemExportToShareableHandle, &door->memory, memory_, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
-  door->listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  if (door->listener < 0) throw_system("socket");
-  sockaddr_un name;
-  const socklen_t length = name_socket(name, address_);
-  if (bind(door->listener, reinterpret_cast<sockaddr*>(&name), length) != 0) throw_system("bind of a window's socket");
-  if (listen(door->listener, 128) != 0) throw_system("listen on a window's socket");
-  door->thread = std::thread([of = door.get()] { of->serve(); });
-  door_ = std::move(door);
-}
-
-void Window::seal() { door_.reset(); }
-
-Window::~Window() {
-  seal();
-  // Errors have nobody to go to here: the process may be ending and the driver gone.
-  if (base_ != 0) {
-    (void)driver::find<decltype(cuMemUnmap)>("cuMemUnmap")(base_, bytes_);
-    (void)driver::find<decltype(cuMemAddressFree)>("cuMemAddressFree")(base_, bytes_);
+void Window::open_elsewhere(const Guest& guest) {
+  if (address_.sharing == Sharing::kIpc) {
+    cudaIpcMemHandle_t handle;
+    std::memcpy(&handle, address_.handle, sizeof handle);
+    void* memory = nullptr;
+    check(cudaIpcOpenMemHandle(&memory, handle, cudaIpcMemLazyEnablePeerAccess), "cudaIpcOpenMemHandle");
+    base_ = reinterpret_cast<CUdeviceptr>(memory);
+    mapped_ = bytes_;
+    return;
   }
-  if (memory_ != 0) (void)driver::find<decltype(cuMemRelease)>("cuMemRelease")(memory_);
-  if (address_.pid == getpid()) {
-    std::lock_guard lock(registry().mutex);
-    registry().windows.erase(address_.serial);
+  devices_ = {guest.device};
+  reserve();
+  if (address_.sharing == Sharing::kFabric) {
+    Chunk all{0, 0, bytes_};
+    EP_DRIVER(cuMemImportFromShareableHandle, &all.memory, address_.handle, CU_MEM_HANDLE_TYPE_FABRIC);
+    map(all);
+    return;
   }
+  subscription_ = std::make_unique<Subscription>(
+      door_name(address_), guest.rank, guest.timeout, [this, device = guest.device](Piece piece, int memory) {
+        check(cudaSetDevice(device), "cudaSetDevice");
+        Chunk chunk{0, piece.at, piece.bytes};
+        const auto import = driver::find<decltype(cuMemImportFromShareableHandle)>("cuMemImportFromShareableHandle");
+        const CUresult code = import(&chunk.memory, reinterpret_cast<void*>(static_cast<std::intptr_t>(memory)),
+                                     CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+        close(memory);
+        driver::check(code, "cuMemImportFromShareableHandle");
+        map(chunk);
+      });
 }
 
 }  // namespace deep_ep::cuda
