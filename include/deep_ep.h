@@ -191,11 +191,22 @@ typedef struct deep_ep_config {
   int64_t open_timeout_ms;              // until all ranks have opened the buffer; 0: 60000
 } deep_ep_config;
 
-/// What one rank may choose for itself.
+/// Which memory a buffer moves, and with what.
+typedef DEEP_EP_ENUM(deep_ep_backend){
+    DEEP_EP_HOST = 0,  // ordinary memory, by threads
+    DEEP_EP_CUDA = 1,  // the data of all tensors, given or made, are device pointers of one GPU; by kernels. Only where
+                       // the library was built with CUDA
+} deep_ep_backend;
+
+/// What one rank may choose for itself. The backend is the same on all ranks.
 typedef struct deep_ep_options {
   size_t size;
-  int num_workers;  // threads that move data for one operation, the caller's included; 0: cores / ranks of this machine
+  int num_workers;  // threads that move data for one operation, the caller's included; 0: cores / ranks of this
+                    // machine. CUDA: multiprocessors
   int pin_workers;  // 1: bind them to cores
+  deep_ep_backend backend;
+  int reserved;            // 0
+  const int* cuda_device;  // number of this rank's GPU; NULL: the calling thread's current one
 } deep_ep_options;
 
 /// Writes the defaults out, for reading and changing. config->size must be set.
@@ -294,6 +305,10 @@ DEEP_EP_API int deep_ep_buffer_rank(const deep_ep_buffer* buffer);
 DEEP_EP_API int deep_ep_buffer_num_ranks(const deep_ep_buffer* buffer);
 DEEP_EP_API int deep_ep_buffer_num_nodes(const deep_ep_buffer* buffer);
 DEEP_EP_API int deep_ep_buffer_node_of(const deep_ep_buffer* buffer, int rank);
+
+/// CUDA buffers: waits for everything that was enqueued, then fails with what an enqueued call found out after it had
+/// returned; the next call would fail with the same. Host buffers: nothing is ever late.
+DEEP_EP_API deep_ep_status deep_ep_check(deep_ep_buffer* buffer);
 
 /// Leaves a rank out (masked != 0), or takes it back: nothing is sent to it and nobody waits for it. A local decision
 /// that ranks should take together.
@@ -444,6 +459,8 @@ typedef struct deep_ep_dispatch_input {
   int reserved;            // 0
   int64_t max_rows;        // 0: outputs have exactly the rows that came, else so many; high throughput only
   int64_t timeout_ms;      // 0: the buffer's
+  void* stream;  // CUDA: a cudaStream_t in whose order the call runs, see deep_ep_check(); NULL: the buffer's own,
+                 // complete when the call returns
 } deep_ep_dispatch_input;
 
 /// What came: tensors and a handle.
@@ -523,6 +540,7 @@ typedef struct deep_ep_combine_input {
   deep_ep_weights_home weights_home;
   int num_workers;     // as in deep_ep_dispatch_input
   int64_t timeout_ms;  // 0: the buffer's
+  void* stream;        // as in deep_ep_dispatch_input
 } deep_ep_combine_input;
 
 typedef struct deep_ep_combine_result deep_ep_combine_result;
@@ -569,7 +587,7 @@ DEEP_EP_API void deep_ep_combine_ticket_free(deep_ep_combine_ticket* ticket);
 // ----------------------------------------------------------------------------------------------------------- short
 // calls
 
-/// The default communicator's shape. Equal on all ranks except for group, num_workers and per_thread.
+/// The default communicator's shape. Equal on all ranks except for group, num_workers, per_thread and cuda_device.
 typedef struct deep_ep_init_config {
   size_t size;
   const deep_ep_group* group;  // NULL: as deep_ep_group_tcp(NULL)
@@ -581,6 +599,9 @@ typedef struct deep_ep_init_config {
   int per_thread;              // 1: the communicator of the calling thread only, for ranks that are threads
   size_t arena_bytes;          // as in deep_ep_config; an all-to-all takes what its output has on the wire
   int64_t timeout_ms;          // of meeting and of every wait; 0: 60000 and 30000
+  deep_ep_backend backend;     // CUDA: the short calls take device pointers
+  int reserved;                // 0
+  const int* cuda_device;      // as in deep_ep_options
 } deep_ep_init_config;
 
 /// Opens the default communicator of the process (or thread, see per_thread). Collective. NULL: the defaults.

@@ -194,8 +194,8 @@ std::shared_ptr<Bootstrap> Blackboard::group(int rank) {
   });
 }
 
-bool Blackboard::wait_for(const std::atomic<int>& word, int value) {
-  const auto deadline = Clock::now() + 10s;
+bool Blackboard::wait_for(const std::atomic<int>& word, int value, std::chrono::milliseconds limit) {
+  const auto deadline = Clock::now() + limit;
   while (word.load() < value) {
     if (Clock::now() > deadline) return false;
     std::this_thread::sleep_for(500us);

@@ -114,8 +114,8 @@ struct Blackboard {
 
   /// A group over this memory, through the public callback_group().
   std::shared_ptr<Bootstrap> group(int rank);
-  /// Waits until `word` holds at least `value`; false after ten seconds.
-  static bool wait_for(const std::atomic<int>& word, int value);
+  /// Waits until `word` holds at least `value`; false after the limit.
+  static bool wait_for(const std::atomic<int>& word, int value, std::chrono::milliseconds limit = 10s);
 };
 
 /// A TCP port that was free a moment ago.

@@ -31,7 +31,9 @@ std::unique_ptr<deep_ep_combine_result> result_object(CombineOutput output) {
 
 Options options_of(const deep_ep_options* options) {
   const deep_ep_options o = read(options, "options", EP_END_OF(deep_ep_options, pin_workers));
-  return {.num_workers = o.num_workers, .pin_workers = o.pin_workers != 0};
+  Options made{.num_workers = o.num_workers, .pin_workers = o.pin_workers != 0};
+  choose_backend(o.backend, o.cuda_device, made);
+  return made;
 }
 
 Tensor allocate(Buffer& buffer, DType dtype, int ndim, const std::int64_t* shape) {
@@ -91,6 +93,10 @@ int deep_ep_buffer_num_nodes(const deep_ep_buffer* buffer) {
 int deep_ep_buffer_node_of(const deep_ep_buffer* buffer, int rank) {
   if (rank < 0 || rank >= deep_ep_buffer_num_ranks(buffer)) return -1;
   return buffer->buffer->node_of(rank);
+}
+
+deep_ep_status deep_ep_check(deep_ep_buffer* buffer) {
+  return guarded([&] { buffer_of(buffer).check(); });
 }
 
 deep_ep_status deep_ep_set_masked(deep_ep_buffer* buffer, int rank, int masked) {

@@ -113,6 +113,15 @@ Config config_of(const deep_ep_config* config) {
   return made;
 }
 
+void choose_backend(deep_ep_backend backend, const int* cuda_device, Options& options) {
+  const bool cuda = checked_enum(backend, DEEP_EP_CUDA, "backend") == DEEP_EP_CUDA;
+  options.backend = cuda ? BackendKind::kCuda : BackendKind::kHost;
+  require(cuda || cuda_device == nullptr, "cuda_device: {} for a backend without GPUs", cuda_device ? *cuda_device : 0);
+  if (cuda_device == nullptr) return;
+  require(*cuda_device >= 0, "cuda_device: {}, at least 0", *cuda_device);
+  options.cuda_device = *cuda_device;
+}
+
 std::shared_ptr<const Placement> placement_of(const deep_ep_placement* placement) {
   return placement != nullptr ? placement->placement : nullptr;
 }
@@ -136,6 +145,7 @@ DispatchInput input_of(const deep_ep_dispatch_input* input) {
   made.mask_topk_weights = in.keep_other_weights == 0;
   made.max_rows = in.max_rows;
   if (in.handle != nullptr) made.handle = in.handle->handle;
+  made.stream = in.stream;
   made.timeout = timeout_of(in.timeout_ms);
   made.num_workers = workers_of(in.num_workers);
   return made;
@@ -155,6 +165,7 @@ CombineInput input_of(const deep_ep_combine_input* input) {
   made.order.round_per_node = in.round_per_node != 0;
   made.order.bias_first = in.bias_last == 0;
   made.out = view_of(in.out, "out");
+  made.stream = in.stream;
   made.timeout = timeout_of(in.timeout_ms);
   made.num_workers = workers_of(in.num_workers);
   return made;

@@ -75,6 +75,8 @@ TensorView view_of(const deep_ep_tensor* tensor, const char* name);
 void write_tensor(deep_ep_tensor* theirs, const TensorView& view);
 
 Config config_of(const deep_ep_config* config);
+/// The backend that a caller chose, and its GPU, into `options`.
+void choose_backend(deep_ep_backend backend, const int* cuda_device, Options& options);
 std::shared_ptr<const Placement> placement_of(const deep_ep_placement* placement);
 DispatchInput input_of(const deep_ep_dispatch_input* input);
 CombineInput input_of(const deep_ep_combine_input* input);

@@ -15,7 +15,7 @@
 #include <thread>
 #include <vector>
 
-#include "deep_ep/buffer.h"
+#include "ranks.h"
 
 namespace deep_ep::test {
 
@@ -58,17 +58,30 @@ inline Options on_gpu(int sms = 0) {
   return options;
 }
 
-inline Config small_config() {
-  Config config;
-  config.arena_bytes = std::size_t{64} << 20;
-  config.timeout = std::chrono::milliseconds(10000);
-  return config;
+/// For copies and memory of tests: the default stream, cudaMalloc and cudaFree would wait for kernels of other ranks,
+/// which may wait for this one.
+inline cudaStream_t test_stream() {
+  static const cudaStream_t stream = [] {
+    cudaStream_t made = nullptr;
+    gpu(cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking));
+    cudaMemPool_t pool = nullptr;
+    gpu(cudaDeviceGetDefaultMemPool(&pool, 0));
+    std::uint64_t keep = UINT64_MAX;
+    gpu(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep));
+    return made;
+  }();
+  return stream;
+}
+
+inline void copy_now(void* to, const void* from, std::size_t bytes) {
+  gpu(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, test_stream()));
+  gpu(cudaStreamSynchronize(test_stream()));
 }
 
 /// Bytes of a tensor whose strides leave no holes, wherever it lies.
 inline std::vector<std::byte> bytes_of(const TensorView& tensor) {
   std::vector<std::byte> bytes(tensor.bytes());
-  if (!bytes.empty()) gpu(cudaMemcpy(bytes.data(), tensor.data, bytes.size(), cudaMemcpyDefault));
+  if (!bytes.empty()) copy_now(bytes.data(), tensor.data, bytes.size());
   return bytes;
 }
 
@@ -76,11 +89,24 @@ inline std::vector<std::byte> bytes_of(const TensorView& tensor) {
 inline Tensor to_gpu(const TensorView& tensor) {
   if (!tensor.given()) return {};
   void* memory = nullptr;
-  gpu(cudaMalloc(&memory, tensor.bytes() + 16));
-  if (tensor.bytes() > 0) gpu(cudaMemcpy(memory, tensor.data, tensor.bytes(), cudaMemcpyHostToDevice));
-  Tensor copy(tensor, std::shared_ptr<void>(memory, [](void* p) { cudaFree(p); }));
+  gpu(cudaMallocAsync(&memory, tensor.bytes() + 16, test_stream()));
+  if (tensor.bytes() > 0) copy_now(memory, tensor.data, tensor.bytes());
+  gpu(cudaStreamSynchronize(test_stream()));
+  Tensor copy(tensor, std::shared_ptr<void>(memory, [](void* p) { cudaFreeAsync(p, test_stream()); }));
   copy.data = memory;
   return copy;
+}
+
+/// One thread per rank with an open buffer on each backend.
+inline void run_pairs(int num_ranks, const Config& config, const Options& options,
+                      const std::function<void(Buffer& host, Buffer& device)>& body) {
+  auto groups = in_process_group(num_ranks);
+  Options one_worker;
+  one_worker.num_workers = 1;
+  run_ranks(num_ranks, config, options, [&](Buffer& device) {
+    auto host = Buffer::open(groups[device.rank()], config, one_worker);
+    body(*host, device);
+  });
 }
 
 }  // namespace deep_ep::test
