@@ -5,7 +5,7 @@
 #include <numeric>
 
 #include "capi/objects.h"
-#include "host/rows.h"
+#include "capi/staging.h"
 
 namespace deep_ep::capi {
 
@@ -18,10 +18,9 @@ std::atomic<int> sm_limit{0};
 
 struct Communicator {
   deep_ep_buffer buffer;
+  std::unique_ptr<Staging> staging;
   int hidden = 0;
   int max_batch = 0;
-  std::vector<std::byte>
-      staging;  // rows that are not sent from the caller's memory; kept, as the next call needs it again
 };
 
 struct Defaults {
@@ -83,7 +82,10 @@ std::shared_ptr<Communicator> open_communicator(const deep_ep_init_config& c) {
     group = tcp_group(where);
   }
   config.max_experts = std::max(config.max_experts, group->num_ranks());
-  made->buffer.buffer = Buffer::open(std::move(group), config, {.num_workers = c.num_workers});
+  Options options{.num_workers = c.num_workers};
+  choose_backend(c.backend, c.cuda_device, options);
+  made->buffer.buffer = Buffer::open(std::move(group), config, options);
+  made->staging = options.backend == BackendKind::kCuda ? cuda_staging(*made->buffer.buffer) : host_staging();
   return made;
 }
 
@@ -139,24 +141,6 @@ void check_all_to_all(const float* input, const float* output, int size, deep_ep
           static_cast<int>(DEEP_EP_BF16), static_cast<int>(DEEP_EP_FP8));
 }
 
-TensorView rows_to_send(Communicator& on, const float* input, const Chunks& c) {
-  if (c.wire != DEEP_EP_BF16 && c.row == c.chunk) return {input, DType::kFp32, {c.num_ranks, c.row}};
-  const std::size_t row_bytes = static_cast<std::size_t>(c.row) * item_bytes(c.dtype());
-  const std::size_t chunk_bytes = static_cast<std::size_t>(c.chunk) * item_bytes(c.dtype());
-  on.staging.resize(row_bytes * c.num_ranks);
-  for (int rank = 0; rank < c.num_ranks; ++rank) {
-    std::byte* row = on.staging.data() + row_bytes * rank;
-    const float* chunk = c.chunk > 0 ? input + c.chunk * rank : nullptr;
-    if (c.wire == DEEP_EP_BF16) {
-      host::row_ops().cast(row, DType::kBf16, chunk, DType::kFp32, c.chunk);
-    } else if (c.chunk > 0) {
-      std::memcpy(row, chunk, chunk_bytes);
-    }
-    std::memset(row + chunk_bytes, 0, row_bytes - chunk_bytes);
-  }
-  return {on.staging.data(), c.dtype(), {c.num_ranks, c.row}};
-}
-
 DispatchOutput exchange(Communicator& on, const float* input, const Chunks& c) {
   std::vector<std::int32_t> to(c.num_ranks);
   std::iota(to.begin(), to.end(), 0);
@@ -164,10 +148,16 @@ DispatchOutput exchange(Communicator& on, const float* input, const Chunks& c) {
                                  c.size);  // (size, wire) beside every row: padding could hide that they differ
   for (std::size_t i = 1; i < call.size(); i += 2) call[i] = static_cast<std::int32_t>(c.wire);
 
+  Tensor x, ids, calls;
+  check_together(*on.buffer.buffer, Operation::kDispatch, [&] {
+    x = on.staging->pack({input, c.num_ranks, c.chunk, c.row, c.dtype()});
+    ids = on.staging->place(to, c.num_ranks, 1);
+    calls = on.staging->place(call, c.num_ranks, 2);
+  });
   DispatchInput in;
-  in.x = rows_to_send(on, input, c);
-  in.topk_idx = {to.data(), DType::kI32, {c.num_ranks, 1}};
-  in.side = {TensorView(call.data(), DType::kI32, {c.num_ranks, 2})};
+  in.x = x;
+  in.topk_idx = ids;
+  in.side = {calls};
   in.num_experts = c.num_ranks;
   if (c.wire == DEEP_EP_FP8) in.fp8 = Fp8Options{};
   in.num_workers = workers_of(0);
@@ -175,35 +165,15 @@ DispatchOutput exchange(Communicator& on, const float* input, const Chunks& c) {
 }
 
 /// Every rank sees the calls of all ranks, so all come to one verdict.
-void require_equal_calls(const DispatchOutput& came, const Chunks& c) {
-  const auto* first = came.handle->first_arrival.as<std::int32_t>();
-  const auto* calls = came.side.at(0).as<std::int32_t>();
+void require_equal_calls(Staging& staging, const DispatchOutput& came, const Chunks& c) {
+  const std::vector<std::int32_t> first = staging.read(came.handle->first_arrival),
+                                  calls = staging.read(came.side.at(0));
   for (int source = 0; source < c.num_ranks; ++source) {
     if (first[source] == first[source + 1]) continue;
-    const std::int32_t* call = calls + std::int64_t{2} * first[source];
+    const std::int32_t* call = calls.data() + std::int64_t{2} * first[source];
     require(call[0] == c.size, "size: {} here, {} on rank {}", c.size, call[0], source);
     require(call[1] == static_cast<std::int32_t>(c.wire), "wire: {} here, {} on rank {}", static_cast<int>(c.wire),
             call[1], source);
-  }
-}
-
-void unpack(const DispatchOutput& came, std::int64_t row, const Chunks& c, float* to) {
-  const host::RowOps& ops = host::row_ops();
-  const std::byte* from =
-      came.x.as<std::byte>() + came.x.strides[0] * row * static_cast<std::int64_t>(item_bytes(came.x.dtype));
-  switch (c.wire) {
-    case DEEP_EP_BF16: ops.cast(to, DType::kFp32, from, DType::kBf16, c.chunk); return;
-    case DEEP_EP_FP8: {
-      host::DequantizeRow d;
-      d.codes = reinterpret_cast<const std::uint8_t*>(from);
-      d.hidden = c.chunk;
-      d.scales = came.scales.as<float>() + came.scales.strides[0] * row;
-      d.scale_stride = came.scales.strides[1];
-      d.dst = to;
-      ops.dequantize(d);
-      return;
-    }
-    default: std::memcpy(to, from, static_cast<std::size_t>(c.chunk) * sizeof(float));
   }
 }
 
@@ -217,17 +187,8 @@ void all_to_all(const float* input, float* output, int size, deep_ep_dtype wire)
   // At least one element: a rank with another size is then an error at once, and not a timeout.
   c.row = padded(std::max<std::int64_t>(c.chunk, 1), wire == DEEP_EP_FP8 ? DType::kFp8E4m3 : c.dtype());
   const DispatchOutput came = exchange(*on, input, c);
-  require_equal_calls(came, c);
-  if (c.chunk == 0) return;
-  const auto* first = came.handle->first_arrival.as<std::int32_t>();
-  for (int source = 0; source < num_ranks; ++source) {
-    float* to = output + c.chunk * source;
-    if (first[source] < first[source + 1]) {
-      unpack(came, first[source], c, to);
-    } else {
-      std::fill_n(to, c.chunk, 0.0f);
-    }
-  }
+  require_equal_calls(*on->staging, came, c);
+  if (c.chunk > 0) on->staging->unpack({came, num_ranks, 1, c.chunk, output});
 }
 
 void check_low_latency(const Communicator& on, const float* query, const float* result, int batch_size) {
@@ -241,21 +202,16 @@ void check_low_latency(const Communicator& on, const float* query, const float* 
 
 DispatchOutput exchange_rows(Communicator& on, const float* query, int batch_size) {
   const int rows_per_rank = batch_size / on.buffer.buffer->num_ranks();
-  const std::int64_t row = padded(on.hidden, DType::kFp32);
-  DispatchInput in;
-  in.x = {query, DType::kFp32, {batch_size, row}};
-  if (row != on.hidden) {
-    on.staging.resize(static_cast<std::size_t>(row) * batch_size * sizeof(float));
-    auto* rows = reinterpret_cast<float*>(on.staging.data());
-    for (std::int64_t i = 0; i < batch_size; ++i) {
-      std::copy_n(query + i * on.hidden, on.hidden, rows + i * row);
-      std::fill_n(rows + i * row + on.hidden, row - on.hidden, 0.0f);
-    }
-    in.x = {rows, DType::kFp32, {batch_size, row}};
-  }
   std::vector<std::int32_t> to(batch_size);
   for (int i = 0; i < batch_size; ++i) to[i] = i / rows_per_rank;
-  in.topk_idx = {to.data(), DType::kI32, {batch_size, 1}};
+  Tensor x, ids;
+  check_together(*on.buffer.buffer, Operation::kLowLatencyDispatch, [&] {
+    x = on.staging->pack({query, batch_size, on.hidden, padded(on.hidden, DType::kFp32), DType::kFp32});
+    ids = on.staging->place(to, batch_size, 1);
+  });
+  DispatchInput in;
+  in.x = x;
+  in.topk_idx = ids;
   in.num_experts = on.buffer.buffer->num_ranks();
   in.max_tokens_per_rank = on.max_batch;
   in.num_workers = workers_of(0);
@@ -270,20 +226,13 @@ void low_latency_all_to_all(const float* query, float* result, int batch_size) {
   const int num_ranks = buffer.num_ranks();
   const int rows_per_rank = batch_size / num_ranks;
   const DispatchOutput came = exchange_rows(*on, query, batch_size);
-  const auto* first = came.handle->first_arrival.as<std::int32_t>();
+  const std::vector<std::int32_t> first = on->staging->read(came.handle->first_arrival);
   for (int source = 0; source < num_ranks; ++source) {
     const int rows = first[source + 1] - first[source];
     require(rows == rows_per_rank || (rows == 0 && buffer.masked(source)),
             "batch_size: {} rows for each rank here, {} on rank {}", rows_per_rank, rows, source);
   }
-  for (int source = 0; source < num_ranks; ++source) {
-    for (int i = 0; i < rows_per_rank; ++i) {
-      float* to = result + (std::int64_t{source} * rows_per_rank + i) * on->hidden;
-      const bool masked = first[source] == first[source + 1];
-      const float* from = masked ? nullptr : came.x.as<float>() + came.x.strides[0] * (first[source] + i);
-      masked ? std::fill_n(to, on->hidden, 0.0f) : std::copy_n(from, on->hidden, to);
-    }
-  }
+  if (rows_per_rank > 0) on->staging->unpack({came, num_ranks, rows_per_rank, on->hidden, result});
 }
 
 }  // namespace
