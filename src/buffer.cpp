@@ -108,6 +108,7 @@ int Buffer::rank() const { return state_->rank; }
 int Buffer::num_ranks() const { return state_->topology.num_ranks; }
 int Buffer::num_nodes() const { return state_->topology.num_nodes; }
 const Config& Buffer::config() const { return state_->config; }
+BackendKind Buffer::backend() const { return state_->on_device ? BackendKind::kCuda : BackendKind::kHost; }
 
 int Buffer::node_of(int rank) const {
   require(rank >= 0 && rank < num_ranks(), "rank must be 0 .. {}: {}", num_ranks() - 1, rank);

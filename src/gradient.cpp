@@ -7,6 +7,9 @@
 
 #include "check.h"
 #include "host/rows.h"
+#ifdef EP_WITH_CUDA
+#include "cuda/gradient.h"
+#endif
 
 namespace deep_ep {
 
@@ -43,6 +46,42 @@ void check_weighted(const std::shared_ptr<const Handle>& handle, const TensorVie
           rows.strides[1]);
 }
 
+// Each row's gradient, and the dot product that is its weight's. Padding rows have a zero gradient, so both are 0
+// there. Behind the rows that came (a bounded dispatch) there is nothing to read.
+void weigh_on_host(const Handle& handle, const DispatchOutput& sent, const TensorView& rows, Tensor& gradients,
+                   Tensor& dots) {
+  const DType dtype = sent.x.dtype;
+  const std::int64_t num_rows = handle.num_rows, hidden = sent.x.size(1);
+  const std::int64_t row_bytes = hidden * static_cast<std::int64_t>(item_bytes(dtype));
+  gradients = Tensor::allocate(dtype, {num_rows, hidden});
+  dots = Tensor::allocate(DType::kFp32, {num_rows});
+  std::vector<float> scaled(hidden);
+  const host::RowOps& ops = host::row_ops();
+  const std::int64_t rows_there = handle.slot_first_row.as<const std::int32_t>()[handle.slot_first_row.numel() - 1];
+  std::memset(gradients.as<std::byte>() + rows_there * row_bytes, 0,
+              static_cast<std::size_t>((num_rows - rows_there) * row_bytes));
+  std::fill(dots.as<float>() + rows_there, dots.as<float>() + num_rows, 0.0f);
+  for (std::int64_t row = 0; row < rows_there; ++row) {
+    const std::byte* gradient = sent.x.as<const std::byte>() + row * row_bytes;
+    std::fill(scaled.begin(), scaled.end(), 0.0f);
+    ops.fma(scaled.data(), gradient, sent.topk_weights.as<const float>()[row], dtype, hidden);
+    ops.round(gradients.as<std::byte>() + row * row_bytes, scaled.data(), dtype, hidden);
+    dots.as<float>()[row] = ops.dot(gradient, rows.as<const std::byte>() + row * row_bytes, dtype, hidden);
+  }
+}
+
+// The same, the same bits, by a kernel.
+void weigh_on_gpu([[maybe_unused]] Buffer& buffer, [[maybe_unused]] const Handle& handle,
+                  [[maybe_unused]] const DispatchOutput& sent, [[maybe_unused]] const TensorView& rows,
+                  [[maybe_unused]] Tensor& gradients, [[maybe_unused]] Tensor& dots) {
+#ifdef EP_WITH_CUDA
+  gradients = buffer.allocate(sent.x.dtype, {handle.num_rows, sent.x.size(1)});
+  dots = buffer.allocate(DType::kFp32, {handle.num_rows});
+  const auto* there = handle.slot_first_row.as<const std::int32_t>() + handle.slot_first_row.numel() - 1;
+  cuda::weigh_rows({sent.x, rows, sent.topk_weights, there, gradients, dots});
+#endif
+}
+
 }  // namespace
 
 WeightedCombineGradient weighted_combine_backward(Buffer& buffer, const std::shared_ptr<const Handle>& handle,
@@ -60,25 +99,17 @@ WeightedCombineGradient weighted_combine_backward(Buffer& buffer, const std::sha
   in.topk_weights = weights;  // they travel beside the gradient, to the rows that they weighed
   const DispatchOutput sent = buffer.dispatch(in);
 
-  const std::int64_t num_rows = handle->num_rows, hidden = grad_out.size(1);
-  const std::int64_t row_bytes = hidden * static_cast<std::int64_t>(item_bytes(grad_out.dtype));
+  Tensor dots;
   WeightedCombineGradient result;
-  result.rows = Tensor::allocate(grad_out.dtype, {num_rows, hidden});
-  Tensor dots = Tensor::allocate(DType::kFp32, {num_rows});
-  std::vector<float> scaled(hidden);
-  const host::RowOps& ops = host::row_ops();
-  // Padding rows have a zero gradient, so both results are 0 there. Behind the rows that came (a bounded dispatch)
-  // there is nothing to read.
-  const std::int64_t rows_there = handle->slot_first_row.as<const std::int32_t>()[handle->slot_first_row.numel() - 1];
-  std::memset(result.rows.as<std::byte>() + rows_there * row_bytes, 0,
-              static_cast<std::size_t>((num_rows - rows_there) * row_bytes));
-  std::fill(dots.as<float>() + rows_there, dots.as<float>() + num_rows, 0.0f);
-  for (std::int64_t row = 0; row < rows_there; ++row) {
-    const std::byte* gradient = sent.x.as<const std::byte>() + row * row_bytes;
-    std::fill(scaled.begin(), scaled.end(), 0.0f);
-    ops.fma(scaled.data(), gradient, sent.topk_weights.as<const float>()[row], grad_out.dtype, hidden);
-    ops.round(result.rows.as<std::byte>() + row * row_bytes, scaled.data(), grad_out.dtype, hidden);
-    dots.as<float>()[row] = ops.dot(gradient, rows.as<const std::byte>() + row * row_bytes, grad_out.dtype, hidden);
+  try {
+    if (buffer.backend() == BackendKind::kCuda) {
+      weigh_on_gpu(buffer, *handle, sent, rows, result.rows, dots);
+    } else {
+      weigh_on_host(*handle, sent, rows, result.rows, dots);
+    }
+  } catch (const std::exception& error) {
+    buffer.refuse(Operation::kCombine, error.what());
+    throw;
   }
   CombineInput home;
   home.handle = handle;

@@ -281,6 +281,7 @@ class Buffer {
   int num_nodes() const;
   int node_of(int rank) const;
   const Config& config() const;
+  BackendKind backend() const;
 
   /// Counts only, no communication. topk_idx as in DispatchInput; `stream` likewise. With a stream, ids that name no
   /// expert are left out of the counts: the dispatch will refuse them.

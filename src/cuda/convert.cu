@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
-// On a stream of the calling thread, so that nothing waits for kernels of other ranks.
 #include "cuda/convert.h"
 
 #include <algorithm>
 
 #include "cuda/failure.h"
+#include "cuda/own_stream.h"
 #include "plan/fp8.h"
 #include "plan/number.h"
 
@@ -13,22 +13,6 @@ namespace deep_ep::cuda {
 namespace {
 
 constexpr unsigned kThreads = 256;
-
-class OwnStream {
- public:
-  OwnStream() { check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate"); }
-  ~OwnStream() { cudaStreamDestroy(stream_); }
-  OwnStream(const OwnStream&) = delete;
-  OwnStream& operator=(const OwnStream&) = delete;
-  cudaStream_t get() const { return stream_; }
-  void wait(const char* what) const {
-    check(cudaGetLastError(), what);
-    check(cudaStreamSynchronize(stream_), what);
-  }
-
- private:
-  cudaStream_t stream_ = nullptr;
-};
 
 dim3 grid_for(std::int64_t elements) {
   constexpr std::int64_t kMost = 64;  // leaves the rest of the GPU to other ranks
