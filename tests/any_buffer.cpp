@@ -10,6 +10,7 @@ namespace deep_ep::test {
 
 std::unique_ptr<AnyBuffer> AnyBuffer::open(std::shared_ptr<Bootstrap> group, const Config& config, Options options) {
   if (on_cuda()) {
+    prepare_copies();
     options.backend = BackendKind::kCuda;
     options.cuda_device = 0;
   }

@@ -53,8 +53,13 @@ cudaStream_t copies() {
     gpu(cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking), "cudaStreamCreate");
     cudaMemPool_t pool = nullptr;
     gpu(cudaDeviceGetDefaultMemPool(&pool, 0), "cudaDeviceGetDefaultMemPool");
-    std::uint64_t keep = UINT64_MAX;  // what is freed is kept for the next tensor
+    // All that tests need is taken now, and kept: a pool that grows later may wait for kernels too.
+    std::uint64_t keep = UINT64_MAX;
     gpu(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep), "cudaMemPoolSetAttribute");
+    void* all = nullptr;
+    gpu(cudaMallocAsync(&all, std::size_t{1} << 30, made), "cudaMallocAsync");
+    gpu(cudaFreeAsync(all, made), "cudaFreeAsync");
+    gpu(cudaStreamSynchronize(made), "cudaStreamSynchronize");
     return made;
   }();
   return stream;
@@ -97,6 +102,12 @@ std::string obstacle() {
   return std::string("this machine has no CUDA device: ") + cudaGetErrorString(code);
 #else
   return "these tests were built without CUDA (DEEP_EP_CUDA=OFF)";
+#endif
+}
+
+void prepare_copies() {
+#ifdef EP_TEST_CUDA
+  if (on_cuda()) copies();
 #endif
 }
 

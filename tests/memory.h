@@ -19,6 +19,9 @@ inline bool on_cuda() { return backend_under_test() == Backend::kCuda; }
 /// Why the backend under test cannot be tested here; "" if it can.
 std::string obstacle();
 
+/// Sets up what copies to the backend need, before any rank waits for another.
+void prepare_copies();
+
 /// What a view shows, in ordinary memory: the tensor itself where it lies there, else a copy with the same strides.
 Tensor to_host(const TensorView& tensor);
 Tensor to_host(const Tensor& tensor);  // keeps its memory alive

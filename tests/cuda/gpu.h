@@ -30,9 +30,30 @@ inline void gpu(cudaError_t code) {
   if (code != cudaSuccess) throw std::runtime_error(cudaGetErrorString(code));
 }
 
+/// For copies and memory of tests: the default stream, cudaMalloc and cudaFree would wait for kernels of other ranks,
+/// which may wait for this one.
+inline cudaStream_t test_stream() {
+  static const cudaStream_t stream = [] {
+    cudaStream_t made = nullptr;
+    gpu(cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking));
+    cudaMemPool_t pool = nullptr;
+    gpu(cudaDeviceGetDefaultMemPool(&pool, 0));
+    // All that tests need is taken now, and kept: a pool that grows later may wait for kernels too.
+    std::uint64_t keep = UINT64_MAX;
+    gpu(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep));
+    void* all = nullptr;
+    gpu(cudaMallocAsync(&all, std::size_t{1} << 30, made));
+    gpu(cudaFreeAsync(all, made));
+    gpu(cudaStreamSynchronize(made));
+    return made;
+  }();
+  return stream;
+}
+
 /// One thread per rank with an open buffer; the first exception of any rank is thrown here.
 inline void run_ranks(int num_ranks, const Config& config, const Options& options,
                       const std::function<void(Buffer&)>& body) {
+  test_stream();
   auto groups = in_process_group(num_ranks);
   std::vector<std::exception_ptr> failures(num_ranks);
   std::vector<std::thread> threads;
@@ -56,21 +77,6 @@ inline Options on_gpu(int sms = 0) {
   options.cuda_device = 0;
   options.num_workers = sms;
   return options;
-}
-
-/// For copies and memory of tests: the default stream, cudaMalloc and cudaFree would wait for kernels of other ranks,
-/// which may wait for this one.
-inline cudaStream_t test_stream() {
-  static const cudaStream_t stream = [] {
-    cudaStream_t made = nullptr;
-    gpu(cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking));
-    cudaMemPool_t pool = nullptr;
-    gpu(cudaDeviceGetDefaultMemPool(&pool, 0));
-    std::uint64_t keep = UINT64_MAX;
-    gpu(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep));
-    return made;
-  }();
-  return stream;
 }
 
 inline void copy_now(void* to, const void* from, std::size_t bytes) {

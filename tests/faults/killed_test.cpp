@@ -89,7 +89,9 @@ TEST_P(KilledAfter, is_noticed_by_the_survivors_who_open_again_without_it) {
 TEST(KilledRank, is_named_with_the_reason_that_it_ended) {
   const Scene scene;
   Processes processes(kRanks, [&](int rank, std::shared_ptr<Bootstrap> group, Blackboard& board) {
-    auto buffer = AnyBuffer::open(std::move(group), scene.world.config());
+    Config config = scene.world.config();
+    config.timeout = 3000ms;  // on a GPU it is noticed at the deadline only
+    auto buffer = AnyBuffer::open(std::move(group), config);
     buffer->dispatch(scene.world.input(rank));
     ++board.progress[rank];
     if (rank == kVictim) {
@@ -115,7 +117,9 @@ TEST(KilledRank, may_be_masked_and_the_others_go_on) {
   without.exchange.masked = {false, false, true, false};
   without.expect_again();
   Processes processes(kRanks, [&](int rank, std::shared_ptr<Bootstrap> group, Blackboard& board) {
-    auto buffer = AnyBuffer::open(std::move(group), scene.world.config());
+    Config config = scene.world.config();
+    config.timeout = 3000ms;  // on a GPU it is noticed at the deadline only
+    auto buffer = AnyBuffer::open(std::move(group), config);
     buffer->dispatch(scene.world.input(rank));
     ++board.progress[rank];
     if (rank == kVictim) {

@@ -51,6 +51,7 @@ TEST(Resources, several_buffers_of_one_process_work_side_by_side) {
   const World two(s);
   auto second_group = in_process_group(s.ranks);
   auto third_group = in_process_group(s.ranks);
+  Barrier barrier(s.ranks);
   run_ranks(s.ranks, one.config(), [&](AnyBuffer& first) {
     const int rank = first.rank();
     auto second = AnyBuffer::open(second_group[rank], two.config());
@@ -65,6 +66,8 @@ TEST(Resources, several_buffers_of_one_process_work_side_by_side) {
     }
     second->close();
     second->close();
+    // Closing frees memory of a GPU, which waits for all its kernels: none may wait for a rank that is closing.
+    if (on_cuda()) barrier.wait();
     EXPECT_EQ(difference(one, rank, first.dispatch(one.input(rank))), "");
   });
 }
@@ -73,12 +76,15 @@ TEST(Resources, buffers_of_one_process_work_on_threads_of_their_own) {
   Shape s;
   s.ranks = 2;
   const World world(s);
+  constexpr int kPairs = 3;
+  Barrier all_done(kPairs * s.ranks);
   std::vector<std::thread> pairs;
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < kPairs; ++i) {
     pairs.emplace_back([&] {
       run_ranks(s.ranks, world.config(), [&](AnyBuffer& buffer) {
         for (int j = 0; j < 10; ++j)
           EXPECT_EQ(difference(world, buffer.rank(), buffer.dispatch(world.input(buffer.rank()))), "");
+        if (on_cuda()) all_done.wait();  // as above
       });
     });
   }
