@@ -68,8 +68,8 @@ void replay_with_other_inputs(const Shape& shape, int num_ranks, int replays) {
 
       const Placed here(sample, false);
       const DispatchOutput want = host.dispatch(dispatch_of(shape, here, bound, nullptr));
-      const CombineOutput want_home = host.combine(
-          combine_of(shape, here, shape.fp8 ? back.view() : want.x, want.handle, SumOrder::by_topk(), nullptr));
+      const CombineOutput want_home = host.combine(combine_of(shape, here, shape.fp8 ? back.view() : TensorView(want.x),
+                                                              want.handle, SumOrder::by_topk(), nullptr));
       EXPECT_EQ(digests_of(sent, home, num_ranks), digests_of(want, want_home, num_ranks))
           << "rank " << rank << ", replay " << turn << " of " << shape.to_string();
     }
