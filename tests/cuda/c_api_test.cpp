@@ -48,11 +48,6 @@ deep_ep_tensor c_tensor(const TensorView& view) {
                              0);
 }
 
-TensorView view_of(const deep_ep_tensor& tensor) {
-  return TensorView(tensor.data, static_cast<DType>(tensor.dtype),
-                    {tensor.shape[0], tensor.ndim > 1 ? tensor.shape[1] : 1});
-}
-
 // Small whole numbers: sums are exact in any order.
 float value(int rank, int token, int channel) { return static_cast<float>(rank * 100 + token + channel % 5); }
 std::int64_t expert(int rank, int token, int k) { return (rank + token * (k + 1) + 3 * k) % kExperts; }
