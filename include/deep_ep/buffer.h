@@ -116,6 +116,10 @@ struct DispatchInput {
   /// and nothing is counted. x may have another dtype or width. High throughput only.
   std::shared_ptr<const Handle> handle;
 
+  /// Low latency on host buffers: a rank that stays silent until the deadline is masked from then on (set_masked) and
+  /// brings nothing to this operation, which goes on without it. Otherwise receive() throws kTimeout.
+  bool mask_silent = false;
+
   std::chrono::milliseconds timeout{0};  // 0: the buffer's
   int num_workers = 0;                   // at most this many threads (CUDA: SMs) for this call; 0: the buffer's
 
@@ -181,6 +185,7 @@ struct CombineInput {
   SumOrder order;
   TensorView out;  // [num_tokens, hidden], contiguous, dtype of x: written instead of a new tensor; optional
 
+  bool mask_silent = false;  // as in DispatchInput
   std::chrono::milliseconds timeout{0};
   int num_workers = 0;
   Stream stream = nullptr;  // as in DispatchInput
@@ -208,6 +213,7 @@ class Ticket {
    public:
     virtual ~Receiver() = default;
     virtual Output receive() = 0;
+    virtual const Output* promised() const { return nullptr; }
   };
   Ticket() = default;
   explicit Ticket(std::unique_ptr<Receiver> receiver) : receiver_(std::move(receiver)) {}
@@ -219,6 +225,9 @@ class Ticket {
     return std::exchange(receiver_, nullptr)->receive();
   }
   bool valid() const { return receiver_ != nullptr; }
+  /// The tensors that receive() will return, known before they are filled: of a kPadded dispatch x and scales. Null
+  /// where they are not known, and after receive().
+  const Output* promised() const { return receiver_ ? receiver_->promised() : nullptr; }
 
  private:
   std::unique_ptr<Receiver> receiver_;

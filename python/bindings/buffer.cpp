@@ -78,7 +78,7 @@ nb::object low_latency_dispatch(const Seat& seat, bool prepare, const nb::kwargs
       parsed(seat, Operation::kLowLatencyDispatch, [&] { return dispatch_input(seat, keywords); });
   DispatchTicket ticket(seat, input);
   if (!prepare) return nb::cast(std::move(ticket));
-  nb::tuple tensors = ticket.prepare(input);
+  nb::tuple tensors = ticket.prepare();
   return nb::make_tuple(tensors, nb::cast(std::move(ticket)));
 }
 

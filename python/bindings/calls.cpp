@@ -55,6 +55,8 @@ bool set_number(DispatchInput& in, std::string_view key, nb::handle value) {
     in.timeout = milliseconds(value);
   } else if (key == "num_workers") {
     in.num_workers = nb::cast<int>(value);
+  } else if (key == "mask_silent") {
+    in.mask_silent = nb::cast<bool>(value);
   } else {
     return false;
   }
@@ -112,6 +114,8 @@ bool set_choice(CombineInput& in, std::string_view key, nb::handle value) {
     in.timeout = milliseconds(value);
   } else if (key == "num_workers") {
     in.num_workers = nb::cast<int>(value);
+  } else if (key == "mask_silent") {
+    in.mask_silent = nb::cast<bool>(value);
   } else {
     return false;
   }

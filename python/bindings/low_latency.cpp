@@ -4,7 +4,6 @@
 #include <nanobind/stl/shared_ptr.h>
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "deep_ep/error.h"
@@ -48,11 +47,6 @@ struct SlotTables {
   }
 };
 
-struct PaddedTensors {
-  Tensor x, scales;
-  SlotTables tables;
-};
-
 namespace {
 
 std::vector<Statistics::Peer> peers_of(const Buffer& buffer, const nb::object& wanted) {
@@ -75,38 +69,6 @@ void add_counts(const Handle& handle, const nb::object& stats) {
     view.as<std::int32_t>()[slot] += handle.slot_rows.as<const std::int32_t>()[slot];
 }
 
-// The arena's pages are warm; ordinary memory serves where it is full.
-Tensor room_for(Buffer& buffer, DType dtype, std::initializer_list<std::int64_t> shape) {
-  try {
-    return buffer.allocate(dtype, shape);
-  } catch (const Error&) {
-    return Tensor::allocate(dtype, shape);
-  }
-}
-
-// [slots, rows, width] with strides (width * rows, 1, rows).
-Tensor column_major(Tensor tensor) {
-  std::swap(tensor.shape[1], tensor.shape[2]);
-  std::swap(tensor.strides[1], tensor.strides[2]);
-  return tensor;
-}
-
-// Valid rows of `from` to the same place in `to`, which has the same shape.
-void copy_valid_rows(const DispatchOutput& from, PaddedTensors& to) {
-  const Handle& h = *from.handle;
-  const std::int64_t slot_rows = std::int64_t{h.num_ranks} * h.max_tokens_per_rank;
-  const std::size_t row_bytes = static_cast<std::size_t>(from.x.size(2)) * item_bytes(from.x.dtype);
-  for (std::int64_t slot = 0; slot < h.slot_rows.numel(); ++slot) {
-    const auto rows = static_cast<std::size_t>(h.slot_rows.as<const std::int32_t>()[slot]);
-    const std::size_t at = static_cast<std::size_t>(slot * slot_rows) * row_bytes;
-    std::memcpy(to.x.as<std::byte>() + at, from.x.as<const std::byte>() + at, rows * row_bytes);
-    for (std::int64_t i = 0; from.scales.given() && i < from.scales.size(2); ++i) {
-      const std::int64_t column = slot * to.scales.strides[0] + i * to.scales.strides[2];
-      std::memcpy(to.scales.as<std::int32_t>() + column, from.scales.as<const std::int32_t>() + column, rows * 4);
-    }
-  }
-}
-
 }  // namespace
 
 DispatchTicket::DispatchTicket(const Seat& seat, const DispatchInput& input) : seat_(seat) {
@@ -116,29 +78,14 @@ DispatchTicket::DispatchTicket(const Seat& seat, const DispatchInput& input) : s
 DispatchTicket::~DispatchTicket() = default;
 DispatchTicket::DispatchTicket(DispatchTicket&&) noexcept = default;
 
-void DispatchTicket::send_again(const nb::kwargs& keywords) {
-  const DispatchInput input = dispatch_input(seat_, keywords);
-  nb::gil_scoped_release unlocked;
-  ticket_ = seat_->low_latency_dispatch(input);
-}
-
-nb::tuple DispatchTicket::prepare(const DispatchInput& in) {
-  const int ranks = seat_->num_ranks();
-  const auto placement = in.placement ? in.placement : Placement::even(in.num_experts, ranks);
-  const std::int64_t slots = placement->num_slots(seat_->rank()), rows = std::int64_t{ranks} * in.max_tokens_per_rank;
-  const std::int64_t hidden = in.x.size(1);
-  Tensor scales;
-  if (in.fp8) {
-    const std::int64_t channels = in.fp8->ue8m0 ? 512 : 128;
-    scales = column_major(room_for(*seat_.buffer, in.fp8->ue8m0 ? DType::kI32 : DType::kFp32,
-                                   {slots, (hidden + channels - 1) / channels, rows}));
-  }
-  prepared_ = std::make_unique<PaddedTensors>(
-      PaddedTensors{room_for(*seat_.buffer, in.fp8 ? DType::kFp8E4m3 : in.x.dtype, {slots, rows, hidden}), scales,
-                    SlotTables(slots, rows, ranks)});
-  const SlotTables& tables = prepared_->tables;
-  return nb::make_tuple(to_torch(prepared_->x), to_torch(prepared_->scales), to_torch(tables.count),
-                        to_torch(tables.src_info), to_torch(tables.layout_range.tensor()));
+nb::tuple DispatchTicket::prepare() {
+  const DispatchOutput* promised = ticket_.promised();
+  if (promised == nullptr)
+    throw Error(ErrorCode::kUnsupported, "return_recv_hook: only outputs of one block per expert are known beforehand");
+  const Tensor& x = promised->x;
+  prepared_ = std::make_unique<SlotTables>(x.size(0), x.size(1), seat_->num_ranks());
+  return nb::make_tuple(to_torch(x, seat_.device), to_torch(promised->scales, seat_.device), to_torch(prepared_->count),
+                        to_torch(prepared_->src_info), to_torch(prepared_->layout_range.tensor()));
 }
 
 DispatchOutput DispatchTicket::wait(const nb::object& wait_stats, const nb::object& count_stats) {
@@ -147,10 +94,7 @@ DispatchOutput DispatchTicket::wait(const nb::object& wait_stats, const nb::obje
   {
     nb::gil_scoped_release unlocked;
     out = ticket_.receive();
-    if (prepared_) {
-      copy_valid_rows(out, *prepared_);
-      prepared_->tables.fill(out.handle);
-    }
+    if (prepared_) prepared_->fill(out.handle);
   }
   add_waits(*seat_.buffer, before, wait_stats);
   add_counts(*out.handle, count_stats);
@@ -168,19 +112,14 @@ nb::tuple DispatchTicket::receive_padded(nb::object wait_stats, nb::object count
   const Handle& h = *out.handle;
   SlotTables tables(h.slot_rows.numel(), std::int64_t{h.num_ranks} * h.max_tokens_per_rank, h.num_ranks);
   tables.fill(out.handle);
-  return nb::make_tuple(to_torch(out.x), to_torch(out.scales), to_torch(tables.count), to_torch(tables.src_info),
-                        to_torch(tables.layout_range.tensor()), nb::cast(std::const_pointer_cast<Handle>(out.handle)));
+  return nb::make_tuple(to_torch(out.x, seat_.device), to_torch(out.scales, seat_.device), to_torch(tables.count),
+                        to_torch(tables.src_info), to_torch(tables.layout_range.tensor()),
+                        nb::cast(std::const_pointer_cast<Handle>(out.handle)));
 }
 
 CombineTicket::CombineTicket(const Seat& seat, const CombineInput& input, const nb::kwargs& keywords)
     : seat_(seat), kept_(keywords), out_(nb::none()) {
   if (keywords.contains("out")) out_ = nb::borrow(keywords["out"]);
-  nb::gil_scoped_release unlocked;
-  ticket_ = seat_->low_latency_combine(input);
-}
-
-void CombineTicket::send_again() {
-  const CombineInput input = combine_input(seat_, nb::borrow<nb::kwargs>(kept_));
   nb::gil_scoped_release unlocked;
   ticket_ = seat_->low_latency_combine(input);
 }
@@ -202,11 +141,9 @@ void bind_low_latency(nb::module_& m) {
   nb::class_<DispatchTicket>(m, "DispatchTicket", "A low-latency dispatch on its way.")
       .def("receive", &DispatchTicket::receive, nb::arg("wait_stats").none() = nb::none(),
            nb::arg("count_stats").none() = nb::none())
-      .def("send_again", &DispatchTicket::send_again)
       .def("receive_padded", &DispatchTicket::receive_padded, nb::arg("wait_stats").none() = nb::none(),
            nb::arg("count_stats").none() = nb::none());
   nb::class_<CombineTicket>(m, "CombineTicket", "A low-latency combine on its way.")
-      .def("send_again", &CombineTicket::send_again)
       .def("receive", &CombineTicket::receive, nb::arg("wait_stats").none() = nb::none());
 }
 

@@ -10,8 +10,8 @@
 
 namespace deep_ep::python {
 
-/// The outputs that DeepEP's low_latency_dispatch gives out before its hook has run.
-struct PaddedTensors;
+/// The small tensors of DeepEP's low_latency_dispatch, which may be given out before its hook has run.
+struct SlotTables;
 
 /// A low-latency dispatch between its two halves.
 class DispatchTicket {
@@ -21,10 +21,7 @@ class DispatchTicket {
   DispatchTicket(DispatchTicket&&) noexcept;
 
   /// (x, scales, count, src_info, layout_range), whose contents are there once receive() has run.
-  nanobind::tuple prepare(const DispatchInput& input);
-
-  /// Sends once more, after receive() gave up on a rank that is masked now.
-  void send_again(const nanobind::kwargs& keywords);
+  nanobind::tuple prepare();
 
   /// Waits and finishes. With prepared tensors: fills them and returns the handle. Else: as Buffer.dispatch.
   nanobind::object receive(nanobind::object wait_stats, nanobind::object count_stats);
@@ -37,7 +34,7 @@ class DispatchTicket {
 
   Seat seat_;  // as it was when the operation began
   Ticket<DispatchOutput> ticket_;
-  std::unique_ptr<PaddedTensors> prepared_;
+  std::unique_ptr<SlotTables> prepared_;
 };
 
 /// A low-latency combine between its two halves.
@@ -46,9 +43,6 @@ class CombineTicket {
   CombineTicket(const Seat& seat, const CombineInput& input, const nanobind::kwargs& keywords);
 
   nanobind::tuple receive(nanobind::object wait_stats);
-
-  /// Sends once more, after receive() gave up on a rank that is masked now.
-  void send_again();
 
  private:
   Seat seat_;            // as it was when the operation began

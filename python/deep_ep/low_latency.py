@@ -45,7 +45,8 @@ class LowLatencyMode(Session):
         try:
             self._check_dispatch(async_finish, return_recv_hook, dispatch_wait_recv_cost_stats)
             if cumulative_local_expert_recv_stats is not None:
-                slots = num_experts // self._num_ranks if placement is None else placement.num_slots(self._rank)
+                placed = _core.Placement.even(num_experts, self._num_ranks) if placement is None else placement
+                slots = placed.num_slots(self._rank)
                 require_counters(
                     "cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats, torch.int32, slots
                 )
@@ -59,6 +60,7 @@ class LowLatencyMode(Session):
             max_tokens_per_rank=max_tokens,
             layout=_core.OutputLayout.padded,
             column_major_scales=True,
+            mask_silent=self.enable_shrink,
         )
         if use_fp8:
             keywords["fp8"] = (round_scale, use_ue8m0)
@@ -69,10 +71,9 @@ class LowLatencyMode(Session):
         hook: Hook = None
         if return_recv_hook:
             (data, scales, count, src_info, layout_range), ticket = made
-            hook = self._hook(ticket.receive, stats, lambda: ticket.send_again(**keywords))
+            hook = once(lambda: ticket.receive(*stats))
         else:
-            again = lambda: made.send_again(**keywords)  # noqa: E731
-            data, scales, count, src_info, layout_range, _ = self._receive(made.receive_padded, stats, again)
+            data, scales, count, src_info, layout_range, _ = made.receive_padded(*stats)
         handle = (src_info, layout_range, max_tokens, hidden, num_experts)
         event = finished(async_finish, x, topk_idx, data, scales, count, src_info, layout_range)
         return ((data, scales) if use_fp8 else data), count, handle, event, hook
@@ -109,17 +110,18 @@ class LowLatencyMode(Session):
             return found, rows
 
         core_handle, rows = self._checked("low_latency_combine", check)
-        keywords: Dict[str, Any] = dict(x=rows, handle=core_handle, weights=topk_weights, order=_BY_TOPK)
+        keywords: Dict[str, Any] = dict(
+            x=rows, handle=core_handle, weights=topk_weights, order=_BY_TOPK, mask_silent=self.enable_shrink
+        )
         if return_recv_hook and out is None:
             out = torch.empty((topk_idx.size(0), x.size(-1)), dtype=x.dtype, device="cpu")
         if out is not None:
             keywords["out"] = out
         ticket = self._opened().low_latency_combine(**keywords)
-        stats = (combine_wait_recv_cost_stats,)
         if return_recv_hook:
             assert out is not None
-            return out, finished(False), self._hook(ticket.receive, stats, ticket.send_again)
-        combined, _ = self._receive(ticket.receive, stats, ticket.send_again)
+            return out, finished(False), once(lambda: ticket.receive(combine_wait_recv_cost_stats))
+        combined, _ = ticket.receive(combine_wait_recv_cost_stats)
         return combined, finished(async_finish, x, topk_idx, topk_weights, combined), None
 
     def get_next_low_latency_combine_buffer(self, handle: Tuple[Any, ...]) -> torch.Tensor:
@@ -191,32 +193,6 @@ class LowLatencyMode(Session):
             fitting.add(shape)
         return core  # where it does not fit at all, the library's own checks say why
 
-    # Receiving ------------------------------------------------------------------------------------------------------
-
-    def _receive(self, receive: Callable[..., Any], stats: Tuple[Any, ...], again: Callable[[], None]) -> Any:
-        """Finishes an operation. In a buffer that may shrink, a rank that stays silent until the deadline is masked and
-        the operation is made again without it, by all survivors alike."""
-        while True:
-            try:
-                return receive(*stats)
-            except _core.Error as error:
-                if not (self.enable_shrink and error.wait is not None):
-                    raise
-                self._opened().set_masked(error.wait.peer, True)
-            again()
-
-    def _hook(
-        self, receive: Callable[..., Any], stats: Tuple[Any, ...], again: Callable[[], None]
-    ) -> Callable[[], None]:
-        """Runs once; a second call finds nothing to do."""
-        pending = [receive]
-
-        def hook() -> None:
-            if pending:
-                self._receive(pending.pop(), stats, again)
-
-        return hook
-
     # Checks ---------------------------------------------------------------------------------------------------------
 
     def _check_dispatch(self, async_finish: bool, return_recv_hook: bool, wait_stats: Optional[torch.Tensor]) -> None:
@@ -245,3 +221,14 @@ class LowLatencyMode(Session):
 
     def _require_shrink(self) -> None:
         require(self.enable_shrink, "masks need a buffer made with enable_shrink=True")
+
+
+def once(receive: Callable[[], Any]) -> Callable[[], None]:
+    """A hook: the second call finds nothing to do."""
+    pending = [receive]
+
+    def hook() -> None:
+        if pending:
+            pending.pop()()
+
+    return hook

@@ -348,6 +348,17 @@ void Context::await_announcement(const Epoch& epoch, int peer, const Signature& 
   }
 }
 
+bool Context::came(bool mask_silent, const std::function<void()>& wait) {
+  try {
+    wait();
+    return true;
+  } catch (const Error& error) {
+    if (!mask_silent || !error.wait()) throw;
+    set_masked(error.wait()->peer, true);
+    return false;
+  }
+}
+
 void Context::refuse(Operation operation, const std::string& why) {
   count([](Statistics& statistics) { ++statistics.refused; });
   const Epoch epoch = begin(operation, config.timeout);

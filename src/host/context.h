@@ -119,6 +119,9 @@ class Context {
   void announce_to(int peer, const Epoch& epoch, const Announcement& announcement, std::uint32_t value = 0);
   /// Waits for the peer's announcement and checks that its call is the same as ours. Throws if it refused, or differs.
   void await_announcement(const Epoch& epoch, int peer, const Signature& ours);
+  /// Runs `wait`, which waits for others until its deadline. False where one stayed silent and, `mask_silent` being
+  /// set, is masked now; otherwise its error goes on.
+  bool came(bool mask_silent, const std::function<void()>& wait);
   /// Ranks that take part: all but the masked ones.
   std::vector<int> active_ranks() const;
   void refuse(Operation operation, const std::string& why);

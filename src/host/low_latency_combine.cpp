@@ -53,8 +53,7 @@ class Sender {
           }
           ops.flush();  // streamed rows come before the flag that publish() stores after the loop
         });
-    for (int peer : active_)
-      context_.publish(peer, Flag::kArrived, epoch_, 1);
+    for (int peer : active_) context_.publish(peer, Flag::kArrived, epoch_, 1);
   }
 
  private:
@@ -97,10 +96,12 @@ class Receiver final : public Ticket<CombineOutput>::Receiver {
   CombineOutput receive() override {
     Epoch epoch = epoch_;
     epoch.deadline = Clock::now() + call_.timeout;  // the time between send and receive is the caller's
-    for (int peer : active_) {
-      context_->await_announcement(epoch, peer, call_.signature);
-      context_->await(Flag::kArrived, epoch, peer, 1);
-    }
+    std::erase_if(active_, [&](int peer) {
+      return !context_->came(call_.in.mask_silent, [&] {
+        context_->await_announcement(epoch, peer, call_.signature);
+        context_->await(Flag::kArrived, epoch, peer, 1);
+      });
+    });
     CombineOutput out = sum();
     finished_ = true;
     context_->finish(epoch);
@@ -149,7 +150,7 @@ class Receiver final : public Ticket<CombineOutput>::Receiver {
   const std::shared_ptr<Context> context_;
   const CombineCall call_;
   const Epoch epoch_;
-  const std::vector<int> active_;
+  std::vector<int> active_;  // whose rows come
   bool finished_ = false;
 };
 

@@ -93,11 +93,29 @@ class Sender {
   const plan::Routes& routes_;
 };
 
+// Memory for an output. The arena's pages are warm; ordinary memory serves as well where it is full.
+struct Room {
+  std::byte* at = nullptr;
+  std::shared_ptr<void> owner;
+};
+
+Room room_for(Context& context, std::size_t bytes) {
+  plan::Arena::Block block = context.arena().allocate(bytes, false);
+  if (block.owner) return {context.window(context.rank) + block.at, std::move(block.owner)};
+  const Tensor memory = Tensor::allocate(DType::kU8, {static_cast<std::int64_t>(bytes)});
+  return {memory.as<std::byte>(), memory.owner};
+}
+
 // Counts the messages of all sources, then puts each part of each message at its place.
 class Placer {
  public:
-  Placer(const Sent& sent, const std::vector<std::int32_t>& messages_from)
-      : sent_(sent), call_(sent.call), context_(*sent.context), num_slots_(call_.placement->num_slots(context_.rank)) {
+  /// `room` may be there already, where its size does not depend on what comes.
+  Placer(const Sent& sent, const std::vector<std::int32_t>& messages_from, Room room)
+      : sent_(sent),
+        call_(sent.call),
+        context_(*sent.context),
+        num_slots_(call_.placement->num_slots(context_.rank)),
+        room_(std::move(room)) {
     counts_.layout = call_.layout;
     counts_.num_ranks = context_.num_ranks;
     counts_.num_slots = num_slots_;
@@ -109,7 +127,9 @@ class Placer {
   DispatchOutput place() {
     count_rows();
     number_rows();
-    std::byte* block = allocate();
+    at_ = plan::OutputBlock::place(call_.shape, call_.layout, rows_.num_rows, rows_.num_arrivals);
+    if (room_.at == nullptr) room_ = room_for(context_, at_.total_bytes);
+    std::byte* block = room_.at;
     clear_padding(block);
     const RowOps& ops = row_ops();
     context_.workers().for_range(
@@ -122,7 +142,7 @@ class Placer {
           ops.flush();
         });
     const OutputTensors tensors{call_, at_, rows_.num_rows, rows_.num_arrivals, num_slots_, context_.num_ranks};
-    DispatchOutput out = tensors.make(block, owner_);
+    DispatchOutput out = tensors.make(block, room_.owner);
     context_.count([&](Statistics& statistics) { add_rows(statistics, rows_.slot_rows.data(), num_slots_); });
     out.handle = make_handle();
     return out;
@@ -164,19 +184,6 @@ class Placer {
           if (slot >= 0) row = by_rank ? arrival : next[static_cast<std::size_t>(src) * num_slots_ + slot]++;
           arrival_row_.push_back(row);
         }
-  }
-
-  // The arena's pages are warm; ordinary memory serves as well where it is full.
-  std::byte* allocate() {
-    at_ = plan::OutputBlock::place(call_.shape, call_.layout, rows_.num_rows, rows_.num_arrivals);
-    plan::Arena::Block block = context_.arena().allocate(at_.total_bytes, false);
-    if (block.owner) {
-      owner_ = std::move(block.owner);
-      return context_.window(context_.rank) + block.at;
-    }
-    Tensor memory = Tensor::allocate(DType::kU8, {static_cast<std::int64_t>(at_.total_bytes)});
-    owner_ = memory.owner;
-    return memory.as<std::byte>();
   }
 
   void clear_padding(std::byte* block) const {
@@ -243,12 +250,14 @@ class Placer {
   plan::RowPlan rows_;
   std::vector<std::int32_t> arrival_row_;
   plan::OutputBlock at_;
-  std::shared_ptr<void> owner_;
+  Room room_;
 };
 
 class Receiver final : public Ticket<DispatchOutput>::Receiver {
  public:
-  explicit Receiver(Sent sent) : sent_(std::move(sent)) {}
+  explicit Receiver(Sent sent) : sent_(std::move(sent)) {
+    if (sent_->call.layout == OutputLayout::kPadded) promise();
+  }
 
   ~Receiver() override {
     if (!finished_) sent_->context->abandon(sent_->epoch);
@@ -262,18 +271,34 @@ class Receiver final : public Ticket<DispatchOutput>::Receiver {
     epoch.deadline = Clock::now() + sent_->call.timeout;  // the time between send and receive is the caller's
     std::vector<std::int32_t> messages_from(context.num_ranks, 0);
     for (int src : sent_->active) {
-      context.await_announcement(epoch, src, sent_->call.signature);
-      messages_from[src] = static_cast<std::int32_t>(
-          context.await(Flag::kArrived, epoch, src, 1));
+      context.came(sent_->call.in.mask_silent, [&] {
+        context.await_announcement(epoch, src, sent_->call.signature);
+        messages_from[src] = static_cast<std::int32_t>(context.await(Flag::kArrived, epoch, src, 1));
+      });
     }
-    DispatchOutput out = Placer(*sent_, messages_from).place();
+    DispatchOutput out = Placer(*sent_, messages_from, room_).place();
     finished_ = true;
     context.finish(epoch);
     return out;
   }
 
+  const DispatchOutput* promised() const override { return room_.at != nullptr ? &promised_ : nullptr; }
+
  private:
+  // x and scales come first in a block, so they lie where they do however many arrivals there will be.
+  void promise() {
+    const DispatchCall& call = sent_->call;
+    Context& context = *sent_->context;
+    const int slots = call.placement->num_slots(context.rank);
+    const std::int64_t most = std::int64_t{context.num_ranks} * call.max_tokens_per_rank;
+    const auto at = plan::OutputBlock::place(call.shape, call.layout, slots * most, most);
+    room_ = room_for(context, at.total_bytes);
+    promised_ = OutputTensors{call, at, slots * most, 0, slots, context.num_ranks}.make(room_.at, room_.owner);
+  }
+
   std::optional<Sent> sent_;
+  Room room_;
+  DispatchOutput promised_;
   bool finished_ = false;
 };
 

@@ -288,3 +288,28 @@ def test_1_9_a_buffer_of_the_hinted_size_serves_its_calls_as_it_is(shape, expert
             ]
 
     assert run_ranks(num_ranks, body) == [["", "", ""]] * num_ranks
+
+
+@pytest.mark.parametrize("hook", [False, True], ids=["direct", "hook"])
+def test_1_11_a_rank_that_falls_silent_before_combine_is_left_out_within_that_one_call(hook):
+    def body(buffer, tokens):
+        recv, count, handle, *_ = buffer.low_latency_dispatch(
+            tokens.x, tokens.topk_idx, MAX_TOKENS, EXPERTS, use_fp8=False
+        )
+        if buffer.rank == 2:
+            return None
+        rows = scaled_rows(recv, count, handle)
+        combined, _, receive = buffer.low_latency_combine(
+            rows, tokens.topk_idx, tokens.topk_weights, handle, return_recv_hook=hook
+        )
+        if hook:
+            receive()
+        alive = torch.where(tokens.topk_idx // LOCAL == 2, -1, tokens.topk_idx)
+        without = buffer.low_latency_combine(rows, alive, tokens.topk_weights, handle)[0]
+        return buffer.masked_ranks(), buffer.statistics()["operations"], combined, without
+
+    results, _ = with_buffer(body, enable_shrink=True, timeout_secs=1)
+    for rank in (0, 1, 3):
+        masked, operations, combined, without = results[rank]
+        assert masked == [False, False, True, False] and operations == 3  # nothing was sent twice
+        assert torch.equal(combined, without)
