@@ -9,23 +9,30 @@ from typing import Any, List
 import deep_ep
 import torch
 import torch.distributed as dist
-from deep_ep.utils.envs import init_dist, launch
+from deep_ep.utils.envs import init_dist, launch, settle
+
+
+def now() -> float:
+    settle()
+    return time.perf_counter()
 
 
 def step(buffer: Any, x: torch.Tensor, topk: Any, experts: torch.Tensor, args: argparse.Namespace) -> List[float]:
     """Seconds of dispatch, experts and combine."""
-    times = [time.perf_counter()]
+    times = [now()]
     recv, count, handle, _, hook = buffer.low_latency_dispatch(
         x, topk[0], args.batch_size, args.num_experts, use_fp8=False, return_recv_hook=True
     )
     hook()
-    times.append(time.perf_counter())
-    for slot in range(count.numel()):
-        rows = recv[slot, : int(count[slot])]
-        rows.mul_(experts[slot])
-    times.append(time.perf_counter())
+    times.append(now())
+    if recv.is_cuda:  # counts stay on the GPU
+        recv.mul_(experts.unsqueeze(1))
+    else:
+        for slot in range(count.numel()):
+            recv[slot, : int(count[slot])].mul_(experts[slot])
+    times.append(now())
     buffer.low_latency_combine(recv, topk[0], topk[1], handle)
-    times.append(time.perf_counter())
+    times.append(now())
     return [after - before for before, after in zip(times, times[1:])]
 
 
@@ -41,9 +48,10 @@ def run(local_rank: int, num_processes: int, args: argparse.Namespace) -> None:
         experts = torch.randn((args.num_experts // ranks, args.hidden_size), dtype=torch.bfloat16)
         for _ in range(args.num_warmups):
             step(buffer, x, topk, experts, args)
-        taken = torch.tensor([step(buffer, x, topk, experts, args) for _ in range(args.num_tests)], dtype=torch.float64)
+        taken = [step(buffer, x, topk, experts, args) for _ in range(args.num_tests)]
         dist.barrier()
     if rank == 0:
+        taken = torch.tensor(taken, dtype=torch.float64, device="cpu")
         total = taken.sum(dim=1).sort().values * 1e6
         parts = (taken.median(dim=0).values * 1e6).tolist()
         print(

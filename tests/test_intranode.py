@@ -9,7 +9,7 @@ from typing import Any, List
 import deep_ep
 import torch
 import torch.distributed as dist
-from deep_ep.utils.envs import dist_print, init_dist, launch
+from deep_ep.utils.envs import all_gather, dist_print, init_dist, launch
 from deep_ep.utils.math import calc_diff, per_token_cast_back, per_token_cast_to_fp8
 from deep_ep.utils.testing import bench
 
@@ -29,8 +29,17 @@ def check_layout(buffer: Any, topk_idx: torch.Tensor, args: argparse.Namespace) 
     return layout
 
 
-def check_case(buffer: Any, group: Any, layout: Any, topk: Any, x: Any, with_topk: bool, options: Any) -> None:
-    """x holds the rank's number in every row, so that a received row tells where it came from."""
+def check_case(buffer: Any, group: Any, layout: Any, topk: Any, x: Any, with_topk: bool, how: Any) -> None:
+    """x holds the rank's number in every row, so that a received row tells where it came from. `how`: whether calls bring an
+    event, and whether they are asynchronous."""
+
+    def made(call: Any, *arguments: Any, **keywords: Any) -> Any:
+        event = buffer.capture() if how[0] else None
+        results = call(*arguments, **keywords, previous_event=event, async_finish=how[1])
+        if how[1]:
+            results[-1].current_stream_wait()
+        return results
+
     rank = buffer.rank
     common = dict(
         num_tokens_per_rank=layout[0],
@@ -39,32 +48,27 @@ def check_case(buffer: Any, group: Any, layout: Any, topk: Any, x: Any, with_top
         num_tokens_per_expert=layout[2],
     )
     ids = dict(topk_idx=topk[0], topk_weights=topk[1]) if with_topk else {}
-    recv_x, recv_ids, recv_weights, counts, handle, event = buffer.dispatch(x, **common, **ids, **options)
-    if options.get("async_finish"):
-        event.current_stream_wait()
+    recv_x, recv_ids, recv_weights, counts, handle, _ = made(buffer.dispatch, x, **common, **ids)
     rows = per_token_cast_back(*recv_x) if isinstance(recv_x, tuple) else recv_x
     ends = (handle[0][:, rank] if len(handle) == 6 else handle[-4]).tolist()
     assert rows.size(0) == ends[-1]
     for src, (begin, end) in enumerate(zip([0] + ends[:-1], ends)):
         assert bool((rows[begin:end].float().round() == src).all()), f"rows {begin}..{end} are not of rank {src}"
-    all_counts = layout[2].clone()
-    dist.all_reduce(all_counts, group=group)
+    all_counts = torch.stack(all_gather(layout[2], group)).sum(dim=0)
     local = all_counts.numel() // buffer.group_size
     assert counts == all_counts[rank * local : (rank + 1) * local].tolist()
     if with_topk:
         for expert, count in enumerate(counts):
             assert int((recv_ids == expert).sum()) == count
         worst = topk[0].size(0) * buffer.group_size
-        bounded = buffer.dispatch(x, **common, **ids, num_worst_tokens=worst, **options)
+        bounded = made(buffer.dispatch, x, **common, **ids, num_worst_tokens=worst)
         assert bounded[3] == [] and bounded[1].size(0) == worst
         assert torch.equal(bounded[1][: ends[-1]], recv_ids) and bool((bounded[1][ends[-1] :] == -1).all())
         assert torch.equal(bounded[2][: ends[-1]], recv_weights)
-    again = buffer.dispatch(x, handle=handle, **options)[0]
+    again = made(buffer.dispatch, x, handle=handle)[0]
     again = per_token_cast_back(*again) if isinstance(again, tuple) else again
     assert torch.equal(again, rows)
-    combined, weights, event = buffer.combine(rows, handle, topk_weights=recv_weights, **options)
-    if options.get("async_finish"):
-        event.current_stream_wait()
+    combined, weights, _ = made(buffer.combine, rows, handle, topk_weights=recv_weights)
     sent = per_token_cast_back(*x) if isinstance(x, tuple) else x
     fanout = layout[3].sum(dim=1, keepdim=True).float()
     assert calc_diff(combined.float() / fanout, sent) < 5e-6
@@ -103,8 +107,7 @@ def run(local_rank: int, num_processes: int, args: argparse.Namespace) -> None:
         q, scales = per_token_cast_to_fp8(x)
         cases = itertools.product((False, True), (False, True), (x, (q, scales.t().contiguous().t())), (False, True))
         for with_event, asynchronous, rows, with_topk in cases:
-            options = dict(async_finish=asynchronous, previous_event=buffer.capture() if with_event else None)
-            check_case(buffer, group, layout, topk, rows, with_topk, options)
+            check_case(buffer, group, layout, topk, rows, with_topk, (with_event, asynchronous))
         dist_print(f"[rank {rank}] all modes are right")
         for line in measure(buffer, layout, torch.randn((args.num_tokens, args.hidden), dtype=torch.bfloat16), args):
             if rank == 0:

@@ -9,7 +9,7 @@ from typing import Any
 import deep_ep
 import torch
 import torch.distributed as dist
-from deep_ep.utils.envs import dist_print, init_dist, launch
+from deep_ep.utils.envs import all_gather, dist_print, init_dist, launch
 from deep_ep.utils.math import calc_diff, hash_tensor, per_token_cast_back
 from deep_ep.utils.testing import bench
 
@@ -46,8 +46,7 @@ def dispatch(
 def check_case(buffer: Any, group: Any, data: Any, args: argparse.Namespace, form: Any, hook: bool) -> int:
     x, topk_idx, weights = data
     recv, count, handle = dispatch(buffer, x, topk_idx, args, form, hook)
-    everyone = [torch.empty_like(topk_idx) for _ in range(buffer.group_size)]
-    dist.all_gather(everyone, topk_idx, group=group)
+    everyone = all_gather(topk_idx, group)
     y = torch.zeros((*handle[0].shape, args.hidden), dtype=torch.bfloat16)
     digest = 0
     for slot in range(count.numel()):

@@ -3,18 +3,21 @@
 
 import os
 import random
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from .. import _core
 from ..topology import get_logical_domain_size, get_physical_domain_size
 
 __all__ = [
+    "all_gather",
     "check_fast_rdma_atomic_support",
     "check_nvlink_connections",
     "check_torch_deterministic",
+    "device",
     "dist_print",
     "get_global_seed",
     "get_local_seed",
@@ -25,14 +28,30 @@ __all__ = [
     "init_dist",
     "init_seed",
     "launch",
+    "settle",
 ]
 
 _seeds = {"global": 0, "local": 0}
 
 
 def device() -> torch.device:
-    """Where tests make their tensors: the CPU, unless EP_TEST_DEVICE says otherwise."""
-    return torch.device(os.environ.get("EP_TEST_DEVICE", "cpu"))
+    """Where tests make their tensors: as EP_TEST_DEVICE says, else on GPUs where there are some, else on the CPU."""
+    on_gpu = _core.has_cuda() and torch.cuda.is_available()
+    return torch.device(os.environ.get("EP_TEST_DEVICE") or ("cuda" if on_gpu else "cpu"))
+
+
+def settle() -> None:
+    """Before a look at the clock: what was enqueued on this process's GPU is done."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def all_gather(tensor: torch.Tensor, group: Any) -> List[torch.Tensor]:
+    """Every rank's tensor; gloo gathers on the CPU only."""
+    moved = tensor.cpu() if dist.get_backend(group) == "gloo" else tensor
+    everyone = [torch.empty_like(moved) for _ in range(group.size())]
+    dist.all_gather(everyone, moved, group=group)
+    return [each.to(tensor.device) for each in everyone]
 
 
 def launch(run: Callable[..., None], num_processes: int, *arguments: Any) -> None:
@@ -43,15 +62,17 @@ def launch(run: Callable[..., None], num_processes: int, *arguments: Any) -> Non
 
 def init_dist(local_rank: int, num_local_ranks: int, seed: int = 0) -> Tuple[int, int, Any]:
     """(rank, ranks, group). As torch.multiprocessing.spawn starts it: WORLD_SIZE counts nodes and RANK is this node.
-    bfloat16 becomes the default dtype."""
+    bfloat16 becomes the default dtype. Each rank has a GPU of its own where there are enough, else ranks share them: slowly,
+    because processes take turns on a GPU."""
     nodes, node = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "8361"))
     on_gpu = device().type == "cuda"
     if on_gpu:
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    own_gpu = on_gpu and num_local_ranks <= torch.cuda.device_count()
     world = nodes * num_local_ranks
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
+        "nccl" if own_gpu else "gloo",
         init_method=f"tcp://{address}:{port}",
         world_size=world,
         rank=node * num_local_ranks + local_rank,
