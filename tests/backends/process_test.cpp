@@ -49,6 +49,30 @@ TEST_P(ProcessRanks, give_the_results_of_the_oracle_in_every_layout) {
   EXPECT_EQ(processes.wait(), std::vector<int>(GetParam(), 0));
 }
 
+// A GPU's arena begins with 64 MiB of pages: what comes later must be mapped by the peers, who are other processes.
+TEST(ProcessRanks, hold_more_outputs_than_an_arena_has_pages_at_first) {
+  Shape s;
+  s.ranks = 2;
+  s.hidden = 4096;
+  s.tokens = 512;
+  s.uneven_tokens = false;
+  s.topk = 2;
+  s.experts = 2;
+  s.percent_missing = 0;
+  const Case c(s);
+  Config config = c.world.config();
+  config.arena_bytes = std::size_t{256} << 20;
+  Processes processes(s.ranks, [&](int rank, std::shared_ptr<Bootstrap> group, Blackboard&) {
+    const auto buffer = AnyBuffer::open(std::move(group), config);
+    std::vector<DispatchOutput> kept;  // 8 MiB each
+    for (int i = 0; i < 12; ++i) kept.push_back(buffer->dispatch(c.world.input(rank)));
+    for (const DispatchOutput& output : kept) EXPECT_EQ(difference(c.world, rank, output), "");
+    EXPECT_EQ(buffer->statistics().copied_out_bytes, 0u);
+    EXPECT_GT(buffer->statistics().arena_bytes_high_water, std::size_t{64} << 20);
+  });
+  EXPECT_EQ(processes.wait(), std::vector<int>(s.ranks, 0));
+}
+
 TEST(ProcessRanks, meet_over_tcp_in_any_order) {
   Shape s;
   s.ranks_per_node = {2};
