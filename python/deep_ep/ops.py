@@ -38,8 +38,18 @@ def register_buffer(buffer: Session) -> int:
     return number
 
 
-def _core_of(number: int) -> Any:
-    return _buffers[number]._opened()
+def _core_of(number: int, x: torch.Tensor) -> Any:
+    return _buffers[number]._use(x)
+
+
+def _clear_behind(rows: torch.Tensor, last: torch.Tensor) -> None:
+    """Zeroes what lies behind row `last`: it must not reach a gradient. On a GPU without a look at the number, for which the
+    host would have to wait."""
+    if rows.is_cuda:
+        behind = torch.arange(rows.size(0), device=rows.device) >= last
+        rows.masked_fill_(behind.view(-1, *(1 for _ in rows.shape[1:])), 0)
+    else:
+        rows[int(last) :] = 0
 
 
 def _order_of(number: int) -> Any:
@@ -63,7 +73,7 @@ def dispatch(
 ) -> List[torch.Tensor]:
     """[rows, local ids or -1, weights, counts per expert, handle ...]. `max_rows` > 0 fixes the number of rows, so that
     shapes do not depend on data; 0 gives exactly those that came."""
-    received, _, ids, weights, _, handle = _core_of(buffer).dispatch(
+    received, _, ids, weights, _, handle = _core_of(buffer, x).dispatch(
         x=x.contiguous(),
         topk_idx=topk_idx.contiguous(),
         topk_weights=topk_weights.contiguous(),
@@ -71,11 +81,10 @@ def dispatch(
         max_rows=max_rows,
         expert_alignment=expert_alignment,
     )
-    if max_rows > 0:  # what lies behind the last row must not reach a gradient
-        last = int(handle.first_arrival[-1])
-        received[last:] = 0
-        weights[last:] = 0
-    return [received, ids, weights, handle.slot_rows, *handle.save()]
+    if max_rows > 0:
+        _clear_behind(received, handle.first_arrival[-1])
+        _clear_behind(weights, handle.first_arrival[-1])
+    return [received, ids, weights, handle.slot_rows.clone(), *handle.save()]
 
 
 @dispatch.register_fake
@@ -94,14 +103,14 @@ def _(
     tokens, topk = topk_idx.shape
     word = lambda *shape: x.new_empty(shape, dtype=torch.int32)  # noqa: E731
     handle = [
-        x.new_empty((13,), dtype=torch.int64),
-        word(ranks + num_experts),
+        x.new_empty((13,), dtype=torch.int64, device="cpu"),
+        x.new_empty((ranks + num_experts,), dtype=torch.int32, device="cpu"),
         word(tokens, topk),
         word(tokens, topk),
         word(tokens, topk),
         word(ranks + 1),
         word(rows),
-        word(0),
+        x.new_empty((0,), dtype=torch.int32, device="cpu"),
         word(slots),
         word(slots + 1),
         word(ranks, ranks),
@@ -119,7 +128,7 @@ def _(
 def combine(buffer: int, x: torch.Tensor, handle: List[torch.Tensor], num_tokens: int) -> torch.Tensor:
     """[num_tokens, hidden]: unweighted sums of the rows over the tokens' ranks."""
     saved = _core.Handle.restore(handle)
-    return _core_of(buffer).combine(x=x.contiguous(), handle=saved, order=_order_of(buffer))[0]
+    return _core_of(buffer, x).combine(x=x.contiguous(), handle=saved, order=_order_of(buffer))[0]
 
 
 @combine.register_fake
@@ -133,7 +142,7 @@ def dispatch_gradient(
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Gradients of dispatch's x and topk_weights."""
     saved = _core.Handle.restore(handle)
-    grad, weights = _core_of(buffer).combine(
+    grad, weights = _core_of(buffer, grad_rows).combine(
         x=grad_rows.contiguous(),
         handle=saved,
         topk_weights=grad_weights.contiguous(),
@@ -157,8 +166,8 @@ def _(
 def combine_gradient(buffer: int, grad: torch.Tensor, handle: List[torch.Tensor], num_rows: int) -> torch.Tensor:
     """Gradient of combine's rows: every row gets its token's."""
     saved = _core.Handle.restore(handle)
-    rows = _core_of(buffer).dispatch(x=grad.contiguous(), handle=saved)[0]
-    rows[int(saved.first_arrival[-1]) :] = 0
+    rows = _core_of(buffer, grad).dispatch(x=grad.contiguous(), handle=saved)[0]
+    _clear_behind(rows, saved.first_arrival[-1])
     return rows
 
 
