@@ -18,15 +18,21 @@ SUMMARY = re.compile(r"^deep_ep tests on \w+: (\d+) passed, (\d+) failed, (\d+) 
 PROGRAMS = [("cuda_tests", "host"), ("backends_tests", "cuda"), ("faults_tests", "cuda")]
 
 
+def first_line(*command):
+    """What a command says first; nothing where it is missing or fails."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip().partition("\n")[0] if done.returncode == 0 else ""
+
+
 def commit():
-    known = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return known.stdout.strip() or "unknown"
+    return first_line("git", "describe", "--always", "--dirty") or "unknown"
 
 
 def machine():
-    known = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True,
-                           text=True)
-    return known.stdout.strip().splitlines()[0] if known.returncode == 0 else "no GPU"
+    return first_line("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader") or "no GPU"
 
 
 def main():
@@ -54,7 +60,8 @@ def main():
                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=args.limit)
             output = done.stdout
         except subprocess.TimeoutExpired as late:
-            output = (late.stdout or b"").decode(errors="replace")
+            output = late.stdout or ""
+            output = output.decode(errors="replace") if isinstance(output, bytes) else output
         say(output)
         counts = SUMMARY.findall(output)
         if counts:
