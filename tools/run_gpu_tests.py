@@ -43,6 +43,9 @@ def main():
     parser.add_argument("--log", type=Path, default=None, help="also write what is printed here")
     parser.add_argument("--limit", type=int, default=600, help="seconds for one program")
     args = parser.parse_args()
+    absent = [program for program, _ in PROGRAMS if not (args.tests / program).is_file()]
+    if absent:
+        parser.error(f"{args.tests} has no {', '.join(absent)}: build the preset cuda, or name the folder by --tests")
 
     lines, total, broken = [], [0, 0, 0], []
 
