@@ -71,7 +71,7 @@ class Calls:
         buffer, elastic, core = self.buffer, self.elastic, self.buffer._opened()
         normal, small = self.dispatch(), self.low_latency_dispatch(use_fp8=False)
         grown = elastic.dispatch(self.x, self.ids, self.weights, num_experts=self.experts)
-        handle, small_handle = _core.handle_of(normal[4][0]), _core.handle_of(small[2][1])
+        handle, small_handle = normal[4].core_handle, _core.handle_of(small[2][1])
         routed = dict(x=self.x, topk_idx=self.ids, num_experts=self.experts)
         padded = dict(
             routed, max_tokens_per_rank=MAX_TOKENS, layout=_core.OutputLayout.padded, column_major_scales=True
