@@ -70,6 +70,8 @@ def machine_facts(report):
         f"{' with changes' if report['commit']['changed_since'] else ''}; Python {report['overhead']['python']}, torch {report['overhead']['torch']}"
     )
     yield f"load average before the run: {report['load_before']:.1f}, niceness of the run: {report['niceness']}"
+    if "note" in report:
+        yield report["note"]
     if report["quick"]:
         yield "QUICK run with small shapes: these figures mean nothing"
 
