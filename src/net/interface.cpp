@@ -56,7 +56,7 @@ std::string place_of_pci_device(const std::string& address, const std::string& s
 }
 
 std::string place_of_interface(const std::string& name, const std::string& sys) {
-  const std::string place = resolved(std::filesystem::path(sys) / "class/net" / name / "device");
+  std::string place = resolved(std::filesystem::path(sys) / "class/net" / name / "device");
   if (!place.empty()) return place;
   const std::string device = name.substr(0, name.find('-'));
   return resolved(std::filesystem::path(sys) / "class/infiniband" / device / "device");

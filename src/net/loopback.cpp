@@ -245,7 +245,8 @@ class Endpoint final : public Fabric {
             memory.cuda_device);
     std::lock_guard lock(port().mutex);
     const auto region = static_cast<int>(port().regions.size());
-    const std::uint64_t key = scramble(network_->job ^ scramble(static_cast<std::uint64_t>(rank_ * 65536 + region)));
+    const std::uint64_t key = scramble(
+        network_->job ^ scramble(static_cast<std::uint64_t>(rank_) << 32 | static_cast<std::uint64_t>(region)));
     port().regions.push_back({memory.base, memory.bytes, key});
     own_.push_back({memory.base, memory.bytes, key});
     return region;
@@ -409,15 +410,18 @@ class Endpoint final : public Fabric {
       const bool may_come = packet.source < 0 || !network_->link(packet.source, rank_).is_cut;
       if (!may_come || packet.due >= port().step) {
         stay.push_back(std::move(packet));
-      } else if (packet.source >= 0 && packet.left == packet.bytes && !arrived_[packet.source].take(packet.sequence)) {
-        gate_.count_duplicate();
-      } else if (packet.bytes > 0 && target_of(packet) == nullptr) {
-        lost.push_back(std::move(packet));
-      } else if (land(packet)) {
-        landed.push_back(std::move(packet));
-      } else {
-        stay.push_back(std::move(packet));
+        continue;
       }
+      const bool begins = packet.source >= 0 && packet.left == packet.bytes;
+      if (begins && !arrived_[packet.source].take(packet.sequence)) {
+        gate_.count_duplicate();
+        continue;
+      }
+      if (packet.bytes > 0 && target_of(packet) == nullptr) {
+        lost.push_back(std::move(packet));
+        continue;
+      }
+      (land(packet) ? landed : stay).push_back(std::move(packet));
     }
     packets.swap(stay);
   }

@@ -157,9 +157,7 @@ void Proxy::run() {
     if (!take_requests(found)) return;
     fabric_->set_epoch(epoch_.load(std::memory_order_relaxed));
     found |= take_commands();
-    found |= send_messages();
-    found |= send_puts();
-    found |= fabric_->progress(receiver_);
+    found |= use_network();
     publish_completions();
     answer_flushes();
     bytes_in_flight_.store(fabric_->bytes_in_flight(), std::memory_order_relaxed);
@@ -170,6 +168,24 @@ void Proxy::run() {
     } else {
       sleep(seen);
     }
+  }
+}
+
+// A network that breaks down as a whole is the loss of every peer; nobody may end this process for it.
+bool Proxy::use_network() {
+  try {
+    bool found = send_messages();
+    found |= send_puts();
+    // A broken one only ends what is given to it: all peers are lost.
+    return (!is_broken_ && fabric_->progress(receiver_)) || found;
+  } catch (const std::exception& error) {
+    is_broken_ = true;
+    for (int peer = 0; peer < fabric_->num_ranks(); ++peer) {
+      if (fabric_->peer_failure(peer)) continue;
+      fabric_->give_up(peer, error.what());
+      receiver_.on_peer_failed(peer, error.what());
+    }
+    return true;
   }
 }
 
@@ -309,7 +325,8 @@ void Proxy::sleep(std::uint64_t seen) {
   }
   const bool waits_for_room = std::any_of(held_.begin(), held_.end(), [](const auto& queue) { return !queue.empty(); });
   if (polls_) return wake_.sleep(seen, -1, kPollPause);
-  if (fabric_->wait_fd() < 0) return wake_.sleep(seen, -1, std::min(kRetryPause, idle_rounds_ * kPollPause));
+  if (fabric_->wait_fd() < 0 || is_broken_)
+    return wake_.sleep(seen, -1, std::min(kRetryPause, idle_rounds_ * kPollPause));
   if (fabric_->prepare_wait()) wake_.sleep(seen, fabric_->wait_fd(), waits_for_room ? kRetryPause : kLongSleep);
 }
 

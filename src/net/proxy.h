@@ -105,6 +105,7 @@ class Proxy {
   };
 
   void run();
+  bool use_network();
   bool take_requests(bool& found);
   bool take_commands();
   void hold(const Command& command);
@@ -124,6 +125,7 @@ class Proxy {
   const ProxyOptions options_;
   const FabricReport report_;
   std::deque<FifoReader> readers_;
+  bool is_broken_ = false;                      // the network threw
   bool polls_ = false;                          // there is a queue whose writers cannot ring
   std::vector<std::deque<Command>> held_;       // by peer
   bool has_room_ = true;                        // in every list of held_

@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <tuple>
@@ -36,6 +37,7 @@ class ProxyRank final : public ProxyReceiver {
     ++notices_[{source, notice.channel, notice.epoch}];
   }
   void on_message(int source, std::uint32_t epoch, std::span<const std::byte> payload) override {
+    if (throws_at_message) throw std::runtime_error("thrown by a test");
     std::lock_guard lock(mutex_);
     messages_.emplace_back(source, epoch, std::string(reinterpret_cast<const char*>(payload.data()), payload.size()));
   }
@@ -60,6 +62,7 @@ class ProxyRank final : public ProxyReceiver {
   }
 
   std::vector<std::byte> memory = std::vector<std::byte>(kRegionBytes);
+  std::atomic<bool> throws_at_message{false};
   std::atomic<int> completions_{0};
   std::map<std::tuple<int, int, std::uint32_t>, int> notices_;
   std::vector<std::tuple<int, std::uint32_t, std::string>> messages_;

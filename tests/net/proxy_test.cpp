@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstring>
 #include <thread>
+#include <utility>
 
 #include "deep_ep/error.h"
 #include "net/loopback.h"
@@ -137,6 +138,20 @@ TEST(proxy, a_killed_peer_and_one_given_up_end_what_waits_for_them) {
   EXPECT_EQ(cluster.ranks[0].copy(&ProxyRank::failures_).size(), 1u);  // what we said ourselves is no news
   EXPECT_TRUE(proxy.put(put_to(2, 1, 1, 0, 64), soon()));
   EXPECT_TRUE(wait_for([&] { return proxy.completed(1, 1) == 11; }));
+}
+
+TEST(proxy, a_network_that_breaks_down_is_the_loss_of_every_peer) {
+  Cluster cluster(3);
+  ProxyRank& self = cluster.ranks[0];
+  self.throws_at_message = true;
+  const std::byte one{1};
+  cluster.ranks[1].proxy->message(0, 0, {&one, 1});
+  ASSERT_TRUE(wait_for([&] { return self.copy(&ProxyRank::failures_).size() == 3; }));
+  EXPECT_EQ(self.copy(&ProxyRank::failures_)[2], (std::pair<int, std::string>{2, "thrown by a test"}));
+  // It goes on for those who wait: everything towards a lost peer has ended.
+  EXPECT_TRUE(self.proxy->put(put_to(2, 1, 1, 0, 64), soon()));
+  EXPECT_TRUE(wait_for([&] { return self.proxy->completed(1, 1) == 1; }));
+  EXPECT_TRUE(self.proxy->flush(soon()));
 }
 
 TEST(proxy, what_can_never_succeed_is_refused_or_reported) {
