@@ -140,7 +140,11 @@ TEST_P(LibfabricTest, closing_with_work_under_way_ends_it) {
   EXPECT_EQ(completions.done + completions.failed, static_cast<std::uint64_t>(started));
 }
 
-TEST_P(LibfabricTest, proxies_on_threads_exchange_puts_and_messages_and_close_after_a_flush) {
+// Not over shm: of endpoints in one process, one that closes takes memory away that its neighbours' threads still read
+// (libfabric 1.17). Between processes, for which shm is made, each has a mapping of its own.
+class LibfabricThreadsTest : public LibfabricTest {};
+
+TEST_P(LibfabricThreadsTest, proxies_exchange_puts_and_messages_and_close_after_a_flush) {
   if (const std::string why = missing(GetParam().provider); !why.empty()) GTEST_SKIP() << why;
   constexpr int kRanks = 3, kRounds = 20;
   constexpr std::size_t kPiece = 4096;
@@ -181,6 +185,10 @@ TEST_P(LibfabricTest, proxies_on_threads_exchange_puts_and_messages_and_close_af
   }
   for (auto& thread : threads) thread.join();
 }
+
+INSTANTIATE_TEST_SUITE_P(Ways, LibfabricThreadsTest,
+                         ::testing::Values(Way{"tcp;ofi_rxm", 8}, Way{"tcp;ofi_rxm", 4}, Way{"tcp;ofi_rxm", 0}),
+                         name_of);
 
 INSTANTIATE_TEST_SUITE_P(Ways, LibfabricTest,
                          ::testing::Values(Way{"tcp;ofi_rxm", 8}, Way{"tcp;ofi_rxm", 4}, Way{"tcp;ofi_rxm", 0},
