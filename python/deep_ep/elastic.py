@@ -259,9 +259,8 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
         aligned = core_handle.aligned_counts() if cpu_sync else []
         if not expanded and self.num_scaleout_ranks > 1 and not self.deterministic:
             order = row_order.by_scaleup_rank(metadata, max_tokens, self.num_scaleup_ranks)
-            data, scales, idx, weights, metadata = (
-                row_order.taken(each, order) for each in (data, scales, idx, weights, metadata)
-            )
+            metadata = metadata[order]
+            data, scales, idx, weights = (row_order.taken(each, order) for each in (data, scales, idx, weights))
         made = EPHandle(
             expanded,
             keywords["num_experts"],
