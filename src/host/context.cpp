@@ -128,7 +128,8 @@ Context::Context(const BackendInput& input)
       windows_(open_windows(input, layout_.total_bytes, network_)),
       arena_(
           std::make_shared<plan::Arena>(windows_[rank], windows_[rank]->base(), layout_.arena_at, layout_.arena_bytes)),
-      masked_(num_ranks, 0) {
+      masked_(num_ranks, 0),
+      network_bytes_before_(num_ranks, 0) {
   const int count = workers_of(input.options, num_ranks);
   workers_ = std::make_unique<Workers>(count, input.options.pin_workers ? rank * count : -1);
   for (const auto& window : windows_)
@@ -323,7 +324,13 @@ int Context::find_dead(int peer) {
 
 void Context::throw_timeout(const Epoch& epoch, int peer, std::uint64_t expected, std::uint64_t seen, bool gone) {
   count([](Statistics& statistics) { ++statistics.timeouts; });
-  if (gone) peer = find_dead(peer);
+  if (gone) {
+    peer = find_dead(peer);
+  } else if (link_) {
+    // Whoever is silent altogether is to blame before one who only waits for him, or whose rows he was to pass on.
+    const int silent = link_->silent_rank(peer, active_ranks());
+    if (silent >= 0) peer = silent;
+  }
   throw Error(WaitRecord{rank, name(epoch.operation), peer, epoch.number, expected, seen, gone});
 }
 
@@ -421,6 +428,8 @@ std::vector<char> Context::masked_ranks() const {
 Statistics Context::statistics() const {
   std::lock_guard lock(mutex_);
   Statistics result = statistics_;
+  for (int peer = 0; peer < num_ranks && link_; ++peer)
+    result.peers[peer].network_bytes = link_->put_bytes(peer) - network_bytes_before_[peer];
   result.arena_bytes_in_use = arena_->in_use();
   result.arena_bytes_high_water = arena_->high_water();
   return result;
@@ -430,6 +439,7 @@ void Context::reset_statistics() {
   std::lock_guard lock(mutex_);
   statistics_ = {};
   statistics_.peers.resize(num_ranks);
+  for (int peer = 0; peer < num_ranks && link_; ++peer) network_bytes_before_[peer] = link_->put_bytes(peer);
 }
 
 }  // namespace deep_ep::host

@@ -190,6 +190,7 @@ class Context {
   std::map<std::uint64_t, std::vector<std::shared_ptr<void>>> quarantine_;
   std::vector<char> masked_;
   std::uint64_t mask_changes_ = 0;
+  std::vector<std::uint64_t> network_bytes_before_;  // the statistics were reset
   Statistics statistics_;
 };
 

@@ -24,6 +24,8 @@ enum class ControlKind : std::uint8_t {
   kDead,     // a rank has ended
   kBye,      // the sender closes its buffer in good order: that it is gone then is no failure
   kSeenOff,  // the answer: the sender may go
+  kCall,     // is anybody there?
+  kHere,     // the answer
 };
 
 /// In front of every control message.

@@ -84,6 +84,9 @@ void ForwardedDispatch::run(const Delivery& delivery, const std::vector<Destinat
                             const std::function<void(std::int64_t begin, std::int64_t end)>& send) {
   delivery_ = &delivery;
   destinations_ = &destinations;
+  // The same on all ranks, whose calls are alike by now.
+  require(chunking_.per_chunk > 0, "forward_slot_bytes: a row, with what travels beside it, is {} bytes, a slot has {}",
+          unit_.bytes, link_.slot_bytes() - plan::kChunkHeadBytes);
   for (int source : active_) {
     if (!link_.reaches(source)) continue;
     missing_[source] = context_.announcement(context_.rank, epoch_.number, source).units;

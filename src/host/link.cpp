@@ -18,6 +18,7 @@ constexpr std::uint8_t kDataChannel = plan::kForwardSlots;  // channels below ar
 static_assert(kDataChannel < net::kNumChannels);
 constexpr std::size_t kPieceBytes = net::kMaxMessageBytes - sizeof(ControlHead);
 constexpr std::chrono::milliseconds kGoodbye{2000};
+constexpr std::chrono::milliseconds kTimeToAnswer{500};
 
 std::span<const std::byte> bytes_of(const ControlHead& head) {
   return {reinterpret_cast<const std::byte*>(&head), sizeof head};
@@ -74,6 +75,7 @@ Link::Link(const LinkInput& input)
       knows_we_leave_(num_ranks_),
       slot_free_(static_cast<std::size_t>(num_ranks_) * plan::kForwardSlots),
       put_bytes_(num_ranks_),
+      answered_(num_ranks_),
       expected_(static_cast<std::size_t>(num_ranks_) * plan::kOperationsInFlight * kNumFlags),
       arrivals_(num_ranks_),
       peer_inbox_(num_ranks_, -1),
@@ -238,6 +240,24 @@ void Link::report_dead(int peer, const std::string& how) {
     if (other != rank_ && !dead(other)) send(other, news);
 }
 
+int Link::silent_rank(int suspect, const std::vector<int>& ranks) {
+  ControlHead call;
+  call.kind = ControlKind::kCall;
+  call.value = roll_calls_.fetch_add(1, std::memory_order_relaxed) + 1;
+  for (int peer : ranks)
+    if (peer != rank_) send(peer, call);
+  const auto is_silent = [&](int peer) {
+    return peer != rank_ && state_[peer].load(std::memory_order_acquire) != kLeft &&
+           answered_[peer].load(std::memory_order_acquire) < call.value;
+  };
+  wait_until(
+      doorbell_, Clock::now() + kTimeToAnswer, 0, [&] { return std::none_of(ranks.begin(), ranks.end(), is_silent); },
+      [] { return true; });
+  if (is_silent(suspect)) return suspect;
+  const auto silent = std::find_if(ranks.begin(), ranks.end(), is_silent);
+  return silent == ranks.end() ? -1 : *silent;
+}
+
 void Link::send(int peer, const ControlHead& head) { proxy_->message(peer, epoch(), host::bytes_of(head)); }
 
 // What arrives, on the proxy's thread
@@ -287,6 +307,17 @@ void Link::on_message(int source, std::uint32_t epoch, std::span<const std::byte
       answer.kind = ControlKind::kSeenOff;
       return send(source, answer);
     }
+    case ControlKind::kCall: {
+      ControlHead answer;
+      answer.kind = ControlKind::kHere;
+      answer.value = head.value;
+      return send(source, answer);
+    }
+    case ControlKind::kHere:
+      // The latest call counts: an answer that was overtaken changes nothing.
+      if (answered_[source].load(std::memory_order_relaxed) < head.value)
+        answered_[source].store(head.value, std::memory_order_release);
+      return doorbell_.ring();
     case ControlKind::kSeenOff: knows_we_leave_[source].store(true, std::memory_order_release); return doorbell_.ring();
   }
 }

@@ -99,6 +99,11 @@ class Link final : private net::ProxyReceiver {
 
   /// The network, its settings, and what was refused.
   std::string describe() const;
+
+  /// Calls all of `ranks` and gives each a moment to answer, which needs nothing of it but that it runs. `suspect`
+  /// where that one is silent, else another one that is; -1: all have answered.
+  int silent_rank(int suspect, const std::vector<int>& ranks);
+
   /// Bytes handed to the network in puts, by peer.
   std::uint64_t put_bytes(int peer) const { return put_bytes_[peer].load(std::memory_order_relaxed); }
 
@@ -165,8 +170,10 @@ class Link final : private net::ProxyReceiver {
   std::vector<std::atomic<bool>> knows_we_leave_;      // [num_ranks]
   std::vector<std::atomic<bool>> slot_free_;           // [num_ranks * kForwardSlots] at peers
   std::vector<std::atomic<std::uint64_t>> put_bytes_;  // [num_ranks]
-  std::vector<Expected> expected_;                     // proxy thread only
-  net::Arrivals arrivals_;                             // proxy thread only
+  std::atomic<std::uint64_t> roll_calls_{0};
+  std::vector<std::atomic<std::uint64_t>> answered_;  // [num_ranks] the latest of our calls that each answered
+  std::vector<Expected> expected_;                    // proxy thread only
+  net::Arrivals arrivals_;                            // proxy thread only
 
   mutable std::mutex landed_mutex_;
   std::vector<LandedChunk> landed_;
