@@ -350,7 +350,8 @@ class Buffer {
   Statistics statistics() const;
   void reset_statistics();
 
-  /// Unmaps everything and ends the worker threads. Never communicates, may be called twice. Output tensors stay valid.
+  /// Unmaps everything and ends the worker threads. May be called twice. Output tensors stay valid. Never waits for a
+  /// peer's calls; where there is a network between nodes, for at most two seconds until the peers know that we leave.
   void close();
 
  private:

@@ -17,11 +17,9 @@ class HostBackend final : public Backend {
   DispatchOutput dispatch(const DispatchCall& call) override { return host::dispatch(*context_, call); }
   CombineOutput combine(const CombineCall& call) override { return host::combine(*context_, call); }
   Ticket<DispatchOutput> low_latency_dispatch(const DispatchCall& call) override {
-    require_no_network("low_latency_dispatch");
     return host::low_latency_dispatch(context_, call);
   }
   Ticket<CombineOutput> low_latency_combine(const CombineCall& call) override {
-    require_no_network("low_latency_combine");
     return host::low_latency_combine(context_, call);
   }
   void refuse(Operation operation, const std::string& why) override { context_->refuse(operation, why); }
@@ -51,11 +49,6 @@ class HostBackend final : public Backend {
   void reset_statistics() override { context_->reset_statistics(); }
 
  private:
-  void require_no_network(const char* what) const {
-    if (context_->link() != nullptr)
-      throw Error(ErrorCode::kUnsupported, std::string(what) + " between nodes over a network is not there yet");
-  }
-
   const std::shared_ptr<Context> context_;
 };
 

@@ -167,14 +167,9 @@ class Combine {
     // A rank that has left already gave up on us; what we read of it since may be something else.
     std::vector<int> near;
     std::copy_if(active_.begin(), active_.end(), std::back_inserter(near), [&](int p) { return !context_.is_far(p); });
-    for (int peer : near) require_still_there(peer);
+    for (int peer : near) context_.require_there(epoch_, peer);
     for (int peer : near) context_.publish(peer, Flag::kFinished, epoch_, 1);
     for (int peer : near) context_.await(Flag::kFinished, epoch_, peer, 1);
-  }
-
-  void require_still_there(int peer) const {
-    if (peer != context_.rank && context_.has_released(peer, epoch_.number))
-      throw Error(WaitRecord{context_.rank, "combine (that rank gave up first)", peer, epoch_.number, 1, 0, false});
   }
 
   static constexpr std::int64_t kTokensPerPiece = 32;

@@ -167,6 +167,10 @@ Epoch Context::begin(Operation operation, std::chrono::milliseconds timeout) {
     await_own_room(epoch, needed);
     for (int peer : active_ranks())
       if (peer != rank) await_room(epoch, peer, needed);
+    // What the memory of this ticket held before may still be on its way.
+    if (link_ && epoch.ticket >= 0)
+      await_any(
+          epoch, [&] { return link_->low_latency_has_left(needed); }, [this] { return rank; });
   } catch (...) {
     finish(epoch);
     throw;
@@ -246,7 +250,7 @@ void Context::store_for_good(int peer, Flag flag, std::uint64_t value) {
 // is gone.
 bool Context::has_arrived_or_left(const Epoch& epoch, int peer) const {
   return load_acquire(word(rank, Flag::kArrived, epoch.number, peer)) >> 32 >= epoch.number ||
-         has_released(peer, epoch.number) || processes_[peer].ended();
+         has_released(peer, epoch.number) || processes_[peer].ended() || (link_ && link_->dead(peer));
 }
 
 bool Context::everybody_is_through(const Epoch& epoch) const {
@@ -272,6 +276,11 @@ void Context::publish(int peer, Flag flag, const Epoch& epoch, std::uint32_t val
   // Release: a peer that sees the flag sees everything that this thread, and the workers it waited for, wrote before.
   store_release(word(peer, flag, epoch.number, rank), word_of(epoch, value));
   doorbell(peer).ring();
+}
+
+void Context::publish_low_latency(int peer, const Epoch& epoch, std::uint32_t value, std::uint64_t puts) {
+  if (!is_far(peer)) return publish(peer, Flag::kArrived, epoch, value);
+  link_->publish(peer, {Flag::kArrived, epoch.number, word_of(epoch, value), puts});
 }
 
 void Context::publish_arrived_for(int writer, int peer, const Epoch& epoch) {
@@ -324,14 +333,20 @@ int Context::find_dead(int peer) {
 
 void Context::throw_timeout(const Epoch& epoch, int peer, std::uint64_t expected, std::uint64_t seen, bool gone) {
   count([](Statistics& statistics) { ++statistics.timeouts; });
-  if (gone) {
-    peer = find_dead(peer);
+  const int dead = find_dead(peer);
+  if (dead >= 0) {
+    peer = dead;
+    gone = true;
   } else if (link_) {
     // Whoever is silent altogether is to blame before one who only waits for him, or whose rows he was to pass on.
     const int silent = link_->silent_rank(peer, active_ranks());
     if (silent >= 0) peer = silent;
   }
   throw Error(WaitRecord{rank, name(epoch.operation), peer, epoch.number, expected, seen, gone});
+}
+
+void Context::require_there(const Epoch& epoch, int peer) {
+  if (peer != rank && !is_far(peer) && has_released(peer, epoch.number)) throw_timeout(epoch, peer, 1, 0, false);
 }
 
 void Context::announce(const Epoch& epoch, const Announcement& ours, std::uint32_t value) {
@@ -355,14 +370,17 @@ void Context::await_announcement(const Epoch& epoch, int peer, const Signature& 
   }
 }
 
-bool Context::came(bool mask_silent, const std::function<void()>& wait) {
-  try {
-    wait();
-    return true;
-  } catch (const Error& error) {
-    if (!mask_silent || !error.wait()) throw;
-    set_masked(error.wait()->peer, true);
-    return false;
+bool Context::came(int peer, bool mask_silent, const std::function<void()>& wait) {
+  for (;;) {
+    try {
+      wait();
+      return true;
+    } catch (const Error& error) {
+      if (!mask_silent || !error.wait()) throw;
+      set_masked(error.wait()->peer, true);
+      if (error.wait()->peer == peer) return false;
+      // Another one has died, which ends every wait between nodes: without it, the peer may still come.
+    }
   }
 }
 

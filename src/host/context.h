@@ -74,6 +74,10 @@ class Context {
   Link* link() const { return link_.get(); }
   bool is_far(int peer) const { return link_ && link_->reaches(peer); }
   const plan::WindowLayout& layout() const { return layout_; }
+  /// Low-latency slots of one ticket, in the owner's window or, where that is far, in memory that stands for them.
+  std::byte* low_latency(int owner, int ticket) const {
+    return is_far(owner) ? link_->low_latency(owner, ticket) : window(owner) + layout_.low_latency(ticket);
+  }
   Announcement& announcement(int owner, std::uint64_t epoch, int writer) const {
     return *reinterpret_cast<Announcement*>(control(owner) + layout_.announcement(epoch, writer));
   }
@@ -106,6 +110,8 @@ class Context {
   /// Writes a flag in a peer's window, after everything written to that window before. Peers of other nodes get what it
   /// publishes with it: the first `payload_bytes` of our announcement or reply to them.
   void publish(int peer, Flag flag, const Epoch& epoch, std::uint32_t value, std::size_t payload_bytes = 0);
+  /// That all of a low-latency operation's data for the peer is written, which took so many puts if it is far.
+  void publish_low_latency(int peer, const Epoch& epoch, std::uint32_t value, std::uint64_t puts);
   /// In the place of a rank of another node, whose rows we passed on to a peer of ours.
   void publish_arrived_for(int writer, int peer, const Epoch& epoch);
   /// Waits for a flag in our own window; returns its value. Throws kTimeout: `expected` is for its message.
@@ -114,14 +120,17 @@ class Context {
   void await_any(const Epoch& epoch, const std::function<bool()>& ready, const std::function<int()>& blame);
   /// The peer has left this operation, in time or not.
   bool has_released(int peer, std::uint64_t epoch) const;
+  /// Throws where a peer of our node has given this operation up: what we read of its memory since may be something
+  /// else. The error names whom it gave up on, where that is known.
+  void require_there(const Epoch& epoch, int peer);
   /// Writes our announcement to every active rank. Counts, where there are any, go first, by the caller.
   void announce(const Epoch& epoch, const Announcement& announcement, std::uint32_t value = 0);
   void announce_to(int peer, const Epoch& epoch, const Announcement& announcement, std::uint32_t value = 0);
   /// Waits for the peer's announcement and checks that its call is the same as ours. Throws if it refused, or differs.
   void await_announcement(const Epoch& epoch, int peer, const Signature& ours);
-  /// Runs `wait`, which waits for others until its deadline. False where one stayed silent and, `mask_silent` being
-  /// set, is masked now; otherwise its error goes on.
-  bool came(bool mask_silent, const std::function<void()>& wait);
+  /// Runs `wait`, which waits for the peer until its deadline. False where it stayed silent and, `mask_silent` being
+  /// set, is masked now, as is whoever else is found dead meanwhile; otherwise the error goes on.
+  bool came(int peer, bool mask_silent, const std::function<void()>& wait);
   /// Ranks that take part: all but the masked ones.
   std::vector<int> active_ranks() const;
   void refuse(Operation operation, const std::string& why);

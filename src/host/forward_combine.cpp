@@ -56,6 +56,12 @@ ForwardedCombine::ForwardedCombine(Context& context, const CombineCall& call, co
   }
 }
 
+ForwardedCombine::~ForwardedCombine() {
+  for (const Asked& asked : asked_)
+    for (std::size_t chunk = static_cast<std::size_t>(asked.chunks_used); chunk < asked.chunks.size(); ++chunk)
+      if (asked.chunks[chunk].source >= 0) link_.give_back(asked.chunks[chunk]);
+}
+
 std::int64_t ForwardedCombine::units_to(int peer) const {
   for (const Asked& asked : asked_)
     if (asked.rail == peer) return asked.before.back();
@@ -308,7 +314,12 @@ void ForwardedCombine::send_rows(Serving& serving, int slot) {
     }
     ops.flush();  // streamed rows come before the put
   });
-  require_node_still_there();
+  try {
+    require_node_still_there();
+  } catch (...) {
+    link_.leave_slot(serving.home, slot);
+    throw;
+  }
   link_.put_chunk(serving.home, slot,
                   {.epoch = epoch_.number,
                    .stream = plan::Stream::kRows,
@@ -362,9 +373,7 @@ void ForwardedCombine::write_weights(const Serving& serving, std::int64_t reques
 // A rank that gave this operation up may have changed its rows since: what we read of them must not be sent as if it
 // were right.
 void ForwardedCombine::require_node_still_there() const {
-  for (int peer : active_)
-    if (peer != context_.rank && !link_.reaches(peer) && context_.has_released(peer, epoch_.number))
-      throw Error(WaitRecord{context_.rank, "combine (that rank gave up first)", peer, epoch_.number, 1, 0, false});
+  for (int peer : active_) context_.require_there(epoch_, peer);
 }
 
 // Waiting

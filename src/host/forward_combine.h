@@ -25,6 +25,9 @@ struct CombineSource {
 class ForwardedCombine {
  public:
   ForwardedCombine(Context& context, const CombineCall& call, const Epoch& epoch);
+  ~ForwardedCombine();  // however the call ends, no slot is lost
+  ForwardedCombine(const ForwardedCombine&) = delete;
+  ForwardedCombine& operator=(const ForwardedCombine&) = delete;
 
   /// What an announcement to that rank says of the requests that will come.
   std::int64_t units_to(int peer) const;

@@ -26,6 +26,12 @@ ForwardedDispatch::ForwardedDispatch(Context& context, const DispatchCall& call,
       active_(context.active_ranks()),
       missing_(context.num_ranks, -1) {}
 
+ForwardedDispatch::~ForwardedDispatch() {
+  for (const Outgoing& to : outgoing_)
+    for (std::size_t chunk = static_cast<std::size_t>(to.chunks_sent); chunk < to.slots.size(); ++chunk)
+      link_.leave_slot(to.rail, to.slots[chunk]);
+}
+
 void ForwardedDispatch::route(const std::int32_t* dst_rank) {
   const plan::Topology& topology = context_.topology;
   const std::vector<char> masked = context_.masked_ranks();

@@ -16,6 +16,9 @@ namespace deep_ep::host {
 class ForwardedDispatch {
  public:
   ForwardedDispatch(Context& context, const DispatchCall& call, const Epoch& epoch);
+  ~ForwardedDispatch();  // however the call ends, no slot is lost
+  ForwardedDispatch(const ForwardedDispatch&) = delete;
+  ForwardedDispatch& operator=(const ForwardedDispatch&) = delete;
 
   /// Decides what crosses, from every selection's rank: [num_tokens, num_topk], -1: none.
   void route(const std::int32_t* dst_rank);

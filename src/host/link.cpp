@@ -43,10 +43,6 @@ std::span<const std::byte> next(std::span<const std::byte>& blob) {
   return key;
 }
 
-std::size_t slots_bytes(const plan::Topology& topology, std::size_t slot_bytes) {
-  return static_cast<std::size_t>(topology.num_ranks) * plan::kForwardSlots * slot_bytes;
-}
-
 }  // namespace
 
 Link::Pages::Pages(std::size_t bytes) : bytes_(bytes) {
@@ -65,11 +61,13 @@ Link::Link(const LinkInput& input)
       layout_(input.layout),
       window_(input.window),
       doorbell_(*reinterpret_cast<Doorbell*>(input.window + input.layout.doorbell_at)),
-      slot_bytes_(plan::align_up(input.config.forward_slot_bytes, plan::kUnitAlignment)),
+      memory_(plan::FarMemory::of(input.layout, input.config.forward_slot_bytes)),
+      slot_bytes_(memory_.slot_bytes),
       mirror_bytes_(input.layout.low_latency_at),
-      mirror_pages_(mirror_bytes_ * static_cast<std::size_t>(num_ranks_)),
-      staging_(slots_bytes(topology_, slot_bytes_)),
-      inbox_(slots_bytes(topology_, slot_bytes_)),
+      mirror_pages_(memory_.mirrors),
+      staging_(memory_.slots),
+      inbox_(memory_.slots),
+      low_latency_staging_(std::max<std::size_t>(1, memory_.low_latency)),
       mirrors_(mirror_pages_.base()),
       state_(num_ranks_),
       knows_we_leave_(num_ranks_),
@@ -115,8 +113,10 @@ void Link::exchange_regions(Bootstrap& group, const Config& config) {
   net::Blob mine;
   append(mine, fabric->region_key(fabric->register_memory({inbox_.base(), inbox_.bytes()})));
   const std::size_t low_latency_bytes = layout_.arena_at - layout_.low_latency_at;
-  if (low_latency_bytes > 0)
+  if (low_latency_bytes > 0) {
+    low_latency_region_ = fabric->register_memory({low_latency_staging_.base(), low_latency_staging_.bytes()});
     append(mine, fabric->region_key(fabric->register_memory({window_ + layout_.low_latency_at, low_latency_bytes})));
+  }
   const auto keys = group.all_gather(mine, config.open_timeout);
   for (int peer = 0; peer < num_ranks_; ++peer) {
     if (!reaches(peer)) continue;
@@ -173,6 +173,11 @@ int Link::take_slot(int peer, plan::Stream stream) {
   return slot;
 }
 
+void Link::leave_slot(int peer, int slot) {
+  // Relaxed: as in take_slot().
+  slot_free_[static_cast<std::size_t>(peer) * plan::kForwardSlots + slot].store(true, std::memory_order_relaxed);
+}
+
 void Link::put_chunk(int peer, int slot, const plan::ChunkHead& head, Deadline deadline) {
   std::memcpy(chunk(peer, slot), &head, sizeof head);
   const std::size_t bytes = plan::align_up(head.bytes, plan::kUnitAlignment);
@@ -213,6 +218,33 @@ void Link::give_back(const LandedChunk& chunk) {
   credit.slot = static_cast<std::uint16_t>(chunk.slot);
   credit.epoch = chunk.head.epoch;
   send(chunk.source, credit);
+}
+
+// Low latency
+// ---------------------------------------------------------------------------------------------------------------------
+
+void Link::put_low_latency(int peer, int ticket, const LowLatencyPut& put) {
+  put_bytes_[peer].fetch_add(put.bytes, std::memory_order_relaxed);  // a count for people
+  proxy_->put({.peer = peer,
+               .region = low_latency_region_,
+               .remote_region = peer_slots_[peer],
+               .channel = kDataChannel,
+               .epoch = static_cast<std::uint32_t>(put.epoch),
+               .at = low_latency_at(peer, ticket) + put.at,
+               .remote_at = static_cast<std::size_t>(ticket) * layout_.low_latency_ticket_bytes + put.at,
+               .bytes = put.bytes},
+              put.deadline);
+}
+
+void Link::note_low_latency(std::uint64_t epoch, std::uint64_t puts) {
+  // Relaxed: read by the same thread when it begins a later operation.
+  low_latency_puts_[epoch % plan::kOperationsInFlight].store(epoch << 32 | puts, std::memory_order_relaxed);
+}
+
+bool Link::low_latency_has_left(std::uint64_t epoch) const {
+  const std::uint64_t noted = low_latency_puts_[epoch % plan::kOperationsInFlight].load(std::memory_order_relaxed);
+  if (epoch == 0 || noted >> 32 != epoch) return true;  // it made none
+  return proxy_->completed(kDataChannel, static_cast<std::uint32_t>(epoch)) >= (noted & 0xffffffff);
 }
 
 // Life and death

@@ -7,6 +7,7 @@
 // stored only when all of them are here.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -36,6 +37,14 @@ struct LinkInput {
   const plan::Topology& topology;
   const plan::WindowLayout& layout;
   std::byte* window;  // our own; the link does not outlive it
+};
+
+/// A piece of low-latency data, by its place in the slots of one ticket.
+struct LowLatencyPut {
+  std::uint64_t epoch = 0;
+  std::size_t at = 0;
+  std::size_t bytes = 0;
+  Deadline deadline;
 };
 
 /// A chunk that lies in one of our slots.
@@ -71,6 +80,8 @@ class Link final : private net::ProxyReceiver {
   /// A free slot at a peer for a chunk of this stream, now ours to fill; -1: none.
   int take_slot(int peer, plan::Stream stream);
   bool has_slot(int peer, plan::Stream stream) const;
+  /// One that was taken is not needed after all.
+  void leave_slot(int peer, int slot);
   /// Where the chunk for that slot is put together.
   std::byte* chunk(int peer, int slot) const { return staging_.base() + slot_at(peer, slot); }
   /// Sends it off.
@@ -83,6 +94,18 @@ class Link final : private net::ProxyReceiver {
   }
   /// The slot is free again for its source.
   void give_back(const LandedChunk& chunk);
+
+  // Low latency
+  // -------------------------------------------------------------------------------------------------------------------
+  /// Memory that stands for a peer's low-latency slots of one ticket.
+  std::byte* low_latency(int peer, int ticket) const {
+    return low_latency_staging_.base() + low_latency_at(peer, ticket);
+  }
+  /// Sends what lies there to the same place in the peer's slots. Offset and bytes are multiples of 16.
+  void put_low_latency(int peer, int ticket, const LowLatencyPut& put);
+  /// How many such puts an operation made in all; and whether their bytes have left, so that the memory is free again.
+  void note_low_latency(std::uint64_t epoch, std::uint64_t puts);
+  bool low_latency_has_left(std::uint64_t epoch) const;
 
   // Life and death
   // -------------------------------------------------------------------------------------------------------------------
@@ -134,12 +157,17 @@ class Link final : private net::ProxyReceiver {
     return (static_cast<std::size_t>(peer) * plan::kForwardSlots + static_cast<std::size_t>(slot)) * slot_bytes_;
   }
   int free_slot(int peer, plan::Stream stream) const;
+  std::size_t low_latency_at(int peer, int ticket) const {
+    return (static_cast<std::size_t>(ticket) * static_cast<std::size_t>(num_ranks_) + static_cast<std::size_t>(peer)) *
+           layout_.low_latency_ticket_bytes;
+  }
   void exchange_regions(Bootstrap& group, const Config& config);
 
   void on_notice(int source, const net::Notice& notice) override;
   void on_message(int source, std::uint32_t epoch, std::span<const std::byte> payload) override;
   void on_peer_failed(int peer, const std::string& reason) override;
   void on_bad_command(const std::string& why) override;
+  void on_completed() override { doorbell_.ring(); }
   void take_flag(int source, const ControlHead& head, std::span<const std::byte> payload);
   bool take_payload(int source, const ControlHead& head, std::span<const std::byte> payload);
   void store_if_complete(int source, const Expected& flag);
@@ -160,9 +188,10 @@ class Link final : private net::ProxyReceiver {
   const plan::WindowLayout& layout_;
   std::byte* const window_;
   Doorbell& doorbell_;
+  const plan::FarMemory memory_;
   const std::size_t slot_bytes_;
   const std::size_t mirror_bytes_;
-  Pages mirror_pages_, staging_, inbox_;
+  Pages mirror_pages_, staging_, inbox_, low_latency_staging_;
   std::byte* const mirrors_;
 
   std::atomic<std::uint32_t> epoch_{0};
@@ -179,7 +208,8 @@ class Link final : private net::ProxyReceiver {
   std::vector<LandedChunk> landed_;
 
   std::vector<int> peer_inbox_, peer_slots_;  // regions of the peers
-  int staging_region_ = -1;
+  int staging_region_ = -1, low_latency_region_ = -1;
+  std::array<std::atomic<std::uint64_t>, plan::kOperationsInFlight> low_latency_puts_{};  // epoch << 32 | puts
   std::latch open_{1};                 // what arrives earlier waits, on the proxy's thread
   std::unique_ptr<net::Proxy> proxy_;  // last: its thread ends before what it uses
 };

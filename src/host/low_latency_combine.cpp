@@ -13,24 +13,24 @@ namespace deep_ep::host {
 
 namespace {
 
-// Slots of one ticket in an owner's window:  [ rows: max_tokens x topk | weights: f32, max_tokens x topk x topk ]
+// Slots of one ticket in an owner's window:  [ rows: max_tokens x topk | weights: max_tokens x topk x (f32 x topk) ]
 struct Slots {
   std::byte* base = nullptr;
   std::size_t row_stride = 0;
-  std::size_t topk = 0;
+  std::size_t weights_stride = 0;
   std::size_t num_slots = 0;
 
   Slots(const Context& context, const Epoch& epoch, const CombineCall& call, int owner)
-      : base(context.window(owner) + context.layout().low_latency(epoch.ticket)),
+      : base(context.low_latency(owner, epoch.ticket)),
         row_stride(plan::align_up(call.row_bytes, plan::MessageLayout::kAlignment)),
-        topk(static_cast<std::size_t>(call.in.handle->num_topk)),
-        num_slots(call.in.handle->max_tokens_per_rank * topk) {}
+        weights_stride(plan::combine_weights_stride(call.in.handle->num_topk)),
+        num_slots(static_cast<std::size_t>(call.in.handle->max_tokens_per_rank) * call.in.handle->num_topk) {}
 
   std::byte* row(std::size_t slot) const { return base + slot * row_stride; }
   // All weights of the row in a slot: one for each selection.
-  float* weights(std::size_t slot) const {
-    return reinterpret_cast<float*>(base + num_slots * row_stride) + slot * topk;
-  }
+  float* weights(std::size_t slot) const { return reinterpret_cast<float*>(base + weights_at(slot)); }
+  std::size_t row_at(std::size_t slot) const { return slot * row_stride; }
+  std::size_t weights_at(std::size_t slot) const { return num_slots * row_stride + slot * weights_stride; }
 };
 
 class Sender {
@@ -53,7 +53,9 @@ class Sender {
           }
           ops.flush();  // streamed rows come before the flag that publish() stores after the loop
         });
-    for (int peer : active_) context_.publish(peer, Flag::kArrived, epoch_, 1);
+    std::vector<std::uint64_t> puts(context_.num_ranks, 0);
+    if (context_.link() != nullptr) put_far_rows(puts);
+    for (int peer : active_) context_.publish_low_latency(peer, epoch_, 1, puts[peer]);
   }
 
  private:
@@ -73,6 +75,37 @@ class Sender {
       if (weights != nullptr && by_rank) std::copy_n(weights + arrival * topk, topk, slots.weights(first + k));
       if (by_rank) return;
     }
+  }
+
+  // Rows for far homes, which send_arrival() has put in place in the memory that stands for their slots.
+  void put_far_rows(std::vector<std::uint64_t>& puts) const {
+    const std::int32_t* first_arrival = handle_.first_arrival.as<const std::int32_t>();
+    std::uint64_t all = 0;
+    for (int home : active_) {
+      if (!context_.is_far(home) || context_.excluded_by(home)) continue;
+      for (std::int64_t arrival = first_arrival[home]; arrival < first_arrival[home + 1]; ++arrival)
+        puts[home] += put_arrival(arrival, home);
+      all += puts[home];
+    }
+    context_.link()->note_low_latency(epoch_.number, all);
+  }
+
+  std::uint64_t put_arrival(std::int64_t arrival, int home) const {
+    const int topk = handle_.num_topk;
+    const std::int32_t* row = handle_.arrival_row.as<const std::int32_t>() + arrival * topk;
+    const std::size_t first = static_cast<std::size_t>(handle_.src_token.as<const std::int32_t>()[arrival]) * topk;
+    const Slots slots(context_, epoch_, call_, home);
+    const auto put = [&](std::size_t at, std::size_t bytes) {
+      context_.link()->put_low_latency(home, epoch_.ticket, {epoch_.number, at, bytes, epoch_.deadline});
+    };
+    std::uint64_t puts = 0;
+    for (int k = topk - 1; k >= 0; --k) {
+      if (row[k] < 0) continue;
+      if (call_.hidden > 0) put(slots.row_at(first + k), slots.row_stride), ++puts;
+      if (call_.in.topk_weights.given()) put(slots.weights_at(first + k), slots.weights_stride), ++puts;
+      if (handle_.layout == OutputLayout::kByRank) break;
+    }
+    return puts;
   }
 
   Context& context_;
@@ -97,7 +130,7 @@ class Receiver final : public Ticket<CombineOutput>::Receiver {
     Epoch epoch = epoch_;
     epoch.deadline = Clock::now() + call_.timeout;  // the time between send and receive is the caller's
     std::erase_if(active_, [&](int peer) {
-      return !context_->came(call_.in.mask_silent, [&] {
+      return !context_->came(peer, call_.in.mask_silent, [&] {
         context_->await_announcement(epoch, peer, call_.signature);
         context_->await(Flag::kArrived, epoch, peer, 1);
       });

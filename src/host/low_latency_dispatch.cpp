@@ -27,7 +27,7 @@ struct Sent {
   // A source's messages in an owner's window.
   std::byte* messages(int owner, int source) const {
     const std::size_t per_source = static_cast<std::size_t>(call.max_tokens_per_rank) * message.bytes;
-    return context->window(owner) + context->layout().low_latency(epoch.ticket) + per_source * source;
+    return context->low_latency(owner, epoch.ticket) + per_source * source;
   }
 };
 
@@ -48,16 +48,29 @@ class Sender {
           for (std::int64_t token = begin; token < end; ++token) send_token(reader, static_cast<int>(token), ops);
           ops.flush();  // streamed rows come before the flag that publish() stores after the loop
         });
+    std::uint64_t puts = 0;
     for (int dst : sent_.active) {
       const auto messages = static_cast<std::uint32_t>(routes_.tokens_to[dst]);
-      context.publish(dst, Flag::kArrived, sent_.epoch, messages);
+      const bool crosses = context.is_far(dst) && messages > 0;
+      if (crosses) put(dst, messages * sent_.message.bytes);
+      puts += crosses;
+      context.publish_low_latency(dst, sent_.epoch, messages, crosses);
     }
+    if (context.link() != nullptr) context.link()->note_low_latency(sent_.epoch.number, puts);
     context.count([&](Statistics& statistics) {
       for (int dst : sent_.active) statistics.peers[dst].bytes_sent += routes_.tokens_to[dst] * sent_.message.bytes;
     });
   }
 
  private:
+  // Messages to one rank lie one behind the other: a far one gets all of them at once.
+  void put(int dst, std::size_t bytes) const {
+    const Context& context = *sent_.context;
+    const auto at = sent_.messages(dst, context.rank) - context.low_latency(dst, sent_.epoch.ticket);
+    context.link()->put_low_latency(dst, sent_.epoch.ticket,
+                                    {sent_.epoch.number, static_cast<std::size_t>(at), bytes, sent_.epoch.deadline});
+  }
+
   void send_token(TokenReader& reader, int token, const RowOps& ops) const {
     const int topk = sent_.call.num_topk;
     const std::size_t first = static_cast<std::size_t>(token) * topk;
@@ -271,7 +284,7 @@ class Receiver final : public Ticket<DispatchOutput>::Receiver {
     epoch.deadline = Clock::now() + sent_->call.timeout;  // the time between send and receive is the caller's
     std::vector<std::int32_t> messages_from(context.num_ranks, 0);
     for (int src : sent_->active) {
-      context.came(sent_->call.in.mask_silent, [&] {
+      context.came(src, sent_->call.in.mask_silent, [&] {
         context.await_announcement(epoch, src, sent_->call.signature);
         messages_from[src] = static_cast<std::int32_t>(context.await(Flag::kArrived, epoch, src, 1));
       });

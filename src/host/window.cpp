@@ -95,7 +95,8 @@ std::shared_ptr<Window> Window::open(const WindowAddress& address) {
         ErrorCode::kUnsupported,
         fmt::format(
             "process {} is on another machine or in another container: the host backend shares memory within one "
-            "machine and one pid namespace",
+            "machine and one pid namespace. Ranks of several machines form several nodes: say so in "
+            "Config::ranks_per_node",
             address.pid));
   const std::string path = fmt::format("/proc/{}/fd/{}", address.pid, address.fd);
   std::shared_ptr<Window> window(new Window);

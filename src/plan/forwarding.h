@@ -14,6 +14,7 @@
 #include "plan/align.h"
 #include "plan/output.h"
 #include "plan/topology.h"
+#include "plan/window.h"
 
 namespace deep_ep::plan {
 
@@ -21,6 +22,25 @@ namespace deep_ep::plan {
 /// The first is for requests alone: they are taken out at once, so rows that nobody takes out yet cannot hold them up.
 inline constexpr int kForwardSlots = 8;
 inline constexpr int kRequestSlot = 0;
+
+/// What a rank maps beside its window to reach far ranks, in bytes; pages are taken as they are used.
+struct FarMemory {
+  std::size_t slot_bytes = 0;
+  std::size_t mirrors = 0;      // for the control part of each window
+  std::size_t slots = 0;        // to receive in, and as many to send from
+  std::size_t low_latency = 0;  // to send from
+  std::size_t total() const { return mirrors + 2 * slots + low_latency; }
+
+  static FarMemory of(const WindowLayout& window, std::size_t forward_slot_bytes) {
+    const auto ranks = static_cast<std::size_t>(window.num_ranks);
+    FarMemory memory;
+    memory.slot_bytes = align_up(forward_slot_bytes, 16);
+    memory.mirrors = ranks * window.low_latency_at;
+    memory.slots = ranks * kForwardSlots * memory.slot_bytes;
+    memory.low_latency = ranks * static_cast<std::size_t>(window.num_tickets) * window.low_latency_ticket_bytes;
+    return memory;
+  }
+};
 
 /// The rank of `node` that takes in what `src` sends there: the one on the same rail, which is src's place in its own
 /// node modulo the size of that one. Ranks that are left out do not count; -1 where nobody is left.

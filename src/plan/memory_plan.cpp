@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "deep_ep/config.h"
+#include "plan/forwarding.h"
 #include "plan/output.h"
 #include "plan/window.h"
 
@@ -38,7 +39,8 @@ std::string Config::to_string() const {
       "low_latency.num_topk = {}\nlow_latency.side_bytes = {}\narena_bytes = {}\nnum_tickets = {}\ntimeout = {} ms\n"
       "open_timeout = {} ms\nnetwork.provider = {}\nforward_slot_bytes = {}\n",
       max_experts, fmt::join(ranks_per_node, ", "), low_latency.max_tokens_per_rank, low_latency.row_bytes,
-      low_latency.num_topk, low_latency.side_bytes, arena_bytes, num_tickets, timeout.count(), open_timeout.count(), network.provider, forward_slot_bytes);
+      low_latency.num_topk, low_latency.side_bytes, arena_bytes, num_tickets, timeout.count(), open_timeout.count(),
+      network.provider, forward_slot_bytes);
 }
 
 MemoryPlan Config::plan(int num_ranks) const {
@@ -60,6 +62,10 @@ MemoryPlan Config::plan(int num_ranks) const {
          fmt::format("{} tickets x {} ranks x {} tokens", w.num_tickets, num_ranks, low_latency.max_tokens_per_rank));
   region("arena", w.arena_at, w.total_bytes,
          "outputs of dispatch, allocate() and staged combine input; pages as they are used");
+  if (!network.provider.empty() && plan::Topology::from(ranks_per_node, num_ranks).num_nodes > 1)
+    region("between nodes", 0, plan::FarMemory::of(w, forward_slot_bytes).total(),
+           fmt::format("{} slots of {} to and from each rank, mirrors of windows; pages as they are used",
+                       plan::kForwardSlots, human(forward_slot_bytes)));
   return result;
 }
 

@@ -43,11 +43,16 @@ inline std::size_t dispatch_slot_bytes(int num_ranks, int max_tokens_per_rank, s
   return static_cast<std::size_t>(num_ranks) * max_tokens_per_rank * message_bytes;
 }
 
+/// Weights that one row brings home, so placed that a row's can be written alone over a network.
+inline std::size_t combine_weights_stride(int num_topk) {
+  return align_up(4 * static_cast<std::size_t>(num_topk), MessageLayout::kAlignment);
+}
+
 /// Bytes of one ticket's slots for combine: a row for every selection, and beside it the weights that its rank sends
 /// home.
 inline std::size_t combine_slot_bytes(int max_tokens_per_rank, int num_topk, std::size_t row_bytes) {
   return static_cast<std::size_t>(max_tokens_per_rank) * num_topk *
-         (align_up(row_bytes, MessageLayout::kAlignment) + 4 * static_cast<std::size_t>(num_topk));
+         (align_up(row_bytes, MessageLayout::kAlignment) + combine_weights_stride(num_topk));
 }
 
 /// Bytes that one ticket needs to serve every call within `capacity`.

@@ -30,6 +30,20 @@ TEST(Rail, wraps_around_in_smaller_nodes_and_passes_over_ranks_that_are_left_out
   EXPECT_EQ(rails(2), (std::vector<int>{-1, -1, -1, -1}));
 }
 
+TEST(FarMemory, is_part_of_the_plan_where_a_network_is_asked_for) {
+  Config config;
+  config.arena_bytes = 1 << 20;
+  config.ranks_per_node = {2};
+  const std::size_t without = config.plan(4).total_bytes;
+  config.network.provider = "tcp";
+  const MemoryPlan plan = config.plan(4);
+  ASSERT_EQ(plan.regions.back().name, "between nodes");
+  EXPECT_EQ(plan.total_bytes, without + plan.regions.back().bytes);
+  EXPECT_GE(plan.regions.back().bytes, 2 * 4 * kForwardSlots * config.forward_slot_bytes);
+  config.ranks_per_node = {};  // one node has nobody to reach
+  EXPECT_EQ(config.plan(4).total_bytes, without);
+}
+
 TEST(Topology, knows_where_nodes_begin_and_the_place_of_each_rank) {
   const Topology topology = Topology::from({3, 1, 2}, 6);
   EXPECT_EQ(topology.first_rank_of_node, (std::vector<std::int32_t>{0, 3, 4, 6}));
