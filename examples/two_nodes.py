@@ -4,8 +4,9 @@
 
     torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 examples/two_nodes.py
 
-Every rank sends its tokens to the ranks of their experts and gets them back summed; with experts that change nothing, a token comes home
-multiplied by the number of ranks it went to, which is checked. examples/two_nodes.slurm starts the same under Slurm."""
+Every rank sends its tokens to the ranks of their experts and gets them back summed; with experts that change nothing, a
+token comes home multiplied by the number of ranks it went to, which is checked. examples/two_nodes.slurm starts the same
+under Slurm."""
 
 import argparse
 import os
@@ -53,7 +54,8 @@ def main() -> None:
     dist.barrier()
     if rank == 0:
         nodes = -(-num_ranks // node_size)
-        print(f"{num_ranks} ranks on {nodes} nodes: {args.tokens} tokens each came home exactly, {seconds * 1e3:.1f} ms a round")
+        print(f"{num_ranks} ranks on {nodes} nodes: {args.tokens} tokens each came home exactly", end="")
+        print(f", {seconds * 1e3:.1f} ms a round")
     buffer.destroy()
     dist.destroy_process_group()
 
