@@ -30,16 +30,22 @@ class WaitRecord:
 
     @property
     def rank(self) -> int: ...
+
     @property
     def phase(self) -> str: ...
+
     @property
     def peer(self) -> int: ...
+
     @property
     def epoch(self) -> int: ...
+
     @property
     def expected(self) -> int: ...
+
     @property
     def seen(self) -> int: ...
+
     @property
     def peer_gone(self) -> bool: ...
 
@@ -48,12 +54,16 @@ class Group:
 
     @property
     def rank(self) -> int: ...
+
     @property
     def num_ranks(self) -> int: ...
+
     def all_gather(self, mine: bytes, timeout_secs: float = 60.0) -> list: ...
 
 def in_process_group(num_ranks: int) -> list[Group]: ...
+
 def callback_group(rank: int, num_ranks: int, all_gather: Any) -> Group: ...
+
 def tcp_group_from_environment() -> Group:
     """
     Meets the ranks that MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE name.
@@ -64,15 +74,21 @@ class Placement:
 
     @staticmethod
     def even(num_experts: int, num_ranks: int) -> Placement: ...
+
     @staticmethod
     def from_lists(hosted: Sequence[Sequence[int]], num_experts: int, local_first: bool = False) -> Placement: ...
+
     @property
     def num_experts(self) -> int: ...
+
     @property
     def num_ranks(self) -> int: ...
+
     @property
     def fingerprint(self) -> int: ...
+
     def num_slots(self, rank: int) -> int: ...
+
     def expert_at(self, rank: int, slot: int) -> int: ...
 
 class OutputLayout(enum.Enum):
@@ -87,63 +103,77 @@ class Handle:
 
     @property
     def dst_rank(self) -> Any: ...
+
     @property
     def dst_row(self) -> Any: ...
+
     @property
     def dst_arrival(self) -> Any: ...
+
     @property
     def first_arrival(self) -> Any: ...
+
     @property
     def src_token(self) -> Any: ...
+
     @property
     def arrival_row(self) -> Any: ...
+
     @property
     def slot_rows(self) -> Any: ...
+
     @property
     def slot_first_row(self) -> Any: ...
+
     @property
     def tokens_between(self) -> Any: ...
+
     @property
     def layout(self) -> OutputLayout: ...
+
     @property
     def num_ranks(self) -> int: ...
+
     @property
     def num_topk(self) -> int: ...
+
     @property
     def num_experts(self) -> int: ...
+
     @property
     def expert_alignment(self) -> int: ...
+
     @property
     def max_tokens_per_rank(self) -> int: ...
+
     @property
     def low_latency(self) -> bool: ...
+
     @property
     def num_tokens(self) -> int: ...
+
     @property
     def num_rows(self) -> int: ...
+
     @property
     def num_arrivals(self) -> int: ...
+
     @property
     def num_slots(self) -> int: ...
+
     @property
     def placement(self) -> Placement: ...
+
     def aligned_counts(self) -> list[int]:
         """Rows of each hosted expert, each rounded up to expert_alignment."""
 
     def with_rows(self, num_rows: int) -> Handle: ...
+
     def save(self) -> list:
         """As a list of tensors, for Handle.restore."""
 
     @staticmethod
-    def make(
-        layout: OutputLayout,
-        placement: Placement,
-        num_topk: int,
-        expert_alignment: int,
-        num_rows: int,
-        num_arrivals: int,
-        tensors: dict,
-    ) -> Handle:
+    def make(layout: OutputLayout, placement: Placement, num_topk: int, expert_alignment: int, num_rows: int, num_arrivals: int, tensors: dict) -> Handle:
         """A handle over tensors with the names of its properties."""
 
     @staticmethod
@@ -161,6 +191,7 @@ class DispatchTicket:
     """A low-latency dispatch on its way."""
 
     def receive(self, wait_stats: Any = None, count_stats: Any = None) -> Any: ...
+
     def receive_padded(self, wait_stats: Any = None, count_stats: Any = None) -> tuple: ...
 
 class CombineTicket:
@@ -170,20 +201,28 @@ class CombineTicket:
 
 class LowLatencyCapacity:
     def __init__(self) -> None: ...
+
     @property
     def max_tokens_per_rank(self) -> int: ...
+
     @max_tokens_per_rank.setter
     def max_tokens_per_rank(self, arg: int, /) -> None: ...
+
     @property
     def row_bytes(self) -> int: ...
+
     @row_bytes.setter
     def row_bytes(self, arg: int, /) -> None: ...
+
     @property
     def num_topk(self) -> int: ...
+
     @num_topk.setter
     def num_topk(self, arg: int, /) -> None: ...
+
     @property
     def side_bytes(self) -> int: ...
+
     @side_bytes.setter
     def side_bytes(self, arg: int, /) -> None: ...
 
@@ -191,46 +230,60 @@ class BufferConfig:
     """What all ranks of a buffer agree on."""
 
     def __init__(self) -> None: ...
+
     @property
     def max_experts(self) -> int: ...
+
     @max_experts.setter
     def max_experts(self, arg: int, /) -> None: ...
+
     @property
     def ranks_per_node(self) -> list[int]: ...
+
     @ranks_per_node.setter
     def ranks_per_node(self, arg: Sequence[int], /) -> None: ...
+
     @property
     def low_latency(self) -> LowLatencyCapacity: ...
+
     @low_latency.setter
     def low_latency(self, arg: LowLatencyCapacity, /) -> None: ...
+
     @property
     def arena_bytes(self) -> int: ...
+
     @arena_bytes.setter
     def arena_bytes(self, arg: int, /) -> None: ...
+
     @property
     def num_tickets(self) -> int: ...
+
     @num_tickets.setter
     def num_tickets(self, arg: int, /) -> None: ...
+
     @property
     def timeout_secs(self) -> float: ...
+
     @timeout_secs.setter
     def timeout_secs(self, arg: float, /) -> None: ...
+
     @property
     def open_timeout_secs(self) -> float: ...
+
     @open_timeout_secs.setter
     def open_timeout_secs(self, arg: float, /) -> None: ...
+
     def plan(self, num_ranks: int) -> int:
         """Bytes of each rank's window."""
 
     def describe_plan(self, num_ranks: int) -> str: ...
+
     def __str__(self) -> str: ...
 
 class SumOrder:
     """The order in which combine adds."""
 
-    def __init__(
-        self, by_topk: bool = False, round_per_rank: bool = False, round_per_node: bool = False, bias_first: bool = True
-    ) -> None: ...
+    def __init__(self, by_topk: bool = False, round_per_rank: bool = False, round_per_node: bool = False, bias_first: bool = True) -> None: ...
 
 def has_cuda() -> bool: ...
 
@@ -239,6 +292,7 @@ class CoreBuffer:
 
     @staticmethod
     def open(group: Group, config: BufferConfig, num_workers: int = 0, device: int = -1) -> CoreBuffer: ...
+
     def use_streams(self, calls: int, user: int) -> None:
         """
         CUDA: operations from now on are enqueued on the stream `calls`, their results used on `user`.
@@ -246,26 +300,42 @@ class CoreBuffer:
 
     @property
     def rank(self) -> int: ...
+
     @property
     def num_ranks(self) -> int: ...
+
     @property
     def num_nodes(self) -> int: ...
+
     def node_of(self, rank: int) -> int: ...
+
     def dispatch_layout(self, topk_idx: Any, num_experts: int, placement: Placement | None = None) -> tuple: ...
+
     def dispatch(self, **kwargs) -> tuple: ...
+
     def combine(self, **kwargs) -> tuple: ...
+
     def low_latency_dispatch(self, arg0: bool, /, **kwargs) -> Any: ...
+
     def low_latency_combine(self, **kwargs) -> CombineTicket: ...
+
     def weighted_combine_gradient(self, handle: Handle, grad_out: Any, weights: Any, rows: Any) -> tuple: ...
+
     def refuse(self, operation: str, why: str) -> None: ...
+
     def allocate(self, like: Any, shape: Sequence[int]) -> Any: ...
+
     def supports_low_latency(self, hidden: int, max_tokens: int, num_topk: int, num_experts: int) -> str:
         """Empty where BF16 rows of this shape fit; else what stands in the way."""
 
     def set_masked(self, rank: int, masked: bool) -> None: ...
+
     def masked(self, rank: int) -> bool: ...
+
     def statistics(self) -> dict: ...
+
     def reset_statistics(self) -> None: ...
+
     def check(self) -> None:
         """Waits for what was enqueued and raises what it found out."""
 
