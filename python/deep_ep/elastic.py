@@ -120,8 +120,11 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
         self.close()
 
     def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True) -> None:
-        """Returns when every rank has called it."""
+        """Returns when every rank has called it; on GPUs, when all have done what they had enqueued by then."""
         self._opened()
+        if self._on_gpu:
+            torch.cuda.current_stream(self._device).synchronize()
+            self._stream.synchronize()
         group_barrier(self.group)
 
     @staticmethod
@@ -201,7 +204,7 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
             keywords.update(self._sms(num_sms or handle.num_sms))
             with call as streams:
                 received = self._dispatch_again(keywords, handle, again, cumulative_local_expert_recv_stats)
-                streams.results(received[2])
+                streams.results(*received[:4])
         else:
             require_sms = num_sms >= 0 and num_qps >= 0
             max_tokens = num_max_tokens_per_rank or self.num_max_tokens_per_rank
