@@ -145,6 +145,18 @@ void check_routes(DispatchCall& call, const CallScope& scope, const std::shared_
   call.shape.topk_idx_bytes = static_cast<int>(item_bytes(in.topk_idx.dtype));
 }
 
+// What stands in the way of a low-latency call on a GPU; empty if nothing does.
+std::string device_complaint(std::int64_t tokens, int num_topk, const CallScope& scope) {
+  constexpr int kMostTopk = 32;  // a selection for each lane of a warp
+  const std::size_t flags = static_cast<std::size_t>(std::max<std::int64_t>(tokens, 1)) * scope.num_ranks;
+  if (!scope.on_device) return "";
+  if (num_topk > kMostTopk) return fmt::format("low latency on a GPU: top-k must be 1 .. {}: {}", kMostTopk, num_topk);
+  if (flags > scope.layout.flags_of_ticket)
+    return fmt::format("low latency on a GPU: {} tokens need {} flags, the buffer has {}: raise Config::low_latency",
+                       tokens, flags, scope.layout.flags_of_ticket);
+  return "";
+}
+
 void check_capacity(const DispatchCall& call, const CallScope& scope) {
   const DispatchInput& in = call.in;
   require(call.expert_alignment >= 1, "expert_alignment must be at least 1: {}", call.expert_alignment);
@@ -164,6 +176,8 @@ void check_capacity(const DispatchCall& call, const CallScope& scope) {
             call.placement->max_slots(), scope.num_ranks, call.max_tokens_per_rank, INT_MAX);
   }
   if (low_latency) {
+    const std::string complaint = device_complaint(call.max_tokens_per_rank, call.num_topk, scope);
+    require(complaint.empty(), "{}", complaint);
     const std::size_t needed = plan::dispatch_slot_bytes(scope.num_ranks, call.max_tokens_per_rank,
                                                          plan::MessageLayout::place(call.shape).bytes);
     require(needed <= scope.layout.low_latency_ticket_bytes,
@@ -304,7 +318,7 @@ CombineCall check_combine(Operation operation, const CombineInput& in, const Cal
   require(in.handle != nullptr, "handle must be given");
   const Handle& handle = *in.handle;
   require_eq(handle.num_ranks, scope.num_ranks, "handle's ranks == the buffer's ranks");
-  if (!handle.low_latency) require_same_memory(handle, scope);
+  require_same_memory(handle, scope);
   require(handle.low_latency == is_low_latency(operation), "handle: {} takes a handle of {}", name(operation),
           is_low_latency(operation) ? "low_latency_dispatch" : "dispatch");
   require(in.x.given() || in.topk_weights.given(), "x or topk_weights must be given");
@@ -314,6 +328,8 @@ CombineCall check_combine(Operation operation, const CombineInput& in, const Cal
   check_options(call, in, scope);
   check_returning_rows(call, scope);
   check_home(call);
+  require(!in.pre_reduce || (is_low_latency(operation) && in.order.round_per_rank),
+          "pre_reduce: low latency only, and needs order.round_per_rank");
   if (is_low_latency(operation)) {
     const std::size_t needed = plan::combine_slot_bytes(handle.max_tokens_per_rank, handle.num_topk, call.row_bytes);
     require(needed <= scope.layout.low_latency_ticket_bytes,
@@ -332,6 +348,7 @@ CombineCall check_combine(Operation operation, const CombineInput& in, const Cal
   f[Signature::kAlignment] = handle.expert_alignment;
   f[Signature::kMaxTokens] = handle.max_tokens_per_rank;
   f[Signature::kTopkWeights] = in.topk_weights.given();
+  f[Signature::kPreReduced] = !in.pre_reduce ? 0 : in.weights.given() ? 2 : 1;
   return call;
 }
 
@@ -353,7 +370,8 @@ Support check_support(const CallShape& shape, const CallScope& scope) {
   if (shape.num_tokens < 0 || shape.num_tokens > INT_MAX)
     return no(fmt::format("num_tokens must be 0 .. {}: {}", INT_MAX, shape.num_tokens));
   if (!shape.low_latency) return {};
-  if (scope.on_device) return no("the CUDA backend has no low-latency calls yet: use dispatch and combine");
+  if (std::string complaint = device_complaint(shape.num_tokens, shape.num_topk, scope); !complaint.empty())
+    return no(std::move(complaint));
   plan::RowShape row;
   row.row_bytes = row_bytes;
   row.num_topk = shape.num_topk;

@@ -24,6 +24,7 @@ constexpr const char* kFieldNames[] = {
     "scale_order",
     "side tensors",
     "cached handle given",
+    "pre_reduce (2: with weights)",
 };
 static_assert(std::size(kFieldNames) == Signature::kNumFields);
 

@@ -36,6 +36,7 @@ struct Signature {
     kScaleOrder,
     kSideBytes,
     kCached,
+    kPreReduced,  // 1: rows are added, 2: weighed and added before they come home
     kNumFields
   };
   std::array<std::int64_t, kNumFields> fields{};

@@ -87,6 +87,10 @@ struct Handle {
                                                 // dispatch was bounded
   Tensor tokens_between;  // i32 [num_ranks, num_ranks]: distinct tokens from rank i to rank j; low latency: column
                           // `rank` only
+  // Low latency on CUDA buffers only.
+  Tensor arrival_weights;  // f32 [num_arrivals, num_topk]: where the dispatch carried weights
+  Tensor row_token;     // kPadded: i32 [slots, num_ranks * max_tokens_per_rank]: the source's token number of each row
+  Tensor source_range;  // kPadded: i64 [slots, num_ranks]: (first row in the slot << 32) | rows of that source
 };
 
 /// Arguments of dispatch() and low_latency_dispatch(). Every tensor is read until the call returns.
@@ -126,6 +130,8 @@ struct DispatchInput {
   /// CUDA buffers: the call is enqueued here and its results are there in the order of this stream. Null: it runs on
   /// the buffer's own stream and is complete when the call returns.
   Stream stream = nullptr;
+  /// Low latency: receive() follows at once. CUDA buffers then send and receive in one kernel.
+  bool at_once = false;
 };
 
 /// Result of a dispatch. The tensors live in the buffer's arena until the last copy is dropped, also beyond close();
@@ -186,9 +192,15 @@ struct CombineInput {
   TensorView out;  // [num_tokens, hidden], contiguous, dtype of x: written instead of a new tensor; optional
 
   bool mask_silent = false;  // as in DispatchInput
+  /// Low latency, with order.round_per_rank: the rank that computed a token's rows adds them up and sends one row.
+  /// `weights`, where given, must be the topk_weights that the dispatch carried. Equal on all ranks. The same bits come
+  /// out as without; only CUDA buffers save the traffic.
+  bool pre_reduce = false;
+
   std::chrono::milliseconds timeout{0};
   int num_workers = 0;
   Stream stream = nullptr;  // as in DispatchInput
+  bool at_once = false;     // likewise
 };
 
 /// Result of a combine.
@@ -225,8 +237,8 @@ class Ticket {
     return std::exchange(receiver_, nullptr)->receive();
   }
   bool valid() const { return receiver_ != nullptr; }
-  /// The tensors that receive() will return, known before they are filled: of a kPadded dispatch x and scales. Null
-  /// where they are not known, and after receive().
+  /// The tensors that receive() will return, known before they are filled: on CUDA buffers all, on host buffers of a
+  /// kPadded dispatch x and scales. Null where they are not known, and after receive().
   const Output* promised() const { return receiver_ ? receiver_->promised() : nullptr; }
 
  private:

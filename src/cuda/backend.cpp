@@ -11,38 +11,56 @@ namespace {
 
 class CudaBackend final : public Backend {
  public:
-  explicit CudaBackend(const BackendInput& input) : context_(input) {}
+  explicit CudaBackend(const BackendInput& input) : context_(std::make_shared<Context>(input)) {}
 
-  DispatchOutput dispatch(const DispatchCall& call) override { return cuda::dispatch(context_, call); }
-  CombineOutput combine(const CombineCall& call) override { return cuda::combine(context_, call); }
-  DispatchLayout dispatch_layout(const LayoutCall& call) override { return cuda::dispatch_layout(context_, call); }
-  Ticket<DispatchOutput> low_latency_dispatch(const DispatchCall&) override { no_low_latency(); }
-  Ticket<CombineOutput> low_latency_combine(const CombineCall&) override { no_low_latency(); }
-  void refuse(Operation operation, const std::string& why) override { context_.refuse(operation, why); }
-  void check() override { context_.check(); }
+  DispatchOutput dispatch(const DispatchCall& call) override {
+    const std::lock_guard lock(context_->calls());
+    return cuda::dispatch(*context_, call);
+  }
+  CombineOutput combine(const CombineCall& call) override {
+    const std::lock_guard lock(context_->calls());
+    return cuda::combine(*context_, call);
+  }
+  DispatchLayout dispatch_layout(const LayoutCall& call) override {
+    const std::lock_guard lock(context_->calls());
+    return cuda::dispatch_layout(*context_, call);
+  }
+  Ticket<DispatchOutput> low_latency_dispatch(const DispatchCall& call) override {
+    const std::lock_guard lock(context_->calls());
+    return cuda::low_latency_dispatch(context_, call);
+  }
+  Ticket<CombineOutput> low_latency_combine(const CombineCall& call) override {
+    const std::lock_guard lock(context_->calls());
+    return cuda::low_latency_combine(context_, call);
+  }
+  void refuse(Operation operation, const std::string& why) override {
+    const std::lock_guard lock(context_->calls());
+    context_->refuse(operation, why);
+  }
+  void check() override {
+    const std::lock_guard lock(context_->calls());
+    context_->check();
+  }
 
   Tensor allocate(const TensorView& shape) override {
-    plan::Arena::Block block = context_.arena_block(shape.bytes(), false);
+    plan::Arena::Block block = context_->arena_block(shape.bytes(), false);
     require(block.owner != nullptr, "arena_bytes: {} bytes are needed, {} are free in one piece", shape.bytes(),
-            context_.arena_room());
+            context_->arena_room());
     Tensor tensor(shape, std::move(block.owner));
-    tensor.data = context_.window() + block.at;
+    tensor.data = context_->window() + block.at;
     return tensor;
   }
   std::shared_ptr<void> lend(std::vector<std::shared_ptr<void>> owners, Stream user) override {
-    return context_.lend(std::move(owners), user);
+    return context_->lend(std::move(owners), user);
   }
 
-  void set_masked(int rank, bool masked) override { context_.set_masked(rank, masked); }
-  bool masked(int rank) const override { return context_.masked(rank); }
-  Statistics statistics() const override { return context_.statistics(); }
-  void reset_statistics() override { context_.reset_statistics(); }
+  void set_masked(int rank, bool masked) override { context_->set_masked(rank, masked); }
+  bool masked(int rank) const override { return context_->masked(rank); }
+  Statistics statistics() const override { return context_->statistics(); }
+  void reset_statistics() override { context_->reset_statistics(); }
 
  private:
-  [[noreturn]] static void no_low_latency() {
-    throw Error(ErrorCode::kUnsupported, "the CUDA backend has no low-latency calls yet: use dispatch and combine");
-  }
-  Context context_;
+  const std::shared_ptr<Context> context_;  // tickets have it too
 };
 
 }  // namespace

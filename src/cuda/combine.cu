@@ -302,10 +302,10 @@ __device__ void part(const Now& now, const CombineParams& p) {
   for (int peer = static_cast<int>(threadIdx.x); peer < p.common.num_ranks; peer += kThreads) {
     if (!now.active(peer) || peer == me) continue;
     // A rank that has left already gave up on us; what we read of it since may be something else.
-    if (ptx::load_acquire_system(now.released(me, peer)) >= now.epoch) report(now, Fault::kGaveUp, peer, 1, 0);
+    if (ptx::load_acquire_system(&now.progress(me, peer).sent) >= now.epoch) report(now, Fault::kGaveUp, peer, 1, 0);
   }
   __syncthreads();
-  if (ptx::load_acquire(&p.common.state->failed) != 0) return;
+  if (has_failed(now)) return;
   for (int peer = static_cast<int>(threadIdx.x); peer < p.common.num_ranks; peer += kThreads) {
     if (!now.active(peer)) continue;
     publish(now, &now.words(peer, me).finished, 1);

@@ -12,6 +12,7 @@
 #include "check.h"
 #include "cuda/capture.h"
 #include "cuda/failure.h"
+#include "cuda/low_latency.h"
 
 namespace deep_ep::cuda {
 
@@ -109,6 +110,7 @@ Context::Context(const BackendInput& input)
   all_on_one_device_ = ranks_here == num_ranks;
   most_blocks_ = std::max(1, info.multiProcessorCount / ranks_here);
   default_blocks_ = std::min(most_blocks_, input.options.num_workers > 0 ? input.options.num_workers : kDefaultBlocks);
+  low_latency_blocks_ = input.options.num_workers > 0 ? default_blocks_ : most_blocks_;
   layout_ = plan::WindowLayout::place(config, num_ranks, arena_bytes(config, ranks_here));
 
   cuda::check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
@@ -126,6 +128,7 @@ Context::Context(const BackendInput& input)
   cuda::check(cudaMalloc(reinterpret_cast<void**>(&nodes_), sizeof(std::int32_t) * num_ranks), "cudaMalloc");
   copy(nodes_, topology.node_of_rank.data(), sizeof(std::int32_t) * num_ranks, cudaMemcpyHostToDevice);
   local(1);  // the first slab
+  graph_memory_ = std::make_shared<GraphMemory>();
   prepare_kernels();
   statistics_.peers.resize(num_ranks);
   open_windows(*input.group, choose_sharing(device, neighbours.machines));
@@ -183,10 +186,15 @@ void Context::prepare_kernels() {
   prepare(notify_kernel());
   prepare(refuse_kernel());
   prepare(dispatch_kernel(false, DType::kU8));
+  prepare(low_latency_dispatch_kernel(false, DType::kU8));
+  prepare(abandon_kernel());
   for (DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
     prepare(dispatch_kernel(true, dtype));
     prepare(combine_kernel(dtype, false));
     prepare(combine_kernel(dtype, true));
+    prepare(low_latency_dispatch_kernel(true, dtype));
+    prepare(low_latency_combine_kernel(dtype, false));
+    prepare(low_latency_combine_kernel(dtype, true));
   }
 }
 
@@ -217,30 +225,64 @@ void Context::upload_peers() { copy(device_peers_, peers_.data(), sizeof(Peer) *
 // ---------------------------------------------------------------------------------------------------------------------
 
 Call Context::begin_local(Stream stream) {
-  cuda::check(cudaSetDevice(device), "cudaSetDevice");
   Call call;
   call.wait = stream == nullptr;
   call.stream = call.wait ? stream_ : static_cast<cudaStream_t>(stream);
+  take_turn(call);
+  return call;
+}
+
+// Calls of one buffer run one after the other, whatever streams they come on.
+void Context::take_turn(Call& call) {
+  cuda::check(cudaSetDevice(device), "cudaSetDevice");
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   cuda::check(cudaStreamIsCapturing(call.stream, &status), "cudaStreamIsCapturing");
   call.capturing = capturing_ = status != cudaStreamCaptureStatusNone;
   captured_.clear();  // of a call that failed
-  // Calls of one buffer run one after the other, whatever streams they come on.
   if (!call.capturing && last_stream_ != nullptr && last_stream_ != call.stream)
     cuda::check(cudaStreamWaitEvent(call.stream, last_done_), "cudaStreamWaitEvent");
   returns_->sweep(completed());
   sweep_graphs();
-  return call;
 }
 
 Call Context::plain_call(Operation operation, Stream stream, std::chrono::milliseconds timeout, int num_workers) {
+  const bool low_latency = operation == Operation::kLowLatencyDispatch || operation == Operation::kLowLatencyCombine;
   Call call = begin_local(stream);
   call.operation = operation;
   call.timeout = timeout;
-  call.blocks = num_workers > 0 ? std::min(num_workers, most_blocks_) : default_blocks_;
+  call.blocks = num_workers > 0 ? std::min(num_workers, most_blocks_)
+                : low_latency   ? low_latency_blocks_
+                                : default_blocks_;
+  call.number = ++operations_;
+  count_launch(call);
+  return call;
+}
+
+void Context::count_launch(Call& call) {
   call.serial = ++serial_;
   returns_->note_call(call.serial);
+}
+
+Call Context::resume(const Call& sent) {
+  Call call = sent;
+  take_turn(call);
+  count_launch(call);
   return call;
+}
+
+// Found here, because on the device it would be a wait for ourselves.
+void Context::refuse_where_tickets_are_open(const Call& call) {
+  const bool low_latency =
+      call.operation == Operation::kLowLatencyDispatch || call.operation == Operation::kLowLatencyCombine;
+  const auto depth = static_cast<std::uint64_t>(low_latency ? std::min(plan::kOperationsInFlight, config.num_tickets)
+                                                            : plan::kOperationsInFlight);
+  if (open_tickets_.empty() || *open_tickets_.begin() + depth > call.number) return;
+  const std::string why = fmt::format(
+      "{}: the ticket of operation {} is still open, and {} needs its place: receive it first (num_tickets "
+      "= {})",
+      name(call.operation), *open_tickets_.begin(), call.number, config.num_tickets);
+  refuse(call, why);
+  throw Error(ErrorCode::kInvalidArgument, why);
 }
 
 Call Context::begin(Operation operation, Stream stream, std::chrono::milliseconds timeout, int num_workers) {
@@ -252,6 +294,7 @@ Call Context::begin(Operation operation, Stream stream, std::chrono::millisecond
     end(call);
     raise(fault);
   }
+  refuse_where_tickets_are_open(call);
   sweep();
   return call;
 }
@@ -273,16 +316,20 @@ Common Context::common(const Call& call, const Signature& signature) const {
 }
 
 void Context::end(const Call& call) {
-  cuda::check(cudaGetLastError(), fmt::format("launching {}", name(call.operation)));
+  end_sending(call);
+  if (call.wait && !call.capturing) raise_fault();
+}
+
+void Context::end_sending(const Call& call) {
+  if (const cudaError_t code = cudaGetLastError(); code != cudaSuccess)
+    cuda::check(code, fmt::format("launching {}", name(call.operation)));
   if (call.capturing) {
     give_to_graph(call.stream, std::exchange(captured_, {}));
     return;
   }
   cuda::check(cudaEventRecord(last_done_, call.stream), "cudaEventRecord");
   last_stream_ = call.stream;
-  if (!call.wait) return;
-  cuda::check(cudaStreamSynchronize(call.stream), name(call.operation));
-  raise_fault();
+  if (call.wait) cuda::check(cudaStreamSynchronize(call.stream), name(call.operation));
 }
 
 void Context::await_counts(const Call& call) {
@@ -307,9 +354,12 @@ void Context::launch_refusal(const Call& call, const std::string& why) {
 
 void Context::refuse(Operation operation, const std::string& why) {
   count([](Statistics& statistics) { ++statistics.refused; });
-  const Call call = plain_call(operation, nullptr, config.timeout, 1);
-  launch_refusal(call, why);
-  end(call);
+  refuse(plain_call(operation, nullptr, config.timeout, 1), why);
+}
+
+void Context::refuse(const Call& begun, const std::string& why) {
+  launch_refusal(begun, why);
+  end(begun);
 }
 
 void Context::check() {
@@ -399,7 +449,7 @@ void Context::sweep() {
   std::uint64_t left = UINT64_MAX;
   for (int peer = 0; peer < num_ranks; ++peer) {
     std::uint64_t released = 0;
-    std::memcpy(&released, words.data() + line * peer, sizeof released);
+    std::memcpy(&released, words.data() + line * peer + offsetof(Progress, sent), sizeof released);
     if (!windows_[peer]->owner_gone()) left = std::min(left, released);
   }
   std::erase_if(quarantine_, [&](const auto& entry) { return entry.first <= left; });
@@ -458,6 +508,41 @@ std::shared_ptr<void> Context::local(std::size_t bytes) {
 std::shared_ptr<void> Context::kept(std::shared_ptr<void> owner) {
   if (capturing_ && owner) captured_.push_back(owner);
   return owner;
+}
+
+struct Context::GraphMemory {
+  std::mutex mutex;
+  std::multimap<std::size_t, std::shared_ptr<void>> free;  // by bytes
+
+  std::shared_ptr<void> take(std::size_t& bytes) {
+    std::lock_guard lock(mutex);
+    const auto found = free.lower_bound(bytes);
+    if (found == free.end() || found->first > 2 * bytes) return nullptr;
+    bytes = found->first;
+    std::shared_ptr<void> memory = std::move(found->second);
+    free.erase(found);
+    return memory;
+  }
+  void give(std::size_t bytes, std::shared_ptr<void> memory) {
+    std::lock_guard lock(mutex);
+    free.emplace(bytes, std::move(memory));
+  }
+};
+
+std::shared_ptr<void> Context::output_memory(std::size_t bytes, const Call& call) {
+  const auto fresh = [&] {
+    plan::Arena::Block block = arena_block(bytes, false);
+    if (!block.owner && !call.capturing) {
+      returns_->reclaim(call.stream);
+      block = arena_block(bytes, false);
+    }
+    return block.owner ? block.owner : local(bytes);
+  };
+  if (!call.capturing) return fresh();
+  std::shared_ptr<void> memory = graph_memory_->take(bytes);
+  if (!memory) memory = fresh();
+  void* const at = memory.get();
+  return {at, [pool = graph_memory_, bytes, memory](void*) mutable { pool->give(bytes, std::move(memory)); }};
 }
 
 Tensor Context::local_tensor(DType dtype, std::initializer_list<std::int64_t> shape) {

@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -36,7 +37,8 @@ struct Call {
   bool wait = false;       // the caller gave no stream: complete before returning
   bool capturing = false;  // into a graph: nothing may be waited for
   int blocks = 1;
-  std::uint64_t serial = 0;
+  std::uint64_t number = 0;  // of the operation, among this rank's calls
+  std::uint64_t serial = 0;  // of its last kernel's launch
   std::chrono::milliseconds timeout{0};
 };
 
@@ -58,11 +60,25 @@ class Context {
   Common common(const Call& call, const Signature& signature) const;
   /// After the last kernel of a call. Throws launch errors; where the call waits, what its kernels reported.
   void end(const Call& call);
+  /// After a kernel that sends: as end(), but what it reported is raised when its ticket is received.
+  void end_sending(const Call& call);
+  /// The same call again, to receive: no operation of its own.
+  Call resume(const Call& sent);
+  /// Low-latency tickets, for the check that their slots are not needed before they are received.
+  void open_ticket(const Call& sent) { open_tickets_.insert(sent.number); }
+  void close_ticket(const Call& sent) { open_tickets_.erase(sent.number); }
+  /// Held by whoever makes a call or receives a ticket: tickets may be received on any thread.
+  std::recursive_mutex& calls() { return calls_; }
   /// Waits until the kernel has counted what comes; throws what it reported.
   void await_counts(const Call& call);
   void refuse(Operation operation, const std::string& why);
+  /// The same for a call that has begun and cannot go on.
+  void refuse(const Call& begun, const std::string& why);
   void check();
+  /// Raises what a call that has ended reported.
+  void raise_late() { raise_fault(); }
 
+  const plan::WindowLayout& layout() const { return layout_; }
   std::byte* window() const { return windows_[rank]->base(); }
   plan::Arena& arena() { return *arena_; }
   /// A block of the arena; after what is in doubt was settled, if that is what it takes.
@@ -79,6 +95,9 @@ class Context {
     return returns_->lend(std::move(owners), static_cast<cudaStream_t>(user));
   }
   Tensor local_tensor(DType dtype, std::initializer_list<std::int64_t> shape);
+  /// Memory for what a call gives back: of the arena while there is room, else as local(). What a captured call took
+  /// goes to other captured calls alone when it is dropped: its graph may write there again.
+  std::shared_ptr<void> output_memory(std::size_t bytes, const Call& call);
 
   const DevicePlacement& on_device(const std::shared_ptr<const Placement>& placement);
   const std::int32_t* node_of_rank() const { return nodes_; }
@@ -121,6 +140,9 @@ class Context {
   void sweep();
   std::shared_ptr<void> kept(std::shared_ptr<void> owner);
   Call plain_call(Operation operation, Stream stream, std::chrono::milliseconds timeout, int num_workers);
+  void take_turn(Call& call);
+  void count_launch(Call& call);
+  void refuse_where_tickets_are_open(const Call& call);
   void launch_refusal(const Call& call, const std::string& why);
 
   plan::WindowLayout layout_;
@@ -148,7 +170,13 @@ class Context {
   int shared_limit_ = 0;
   bool all_on_one_device_ = true;
   bool no_pages_ = false;  // the last block that was asked for found addresses, but no memory for them
+  int low_latency_blocks_ = 1;
   std::uint64_t serial_ = 0;
+  std::uint64_t operations_ = 0;
+  std::set<std::uint64_t> open_tickets_;  // numbers of their operations
+  struct GraphMemory;                     // dropped by captured calls
+  std::shared_ptr<GraphMemory> graph_memory_;
+  std::recursive_mutex calls_;
   std::deque<Doubt> in_doubt_;
   std::deque<std::pair<std::uint64_t, std::shared_ptr<void>>> quarantine_;  // epoch, block
 

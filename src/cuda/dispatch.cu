@@ -507,7 +507,7 @@ __device__ void count_exchange(const Now& now, const DispatchParams& p) {
 // Phase receive: the last block tells the peers that all is sent, and waits for theirs.
 __device__ void receive(const Now& now, const DispatchParams& p) {
   const int me = p.common.rank;
-  const bool failed = ptx::load_acquire(&p.common.state->failed) != 0;
+  const bool failed = has_failed(now);
   for (int peer = static_cast<int>(threadIdx.x); !failed && peer < p.common.num_ranks;
        peer += static_cast<int>(blockDim.x)) {
     if (!now.active(peer)) continue;
@@ -535,7 +535,7 @@ __global__ void __launch_bounds__(
   auto* const to = reinterpret_cast<Destination*>(shared);
   std::byte* const stages = shared + destinations_bytes;
 
-  bool good = __syncthreads_and(ptx::load_acquire(&p.common.state->failed) == 0);  // notify's verdict
+  bool good = __syncthreads_and(!has_failed(now));  // notify's verdict
   if (good && blockIdx.x == 0) reply(now, p);
   for (int dst = static_cast<int>(threadIdx.x); good && dst < p.common.num_ranks; dst += static_cast<int>(blockDim.x))
     good = await_reply(now, p, dst, to[dst]);

@@ -60,12 +60,25 @@ struct Mailbox {
   Fault fault;
 };
 
+/// What a rank tells each peer of itself, in the line `released` of its window.
+struct Progress {
+  std::uint64_t released;  // every operation up to this one is finished here: its places may be used again
+  std::uint64_t sent;      // nothing is written for operations up to this one any more
+};
+static_assert(sizeof(Progress) <= plan::WindowLayout::kLine);
+
 /// A rank's own words in device memory. Kernels of one buffer run one after the other, so only blocks of one kernel
-/// meet here; the last block of an operation leaves everything but `epoch` at zero.
+/// meet here; the last block of an operation leaves counters at zero.
 struct State {
-  std::uint64_t epoch;        // operations completed; advanced on the device, so that graphs replay
-  std::uint64_t fault_epoch;  // the last operation that reported a fault: one record per operation
-  std::uint32_t failed;       // this operation
+  std::uint64_t epoch;  // operations begun; advanced on the device, so that graphs replay
+  // By operation modulo kOperationsInFlight: the last one there that has ended, and the last that ended without all of
+  // its data. Low-latency operations may end in any order.
+  std::uint64_t ended[plan::kOperationsInFlight];
+  std::uint64_t abandoned[plan::kOperationsInFlight];
+  std::uint64_t released;      // as Progress says
+  std::uint32_t blocks_begun;  // low latency: the last block to have read `epoch` advances it
+  std::uint64_t fault_epoch;   // the last operation that reported a fault: one record per operation
+  std::uint32_t failed;        // the last operation that failed, its low bits
   std::uint32_t barriers[2];
   std::uint32_t blocks_done;
   std::uint64_t bad_selection;  // 0: none, else 1 + lowest index in topk_idx

@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(kThreads) notify(const __grid_constant__ Notif
   for (int peer = static_cast<int>(threadIdx.x); good && peer < p.common.num_ranks; peer += kThreads)
     if (now.active(peer)) await_same_call(now, peer);
   __syncthreads();
-  const bool failed = !good || ptx::load_acquire(&p.common.state->failed) != 0;
+  const bool failed = !good || has_failed(now);
   if (!failed) plan_rows(now, p);
   last_block(now);
   // The other blocks may still number their tokens; the counters are reset by whoever ends the operation.
@@ -306,6 +306,10 @@ __global__ void refuse(const __grid_constant__ RefuseParams p) {
     for (int i = 0; i < kRefusalBytes; ++i) mine.refusal[i] = p.text[i];
     publish(now, &now.words(peer, p.common.rank).announced, kRefusedByHost);
   }
+  const bool low_latency =
+      p.common.operation == Operation::kLowLatencyDispatch || p.common.operation == Operation::kLowLatencyCombine;
+  // Peers may still be sending into our slots.
+  if (low_latency && threadIdx.x == 0) p.common.state->abandoned[now.epoch % plan::kOperationsInFlight] = now.epoch;
   finish(now);
 }
 

@@ -21,6 +21,14 @@ __device__ __forceinline__ std::uint64_t load_acquire_system(const std::uint64_t
   asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
   return value;
 }
+__device__ __forceinline__ void store_release_system(std::uint32_t* word, std::uint32_t value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+__device__ __forceinline__ std::uint32_t load_acquire_system(const std::uint32_t* word) {
+  std::uint32_t value;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
+}
 
 // Counters among the blocks of one kernel.
 __device__ __forceinline__ std::uint32_t add_acquire_release(std::uint32_t* word, std::uint32_t value) {

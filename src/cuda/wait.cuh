@@ -14,8 +14,9 @@ struct Now {
   std::uint64_t epoch;
   std::uint64_t deadline;
 
-  __device__ explicit Now(const Common& given)
-      : common(given), epoch(given.state->epoch + 1), deadline(ptx::nanoseconds() + given.timeout_ns) {}
+  __device__ explicit Now(const Common& given) : Now(given, given.state->epoch + 1) {}
+  __device__ Now(const Common& given, std::uint64_t number)
+      : common(given), epoch(number), deadline(ptx::nanoseconds() + given.timeout_ns) {}
 
   __device__ std::byte* window(int of) const { return common.peers[of].window; }
   __device__ bool active(int peer) const { return common.peers[peer].active != 0; }
@@ -40,16 +41,17 @@ struct Now {
     return reinterpret_cast<std::int32_t*>(window(owner) + common.layout.reply(epoch, writer) +
                                            plan::WindowLayout::kReplyHead);
   }
-  __device__ std::uint64_t* released(int owner, int writer) const {
-    return reinterpret_cast<std::uint64_t*>(window(owner) + common.layout.released(writer));
+  __device__ Progress& progress(int owner, int writer) const {
+    return *reinterpret_cast<Progress*>(window(owner) + common.layout.released(writer));
   }
+  __device__ std::uint64_t* released(int owner, int writer) const { return &progress(owner, writer).released; }
 };
 
 /// Marks the operation as failed; the first to say so in an operation writes the record, unless an older one still
 /// waits for the host.
 __device__ __noinline__ inline void report(const Now& now, Fault::Kind kind, int peer, std::int64_t expected,
                                            std::int64_t seen, int field = 0, const char* refusal = nullptr) {
-  atomicExch(&now.common.state->failed, 1u);
+  atomicExch(&now.common.state->failed, static_cast<std::uint32_t>(now.epoch));
   const auto epoch = static_cast<unsigned long long>(now.epoch);
   if (atomicExch(reinterpret_cast<unsigned long long*>(&now.common.state->fault_epoch), epoch) == epoch) return;
   volatile Fault& fault = now.common.mailbox->fault;
@@ -63,6 +65,11 @@ __device__ __noinline__ inline void report(const Now& now, Fault::Kind kind, int
   for (int i = 0; i < kRefusalBytes; ++i) fault.refusal[i] = refusal != nullptr ? refusal[i] : '\0';
   __threadfence_system();  // the record, then the mark that it is there
   fault.kind = kind;
+}
+
+/// Some block has reported a failure of this operation.
+__device__ inline bool has_failed(const Now& now) {
+  return ptx::load_acquire(&now.common.state->failed) == static_cast<std::uint32_t>(now.epoch);
 }
 
 /// Waits until the epoch of a word in our own window has come; its value then, or nothing after the deadline. The
@@ -91,10 +98,14 @@ __device__ inline void publish(const Now& now, std::uint64_t* word, std::uint32_
   ptx::store_release_system(word, now.epoch << 32 | value);
 }
 
-/// One thread: the peer has left the operation that used our places in its window last.
-__device__ inline bool await_room(const Now& now, int peer) {
-  if (now.epoch <= plan::kOperationsInFlight) return true;
-  const std::uint64_t needed = now.epoch - plan::kOperationsInFlight;
+/// The operation that used our places in the peers' windows last, `depth` operations ago; 0: none.
+__device__ inline std::uint64_t place_before(const Now& now, int depth) {
+  return now.epoch > static_cast<std::uint64_t>(depth) ? now.epoch - depth : 0;
+}
+
+/// One thread: the peer has left that operation.
+__device__ inline bool await_room(const Now& now, int peer, int depth = plan::kOperationsInFlight) {
+  const std::uint64_t needed = place_before(now, depth);
   std::uint64_t seen = 0;
   while ((seen = ptx::load_acquire_system(now.released(now.common.rank, peer))) < needed) {
     if (ptx::nanoseconds() > now.deadline) {
@@ -105,15 +116,9 @@ __device__ inline bool await_room(const Now& now, int peer) {
   return true;
 }
 
-/// One thread: the peer's announcement has come and its call is ours.
-__device__ inline bool await_same_call(const Now& now, int peer) {
-  std::uint32_t value = 0;
-  const int me = now.common.rank;
-  if (!await(now, &now.words(me, peer).announced, value, counted_once(peer))) {
-    report(now, Fault::kTimeout, peer, 1, 0);
-    return false;
-  }
-  const Announcement& theirs = now.announcement(me, peer);
+/// One thread: the call that the peer has announced is ours.
+__device__ inline bool is_same_call(const Now& now, int peer, std::uint32_t value) {
+  const Announcement& theirs = now.announcement(now.common.rank, peer);
   if (value == kBadExpert) {
     report(now, Fault::kBadId, peer, theirs.bad_selection, theirs.bad_expert);
     return false;
@@ -128,6 +133,16 @@ __device__ inline bool await_same_call(const Now& now, int peer) {
     return false;
   }
   return true;
+}
+
+/// One thread: the peer's announcement has come and its call is ours.
+__device__ inline bool await_same_call(const Now& now, int peer) {
+  std::uint32_t value = 0;
+  if (!await(now, &now.words(now.common.rank, peer).announced, value, counted_once(peer))) {
+    report(now, Fault::kTimeout, peer, 1, 0);
+    return false;
+  }
+  return is_same_call(now, peer, value);
 }
 
 /// All blocks of the grid meet. Every thread calls it; false after the deadline. They are resident together (the grid
@@ -164,14 +179,47 @@ __device__ inline bool last_block(const Now& now) {
   return last;
 }
 
+/// Nobody writes for that operation into our window any more, except ranks that are left out.
+__device__ inline bool everybody_sent(const Now& now, std::uint64_t epoch) {
+  for (int peer = 0; peer < now.common.num_ranks; ++peer)
+    if (now.active(peer) && ptx::load_acquire_system(&now.progress(now.common.rank, peer).sent) < epoch) return false;
+  return true;
+}
+
+/// One thread: counts on over the operations that have ended, as far as `begun`, and gives what may be said released.
+/// One that ended without its data holds back those after it until nobody writes for it any more.
+__device__ inline std::uint64_t advance_released(const Now& now, std::uint64_t begun) {
+  State& state = *now.common.state;
+  std::uint64_t released = state.released;
+  for (; released < begun; ++released) {
+    const std::uint64_t next = released + 1, at = next % plan::kOperationsInFlight;
+    if (state.ended[at] != next) break;
+    if (state.abandoned[at] == next && !everybody_sent(now, next)) break;
+  }
+  return state.released = released;
+}
+
+/// Tells a peer how far we are. Release: our reads come before the peer's next writes in the same places.
+__device__ inline void tell_progress(const Now& now, int peer, std::uint64_t released, std::uint64_t sent) {
+  Progress& there = now.progress(peer, now.common.rank);
+  ptx::store_release_system(&there.sent, sent);
+  ptx::store_release_system(&there.released, released);
+}
+
 /// The last block ends the operation: its places may be used again, and the next one counts on.
 __device__ inline void finish(const Now& now) {
+  __shared__ std::uint64_t released;
+  State& state = *now.common.state;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    state.ended[now.epoch % plan::kOperationsInFlight] = now.epoch;
+    released = advance_released(now, now.epoch);
+  }
   __syncthreads();
   for (int peer = static_cast<int>(threadIdx.x); peer < now.common.num_ranks; peer += static_cast<int>(blockDim.x))
-    ptx::store_release_system(now.released(peer, now.common.rank), now.epoch);
+    tell_progress(now, peer, released, now.epoch);
   if (threadIdx.x != 0) return;
-  State& state = *now.common.state;
-  state.failed = state.barriers[0] = state.barriers[1] = state.blocks_done = 0;
+  state.barriers[0] = state.barriers[1] = state.blocks_done = 0;
   state.bad_selection = 0;
   state.epoch = now.epoch;
   __threadfence_system();

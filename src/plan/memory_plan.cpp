@@ -56,8 +56,10 @@ MemoryPlan Config::plan(int num_ranks) const {
          fmt::format("doorbell, flags of {} operations x {} peers", plan::kOperationsInFlight, num_ranks));
   region("announcements", w.announcements_at, w.replies_at,
          fmt::format("counts of {} ranks and {} experts from each peer, per operation", num_ranks, max_experts));
-  region("replies", w.replies_at, w.low_latency_at,
+  region("replies", w.replies_at, w.flags_at,
          fmt::format("first row of each of {} experts at each peer, per operation", max_experts));
+  region("low-latency flags", w.flags_at, w.low_latency_at,
+         "one for each part of a row that may arrive; touched on GPUs only");
   region("low-latency slots", w.low_latency_at, w.arena_at,
          fmt::format("{} tickets x {} ranks x {} tokens", w.num_tickets, num_ranks, low_latency.max_tokens_per_rank));
   region("arena", w.arena_at, w.total_bytes,

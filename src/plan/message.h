@@ -10,13 +10,18 @@
 
 namespace deep_ep::plan {
 
-//   [ src_token: i32, slot of each selection: i32 x topk, weights: f32 x topk | row | scales | side 0 | ... ]   each
-//   16-byte aligned
+//   [ src_token: i32, slot of each selection: i32 x topk, rows: i32 x topk, weights: f32 x topk | row | scales | side 0
+//   |
+//   ... ]   each 16-byte aligned
+// On hosts a source's messages lie in order of arrival and say which token each is. On GPUs they lie at their token's
+// number, so that nobody has to count before writing, and say which arrival each is (-1: this token does not come), and
+// as the how-manieth of its source each selection comes to its slot.
 struct MessageLayout {
   static constexpr std::size_t kAlignment = 16;
 
   std::size_t src_token_at = 0;
   std::size_t slots_at = 0;
+  std::size_t rows_at = 0;
   std::size_t weights_at = 0;
   std::size_t row_at = 0;
   std::size_t scales_at = 0;
@@ -29,6 +34,7 @@ struct MessageLayout {
     std::size_t end = 0;
     message.src_token_at = take(end, 4, kAlignment);
     message.slots_at = take(end, 4 * topk, 4);
+    message.rows_at = take(end, 4 * topk, 4);
     message.weights_at = take(end, shape.topk_weights ? 4 * topk : 0, 4);
     message.row_at = take(end, shape.row_bytes, kAlignment);
     message.scales_at = take(end, 4 * static_cast<std::size_t>(shape.num_scales), kAlignment);
@@ -68,6 +74,42 @@ inline std::size_t low_latency_ticket_bytes(const LowLatencyCapacity& capacity, 
       dispatch_slot_bytes(num_ranks, capacity.max_tokens_per_rank, MessageLayout::place(shape).bytes);
   const std::size_t combine = combine_slot_bytes(capacity.max_tokens_per_rank, capacity.num_topk, capacity.row_bytes);
   return align_up(dispatch > combine ? dispatch : combine, kRegionAlignment);
+}
+
+/// How a row is cut on GPUs into parts that arrive one by one, each with a flag of its own. Follows from what all ranks
+/// agree on.
+struct RowParts {
+  int count = 1;
+  int bytes = 0;   // of a part but the last, a multiple of kUnit
+  int scales = 0;  // words that go with a part
+
+  static constexpr std::size_t kUnit = 1024;
+
+  /// `flags`: that a source has for all its tokens, at least one for each. FP8 rows have as many channels in a part as
+  /// 16-bit rows.
+  static RowParts cut(const RowShape& shape, bool fp8, std::size_t max_tokens, std::size_t flags) {
+    const auto parts_of = [&](std::size_t bytes) {
+      return shape.row_bytes > 0 ? (shape.row_bytes + bytes - 1) / bytes : 1;
+    };
+    const std::size_t most = flags / max_tokens > 0 ? flags / max_tokens : 1;
+    std::size_t bytes = fp8 ? kUnit : 2 * kUnit;
+    if (parts_of(bytes) > most) bytes = align_up((shape.row_bytes + most - 1) / most, kUnit);
+    const std::size_t count = parts_of(bytes);
+    // Quantised rows: the scales of a part's own channels. The caller's: even shares.
+    const auto scales = static_cast<std::size_t>(shape.num_scales);
+    const std::size_t groups = (shape.row_bytes + 127) / 128;
+    const std::size_t of_part = scales == groups             ? bytes / 128
+                                : scales == (groups + 3) / 4 ? bytes / 512
+                                                             : (scales + count - 1) / count;
+    return {static_cast<int>(count), static_cast<int>(bytes), static_cast<int>(of_part)};
+  }
+};
+
+/// Flags of one ticket: one for each part of each token of each source (combine: of each home).
+inline std::size_t low_latency_flags(const LowLatencyCapacity& capacity, int num_ranks) {
+  const std::size_t parts = (capacity.row_bytes + RowParts::kUnit - 1) / RowParts::kUnit;
+  constexpr std::size_t kLeast = 4;  // so that smaller rows may be more
+  return static_cast<std::size_t>(num_ranks) * capacity.max_tokens_per_rank * (parts > kLeast ? parts : kLeast);
 }
 
 }  // namespace deep_ep::plan

@@ -25,36 +25,32 @@ struct SumPlanInput {
   const std::int32_t* node_of_rank = nullptr;
 };
 
+/// A rank (or node) among a token's selections.
+struct SumGroup {
+  std::int32_t number;
+  std::int32_t highest;  // its highest selection
+};
+
+/// Contributions are added in the order of this number: node by node and rank by rank, where sums of these are rounded
+/// or ranks are what counts; a group stands at its number or at its highest selection.
+EP_HOST_DEVICE inline std::uint64_t sum_key(const SumOrder& order, int k, SumGroup rank, SumGroup node) {
+  const bool by_rank = order.key == SumOrder::Key::kRank;
+  const auto place = [&](SumGroup group) { return static_cast<std::uint64_t>(by_rank ? group.number : group.highest); };
+  const std::uint64_t of_node = order.round_per_node ? place(node) : 0;
+  const std::uint64_t of_rank = by_rank || order.round_per_rank ? place(rank) : 0;
+  return of_node << 42 | of_rank << 21 | static_cast<std::uint64_t>(k);
+}
+
 /// Writes the steps of one token to steps[num_topk]; returns how many. Quadratic in num_topk, which is small.
 EP_HOST_DEVICE inline int make_sum_steps(const SumPlanInput& in, SumStep* steps) {
-  const bool by_rank = in.order.key == SumOrder::Key::kRank;
-  // A group's place: its number, or its highest selection.
-  const auto place_of_rank = [&](int k) {
-    const std::int32_t rank = in.dst_rank[k];
-    if (by_rank) return rank;
-    int highest = k;
-    for (int j = k + 1; j < in.num_topk; ++j)
-      if (in.dst_rank[j] == rank) highest = j;
-    return static_cast<std::int32_t>(highest);
-  };
-  const auto place_of_node = [&](int k) {
-    const std::int32_t node = in.node_of_rank[in.dst_rank[k]];
-    if (by_rank) return node;
-    int highest = k;
-    for (int j = k + 1; j < in.num_topk; ++j)
-      if (in.dst_rank[j] >= 0 && in.node_of_rank[in.dst_rank[j]] == node) highest = j;
-    return static_cast<std::int32_t>(highest);
-  };
-  const auto before = [&](int a, int b) {
-    if (in.order.round_per_node) {
-      const std::int32_t node_a = place_of_node(a), node_b = place_of_node(b);
-      if (node_a != node_b) return node_a < node_b;
+  const bool by_highest = in.order.key == SumOrder::Key::kTopK && (in.order.round_per_rank || in.order.round_per_node);
+  const auto key_of = [&](int k) {
+    SumGroup rank{in.dst_rank[k], k}, node{in.node_of_rank[in.dst_rank[k]], k};
+    for (int j = k + 1; by_highest && j < in.num_topk; ++j) {
+      if (in.dst_rank[j] == rank.number) rank.highest = j;
+      if (in.dst_rank[j] >= 0 && in.node_of_rank[in.dst_rank[j]] == node.number) node.highest = j;
     }
-    if (by_rank || in.order.round_per_rank) {
-      const std::int32_t rank_a = place_of_rank(a), rank_b = place_of_rank(b);
-      if (rank_a != rank_b) return rank_a < rank_b;
-    }
-    return a < b;
+    return sum_key(in.order, k, rank, node);
   };
 
   int count = 0;
@@ -65,8 +61,9 @@ EP_HOST_DEVICE inline int make_sum_steps(const SumPlanInput& in, SumStep* steps)
       for (int j = k + 1; j < in.num_topk; ++j) is_highest = is_highest && in.dst_rank[j] != in.dst_rank[k];
       if (!is_highest) continue;
     }
+    const std::uint64_t key = key_of(k);
     int at = count++;
-    for (; at > 0 && before(k, steps[at - 1].k); --at) steps[at] = steps[at - 1];
+    for (; at > 0 && key < key_of(steps[at - 1].k); --at) steps[at] = steps[at - 1];
     steps[at] = {k, in.dst_rank[k], false, false};
   }
   for (int i = 0; i < count; ++i) {

@@ -26,8 +26,8 @@ struct Words {
 };
 
 /// Offsets from the window's base.
-//   [ doorbell | per peer: released, excluded | per operation and peer: words | announcements | replies | low-latency
-//   slots | arena ]
+//   [ doorbell | per peer: released, excluded | per operation and peer: words | announcements | replies | per ticket:
+//   flags (GPUs only) | low-latency slots | arena ]
 struct WindowLayout {
   int num_ranks = 0;
   int num_tickets = 0;
@@ -39,6 +39,7 @@ struct WindowLayout {
   std::size_t words_at = 0;
   std::size_t announcements_at = 0;
   std::size_t replies_at = 0;
+  std::size_t flags_at = 0;
   std::size_t low_latency_at = 0;
   std::size_t arena_at = 0;
   std::size_t total_bytes = 0;
@@ -46,6 +47,7 @@ struct WindowLayout {
   std::size_t announcement_bytes = 0;
   std::size_t reply_bytes = 0;
   std::size_t low_latency_ticket_bytes = 0;
+  std::size_t flags_of_ticket = 0;
   std::size_t arena_bytes = 0;
 
   static constexpr std::size_t kLine = 64;  // one cache line per word that one peer writes
@@ -68,6 +70,8 @@ struct WindowLayout {
   EP_HOST_DEVICE std::size_t low_latency(int ticket) const {
     return low_latency_at + low_latency_ticket_bytes * ticket;
   }
+  /// u32 each: the operation whose part has arrived. Nothing else ever lies there.
+  EP_HOST_DEVICE std::size_t flags(int ticket) const { return flags_at + 4 * flags_of_ticket * ticket; }
 
  private:
   EP_HOST_DEVICE std::size_t pair(std::uint64_t epoch, int peer) const {

@@ -1,0 +1,365 @@
+// SPDX-License-Identifier: MIT
+// The host's part of low latency: makes room, fills the kernels' arguments once, and launches the same kernel to send
+// and to receive.
+#include <algorithm>
+
+#include "check.h"
+#include "cuda/failure.h"
+#include "cuda/low_latency.h"
+#include "cuda/operations.h"
+
+namespace deep_ep::cuda {
+
+namespace {
+
+template <typename T = std::int32_t>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data);
+}
+
+// Tensors of one handle in one piece of memory.
+class Pieces {
+ public:
+  void add(Tensor& tensor, DType dtype, std::initializer_list<std::int64_t> shape) {
+    tensor = Tensor(TensorView(static_cast<void*>(nullptr), dtype, shape), nullptr);
+    wanted_.push_back({&tensor, plan::take(bytes_, tensor.bytes(), 16)});
+  }
+  std::shared_ptr<void> allocate(Context& context, const Call& call) {
+    std::shared_ptr<void> memory = context.output_memory(std::max<std::size_t>(bytes_, 1), call);
+    for (const auto& [tensor, at] : wanted_) {
+      tensor->data = static_cast<std::byte*>(memory.get()) + at;
+      tensor->owner = memory;
+    }
+    return memory;
+  }
+
+ private:
+  std::vector<std::pair<Tensor*, std::size_t>> wanted_;
+  std::size_t bytes_ = 0;
+};
+
+plan::RowParts parts_of(const Context& context, const plan::RowShape& shape, bool fp8, int max_tokens) {
+  const std::size_t flags = context.layout().flags_of_ticket / static_cast<std::size_t>(context.num_ranks);
+  return plan::RowParts::cut(shape, fp8, static_cast<std::size_t>(max_tokens), flags);
+}
+
+// An operation between its two kernels. `Launch` launches one of them.
+template <typename Output, typename Params>
+class Receiver final : public Ticket<Output>::Receiver {
+ public:
+  struct Sent {
+    std::shared_ptr<Context> context;
+    Call call;
+    Params params{};
+    Output output;
+    std::shared_ptr<const void> handle;  // what the second kernel reads or writes, as is the next
+    std::shared_ptr<void> memory;
+    void (*launch)(const Params& params, const Call& call) = nullptr;
+    bool at_once = false;
+  };
+
+  explicit Receiver(Sent sent) : sent_(std::move(sent)) {}
+  Receiver(const Receiver&) = delete;
+  Receiver& operator=(const Receiver&) = delete;
+
+  void send() {
+    Context& context = *sent_.context;
+    sent_.params.phases = sent_.at_once ? kSendAndReceive : kSend;
+    if (!sent_.at_once) {
+      context.open_ticket(sent_.call);
+      open_ = true;
+    }
+    sent_.launch(sent_.params, sent_.call);
+    context.end_sending(sent_.call);
+  }
+
+  Output receive() override {
+    Context& context = *sent_.context;
+    const std::lock_guard lock(context.calls());
+    if (sent_.at_once) {
+      if (sent_.call.wait && !sent_.call.capturing) context.raise_late();
+      return std::move(sent_.output);
+    }
+    close();
+    const Call call = context.resume(sent_.call);
+    sent_.params.phases = kReceive;
+    sent_.params.common.serial = call.serial;
+    sent_.launch(sent_.params, call);
+    context.end(call);
+    return std::move(sent_.output);
+  }
+
+  const Output* promised() const override { return &sent_.output; }
+
+  // A ticket that is dropped: its slots are given back once nobody writes there any more.
+  ~Receiver() override {
+    if (!open_) return;
+    try {
+      Context& context = *sent_.context;
+      const std::lock_guard lock(context.calls());
+      close();
+      const Call call = context.resume(sent_.call);
+      AbandonParams params{sent_.params.common, sent_.params.ticket};
+      params.common.serial = call.serial;
+      launch_abandon(params, call.stream);
+      context.end_sending(call);
+    } catch (const Error&) {
+      // Nobody to tell. The slots stay taken: a later call finds no room and says so.
+    }
+  }
+
+ private:
+  void close() {
+    sent_.context->close_ticket(sent_.call);
+    open_ = false;
+  }
+
+  Sent sent_;
+  bool open_ = false;
+};
+
+template <typename Output, typename Params>
+Ticket<Output> send(typename Receiver<Output, Params>::Sent sent) {
+  auto receiver = std::make_unique<Receiver<Output, Params>>(std::move(sent));
+  receiver->send();
+  return Ticket<Output>(std::move(receiver));
+}
+
+// What fails before anything is sent is told to the peers, who have begun the same call.
+template <typename Prepare>
+void refusing(Context& context, const Call& call, const Prepare& prepare) {
+  try {
+    prepare();
+  } catch (const Error& error) {
+    context.refuse(call, error.what());
+    throw;
+  }
+}
+
+// Dispatch
+// ---------------------------------------------------------------------------------------------------------------------
+
+class Dispatch {
+ public:
+  using Sent = Receiver<DispatchOutput, LowLatencyDispatchParams>::Sent;
+
+  Dispatch(const std::shared_ptr<Context>& context, const DispatchCall& call)
+      : context_(*context), call_(call), num_slots_(call.placement->num_slots(context->rank)) {
+    sent_.context = context;
+    sent_.call = context->begin(call.operation, call.in.stream, call.timeout, call.num_workers);
+    sent_.at_once = call.in.at_once;
+    sent_.launch = [](const LowLatencyDispatchParams& params, const Call& now) {
+      launch_low_latency_dispatch(params, now.blocks, now.stream);
+    };
+  }
+
+  Ticket<DispatchOutput> run() {
+    refusing(context_, sent_.call, [&] {
+      fill_source();
+      make_output();
+      make_handle();
+      check_shared();
+    });
+    return send<DispatchOutput, LowLatencyDispatchParams>(std::move(sent_));
+  }
+
+ private:
+  std::int64_t most_arrivals() const { return std::int64_t{context_.num_ranks} * call_.max_tokens_per_rank; }
+
+  // Rows of the output: the most that can come.
+  std::int64_t most_rows() const {
+    switch (call_.layout) {
+      case OutputLayout::kByRank: return most_arrivals();
+      case OutputLayout::kByExpert:
+        return most_arrivals() * call_.num_topk + std::int64_t{num_slots_} * (call_.expert_alignment - 1);
+      case OutputLayout::kPadded: return most_arrivals() * num_slots_;
+    }
+    return 0;
+  }
+
+  void fill_source() {
+    LowLatencyDispatchParams& p = sent_.params;
+    const DispatchInput& in = call_.in;
+    const DevicePlacement& placement = context_.on_device(call_.placement);
+    p.common = context_.common(sent_.call, call_.signature);
+    p.window = context_.window();
+    p.shape = call_.shape;
+    p.message = plan::MessageLayout::place(call_.shape);
+    p.parts = parts_of(context_, call_.shape, call_.wire_dtype == DType::kFp8E4m3, call_.max_tokens_per_rank);
+    p.layout = call_.layout;
+    p.expert_alignment = call_.expert_alignment;
+    p.max_tokens_per_rank = call_.max_tokens_per_rank;
+    p.num_topk = call_.num_topk;
+    p.num_tokens = call_.num_tokens;
+    p.num_experts = call_.num_experts;
+    p.hidden = call_.hidden;
+    p.x = static_cast<const std::byte*>(in.x.data);
+    p.x_dtype = in.x.dtype;
+    p.quantize = call_.quantize;
+    p.scale_kind = call_.scale_kind;
+    if (in.scales.given()) {
+      p.scales = static_cast<const std::int32_t*>(in.scales.data);
+      p.scale_strides[0] = in.scales.strides[0], p.scale_strides[1] = in.scales.strides[1];
+    }
+    p.topk_idx = in.topk_idx.data;
+    p.topk_idx_64 = in.topk_idx.dtype == DType::kI64;
+    p.topk_weights = static_cast<const float*>(in.topk_weights.data);
+    p.mask_topk_weights = in.mask_topk_weights;
+    for (int i = 0; i < call_.shape.num_side; ++i) p.side[i] = static_cast<const std::byte*>(in.side[i].data);
+    p.placement = placement.view;
+    p.one_copy_each = placement.num_copies == call_.num_experts;
+    p.first_copy = placement.first_copy;
+    p.max_slots = call_.placement->max_slots();
+    p.num_slots = num_slots_;
+    p.most_arrivals = most_arrivals();
+  }
+
+  void make_output() {
+    LowLatencyDispatchParams& p = sent_.params;
+    p.at = plan::OutputBlock::place(call_.shape, call_.layout, most_rows(), most_arrivals());
+    const std::shared_ptr<void> owner = context_.output_memory(p.at.total_bytes, sent_.call);
+    p.block = static_cast<std::byte*>(owner.get());
+    const OutputTensors tensors{call_, p.at, most_rows(), most_arrivals(), num_slots_, context_.num_ranks};
+    sent_.output = tensors.make(p.block, owner);
+  }
+
+  void make_handle() {
+    auto handle = std::make_shared<Handle>(handle_for(call_, context_.num_ranks));
+    Handle& h = *handle;
+    h.cuda_device = context_.device;
+    const std::int64_t ranks = context_.num_ranks, slots = num_slots_, topk = call_.num_topk,
+                       arrivals = most_arrivals();
+    const bool padded = call_.layout == OutputLayout::kPadded;
+    h.num_rows = most_rows();
+    h.num_arrivals = arrivals;
+    Tensor ticket;
+    Pieces pieces;
+    pieces.add(ticket, DType::kI64, {1});
+    pieces.add(h.dst_rank, DType::kI32, {call_.num_tokens, topk});
+    pieces.add(h.first_arrival, DType::kI32, {ranks + 1});
+    pieces.add(h.slot_rows, DType::kI32, {slots});
+    pieces.add(h.slot_first_row, DType::kI32, {slots + 1});
+    pieces.add(h.tokens_between, DType::kI32, {ranks, ranks});
+    pieces.add(h.src_token, DType::kI32, {arrivals});
+    pieces.add(h.arrival_row, DType::kI32, {arrivals, topk});
+    if (call_.shape.topk_weights) pieces.add(h.arrival_weights, DType::kFp32, {arrivals, topk});
+    if (padded) pieces.add(h.row_token, DType::kI32, {slots, arrivals});
+    if (padded) pieces.add(h.source_range, DType::kI64, {slots, ranks});
+    pieces.allocate(context_, sent_.call);
+    LowLatencyDispatchParams& p = sent_.params;
+    p.ticket = data<std::uint64_t>(ticket);
+    p.dst_rank = data(h.dst_rank);
+    p.tables = {data(h.first_arrival),          data(h.slot_rows), data(h.slot_first_row),
+                data(h.tokens_between),         data(h.src_token), data(h.arrival_row),
+                data<float>(h.arrival_weights), data(h.row_token), data<std::int64_t>(h.source_range)};
+    sent_.handle = handle;
+    sent_.output.handle = std::move(handle);
+  }
+
+  void check_shared() const {
+    constexpr std::size_t kOfKernel = 20 << 10;  // what the kernel declares itself, flags to be raised
+    const std::size_t needed = low_latency_shared_bytes(sent_.params) + kOfKernel;
+    require(needed <= static_cast<std::size_t>(context_.shared_limit()),
+            "low latency on a GPU: {} slots on {} ranks need {} bytes of shared memory, a block has {}", num_slots_,
+            context_.num_ranks, needed, context_.shared_limit());
+  }
+
+  Context& context_;
+  const DispatchCall& call_;
+  const int num_slots_;
+  Sent sent_;
+};
+
+// Combine
+// ---------------------------------------------------------------------------------------------------------------------
+
+class Combine {
+ public:
+  using Sent = Receiver<CombineOutput, LowLatencyCombineParams>::Sent;
+
+  Combine(const std::shared_ptr<Context>& context, const CombineCall& call)
+      : context_(*context), call_(call), handle_(*call.in.handle) {
+    sent_.context = context;
+    sent_.call = context->begin(call.operation, call.in.stream, call.timeout, call.num_workers);
+    sent_.at_once = call.in.at_once;
+    sent_.handle = call.in.handle;
+    sent_.launch = [](const LowLatencyCombineParams& params, const Call& now) {
+      launch_low_latency_combine(params, now.blocks, now.stream);
+    };
+  }
+
+  Ticket<CombineOutput> run() {
+    refusing(context_, sent_.call, [&] {
+      fill();
+      make_output();
+    });
+    return send<CombineOutput, LowLatencyCombineParams>(std::move(sent_));
+  }
+
+ private:
+  void fill() {
+    LowLatencyCombineParams& p = sent_.params;
+    const CombineInput& in = call_.in;
+    require(!in.pre_reduce || !in.weights.given() || handle_.arrival_weights.given(),
+            "pre_reduce: weights are given, but the dispatch carried none");
+    plan::RowShape shape;
+    shape.row_bytes = call_.row_bytes;
+    p.common = context_.common(sent_.call, call_.signature);
+    p.window = context_.window();
+    p.parts = parts_of(context_, shape, false, handle_.max_tokens_per_rank);
+    p.layout = handle_.layout;
+    p.order = in.order;
+    p.dtype = call_.dtype;
+    p.pre_reduce = in.pre_reduce;
+    p.max_tokens_per_rank = handle_.max_tokens_per_rank;
+    p.num_topk = handle_.num_topk;
+    p.row_bytes = static_cast<std::int64_t>(call_.row_bytes);
+    p.x = static_cast<const std::byte*>(in.x.data);
+    p.x_weights = static_cast<const float*>(in.topk_weights.data);
+    if (in.pre_reduce && in.weights.given()) p.arrival_weights = data<float>(handle_.arrival_weights);
+    p.first_arrival = data(handle_.first_arrival);
+    p.src_token = data(handle_.src_token);
+    p.arrival_row = data(handle_.arrival_row);
+    p.num_tokens = static_cast<int>(handle_.num_tokens);
+    p.dst_rank = data(handle_.dst_rank);
+    p.node_of_rank = context_.node_of_rank();
+    p.weights = static_cast<const float*>(in.weights.data);
+    for (int i = 0; i < 2; ++i)
+      p.bias[i] = in.bias[i].given() ? static_cast<const std::byte*>(in.bias[i].data) : nullptr;
+    p.weights_home = in.weights_home;
+  }
+
+  void make_output() {
+    LowLatencyCombineParams& p = sent_.params;
+    CombineOutput& out = sent_.output;
+    const bool given = call_.in.out.given();
+    Tensor ticket;
+    Pieces pieces;
+    pieces.add(ticket, DType::kI64, {1});
+    if (call_.hidden > 0 && !given) pieces.add(out.x, call_.dtype, {handle_.num_tokens, call_.hidden});
+    if (call_.in.topk_weights.given())
+      pieces.add(out.topk_weights, DType::kFp32, {handle_.num_tokens, std::int64_t{handle_.num_topk}});
+    sent_.memory = pieces.allocate(context_, sent_.call);
+    if (given) out.x = Tensor(call_.in.out, nullptr);
+    p.ticket = data<std::uint64_t>(ticket);
+    p.out = static_cast<std::byte*>(out.x.data);
+    p.weights_out = data<float>(out.topk_weights);
+  }
+
+  Context& context_;
+  const CombineCall& call_;
+  const Handle& handle_;
+  Sent sent_;
+};
+
+}  // namespace
+
+Ticket<DispatchOutput> low_latency_dispatch(const std::shared_ptr<Context>& context, const DispatchCall& call) {
+  return Dispatch(context, call).run();
+}
+
+Ticket<CombineOutput> low_latency_combine(const std::shared_ptr<Context>& context, const CombineCall& call) {
+  return Combine(context, call).run();
+}
+
+}  // namespace deep_ep::cuda

@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: MIT
+// What both low-latency kernels are made of: opening an operation, the flags of parts, sixteen bytes at a time.
+#pragma once
+
+#include "cuda/low_latency.h"
+#include "cuda/wait.cuh"
+
+namespace deep_ep::cuda {
+
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+inline constexpr int kLowLatencyWarps = 16;
+inline constexpr int kLowLatencyThreads = kLowLatencyWarps * 32;
+
+/// A thread's place in the grid. Work is spread over the blocks first: few messages get an SM each.
+struct Place {
+  int warp = static_cast<int>(threadIdx.x / 32);
+  int lane = static_cast<int>(threadIdx.x % 32);
+  int block = static_cast<int>(blockIdx.x);
+  int blocks = static_cast<int>(gridDim.x);
+  __device__ int warps() const { return blocks * kLowLatencyWarps; }
+  /// Of this warp among all; the first `skip` blocks come last.
+  __device__ int number(int skip = 0) const { return (block + blocks - skip % blocks) % blocks + warp * blocks; }
+};
+
+/// The peers as a block keeps them in shared memory: looked up for every row.
+struct Peers {
+  Peer* of;
+  __device__ std::byte* window(int rank) const { return of[rank].window; }
+  __device__ bool active(int rank) const { return of[rank].active != 0; }
+  /// Every thread of the block; a barrier must follow.
+  __device__ void load(const Common& common) const {
+    for (int peer = static_cast<int>(threadIdx.x); peer < common.num_ranks; peer += kLowLatencyThreads)
+      of[peer] = common.peers[peer];
+  }
+};
+
+__device__ __forceinline__ uint4 load16(const std::byte* at) { return __ldcg(reinterpret_cast<const uint4*>(at)); }
+__device__ __forceinline__ void store16(std::byte* at, uint4 v) { *reinterpret_cast<uint4*>(at) = v; }
+
+template <typename T>
+__device__ __forceinline__ T* from_lane(T* pointer, int lane) {
+  return reinterpret_cast<T*>(__shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(pointer), lane));
+}
+
+// Operations
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// How many operations lie between two uses of the same slots.
+__device__ inline int slots_depth(const Common& common) {
+  return common.layout.num_tickets < plan::kOperationsInFlight ? common.layout.num_tickets : plan::kOperationsInFlight;
+}
+
+__device__ inline int ticket_of(const Now& now) {
+  return static_cast<int>(now.epoch % static_cast<std::uint64_t>(now.common.layout.num_tickets));
+}
+
+// The places of `writer` in a window, without asking where that window lies.
+__device__ inline plan::Words& words_in(const Now& now, std::byte* window, int writer) {
+  return *reinterpret_cast<plan::Words*>(window + now.common.layout.words(now.epoch, writer));
+}
+__device__ inline Announcement& announcement_in(const Now& now, std::byte* window, int writer) {
+  return *reinterpret_cast<Announcement*>(window + now.common.layout.announcement(now.epoch, writer));
+}
+__device__ inline std::int32_t* announced_tokens_in(const Now& now, std::byte* window, int writer) {
+  return reinterpret_cast<std::int32_t*>(window + now.common.layout.announcement(now.epoch, writer) +
+                                         plan::WindowLayout::kAnnouncementHead);
+}
+
+/// One warp: as advance_released, its loads all at once.
+__device__ inline std::uint64_t advance_released_by_warp(const Now& now, std::uint64_t begun, int lane) {
+  constexpr int kDepth = plan::kOperationsInFlight;
+  static_assert(kDepth <= 32);
+  State& state = *now.common.state;
+  const std::uint64_t released = state.released;
+  const std::uint64_t ended = state.ended[lane % kDepth], abandoned = state.abandoned[lane % kDepth];
+  const std::uint64_t next = released + 1 + static_cast<std::uint64_t>(lane);
+  const int at = static_cast<int>(next % kDepth);
+  const std::uint64_t ended_next = __shfl_sync(kAllLanes, static_cast<unsigned long long>(ended), at);
+  const std::uint64_t abandoned_next = __shfl_sync(kAllLanes, static_cast<unsigned long long>(abandoned), at);
+  const bool over = next <= begun && ended_next == next;
+  const unsigned ends = __ballot_sync(kAllLanes, !over || abandoned_next == next);
+  unsigned long long result = released + static_cast<unsigned>(__ffs(ends) - 1);
+  // Lane 31 is never over: no more operations are in flight than half a warp has lanes.
+  if (lane == 0 && __ffs(ends) > 1) state.released = result;
+  const bool waits = __shfl_sync(kAllLanes, static_cast<int>(over), __ffs(ends) - 1) != 0;
+  __syncwarp();
+  if (waits && lane == 0) result = advance_released(now, begun);
+  return __shfl_sync(kAllLanes, result, 0);
+}
+
+/// One warp of one block, at the start of a kernel: all that earlier kernels of this rank wrote and read is done, and
+/// the peers may know. Nobody has to find out which block of a kernel is the last: the next kernel tells of this one.
+__device__ inline void tell_peers(const Now& now, std::uint64_t begun, std::uint64_t needed, int lane) {
+  std::uint64_t released = advance_released_by_warp(now, begun, lane);
+  while (released < needed && ptx::nanoseconds() <= now.deadline) released = advance_released_by_warp(now, begun, lane);
+  __threadfence_system();
+  for (int peer = lane; peer < now.common.num_ranks; peer += 32) {
+    volatile Progress& there = now.progress(peer, now.common.rank);
+    there.sent = begun;
+    there.released = released;
+  }
+  if (lane == 0) *static_cast<volatile std::uint64_t*>(&now.common.mailbox->completed) = now.common.serial - 1;
+}
+
+/// One thread: the peer has left the operation that used our places there last. `window` is our own.
+__device__ inline bool has_room(const Now& now, std::byte* window, int peer, std::uint64_t needed) {
+  const bool active = now.common.peers[peer].active != 0;
+  const auto* released = reinterpret_cast<const std::uint64_t*>(window + now.common.layout.released(peer));
+  const bool there = ptx::load_acquire_system(released) >= needed;
+  return there || !active || await_room(now, peer, slots_depth(now.common));
+}
+
+/// Every thread of a kernel that sends, before it writes to any peer: false where a peer has no room for us in time.
+/// Includes a block barrier. The last block that has read the number of operations counts on.
+__device__ inline bool open_operation(const Now& now, std::byte* window, std::uint64_t* ticket, const Place& at,
+                                      bool receives) {
+  const Common& common = now.common;
+  const std::uint64_t needed = place_before(now, slots_depth(common));
+  bool room = true;
+  // In the block that gets rows last.
+  if (at.block == at.blocks - 1 && at.warp == kLowLatencyWarps - 2) {
+    tell_peers(now, now.epoch - 1, needed, at.lane);
+    // Known to later kernels only, and they begin when this one has ended.
+    if (receives && at.lane == 0) common.state->ended[now.epoch % plan::kOperationsInFlight] = now.epoch;
+  }
+  if (at.warp == kLowLatencyWarps - 1)
+    for (int peer = at.lane; peer < common.num_ranks; peer += 32) room = has_room(now, window, peer, needed) && room;
+  room = __syncthreads_and(room) != 0;
+  if (threadIdx.x == kLowLatencyThreads - 1 &&
+      ptx::add_acquire_release(&common.state->blocks_begun, 1) + 1 == gridDim.x) {
+    common.state->blocks_begun = 0;
+    common.state->epoch = now.epoch;
+    *ticket = now.epoch;
+  }
+  return room;
+}
+
+/// One warp of one block of a kernel that only receives.
+__device__ inline void open_receiving(const Now& now, const Place& at) {
+  if (at.block != at.blocks - 1 || at.warp != kLowLatencyWarps - 2) return;
+  State& state = *now.common.state;
+  tell_peers(now, state.epoch, 0, at.lane);
+  if (at.lane == 0) state.ended[now.epoch % plan::kOperationsInFlight] = now.epoch;
+}
+
+/// Not all data has come: the slots are free again only when nobody writes there any more.
+__device__ inline void abandon_operation(const Now& now) {
+  now.common.state->abandoned[now.epoch % plan::kOperationsInFlight] = now.epoch;
+}
+
+// Calls
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// A warp: our call as a peer will compare it, into the peer's window.
+__device__ inline void write_signature(const Now& now, std::byte* window, int lane) {
+  Announcement& mine = announcement_in(now, window, now.common.rank);
+  for (int field = lane; field < Signature::kNumFields; field += 32)
+    mine.signature[field] = now.common.signature[field];
+}
+
+/// A warp: waits for a word of a peer in our window; `counts`: for the statistics too. While it waits it looks for an
+/// announcement of something else, after which the word would never come.
+__device__ inline bool await_word(const Now& now, int peer, const std::uint64_t* word, std::uint32_t& value,
+                                  bool counts, int lane) {
+  int came = 0;
+  if (lane == 0) {
+    std::uint64_t seen = ptx::load_acquire_system(word);
+    const bool waits = seen >> 32 < now.epoch;
+    const std::uint64_t start = waits && counts ? ptx::nanoseconds() : 0;
+    for (int polls = 1; seen >> 32 < now.epoch; ++polls, seen = ptx::load_acquire_system(word)) {
+      if (polls % 64 != 0) continue;
+      const std::uint64_t call = ptx::load_acquire_system(&now.words(now.common.rank, peer).announced);
+      if (call >> 32 == now.epoch && !is_same_call(now, peer, static_cast<std::uint32_t>(call))) break;
+      if (ptx::nanoseconds() <= now.deadline) continue;
+      report(now, Fault::kTimeout, peer, 1, 0);
+      break;
+    }
+    if (waits && counts) count_wait(now.common, peer, ptx::nanoseconds() - start);
+    came = seen >> 32 >= now.epoch;
+    value = static_cast<std::uint32_t>(seen);
+  }
+  came = __shfl_sync(kAllLanes, came, 0);
+  value = __shfl_sync(kAllLanes, value, 0);
+  return came != 0;
+}
+
+/// A lane's field of the peer's call, after its word has come: loaded here, compared by is_our_call().
+__device__ inline std::int64_t load_field(const Now& now, std::byte* window, int peer, int lane) {
+  static_assert(Signature::kNumFields <= 32);
+  return lane < Signature::kNumFields ? __ldcg(&announcement_in(now, window, peer).signature[lane]) : 0;
+}
+__device__ inline bool is_our_call(const Now& now, int peer, std::int64_t field, int lane) {
+  const bool same = lane >= Signature::kNumFields || field == now.common.signature[lane];
+  if (__all_sync(kAllLanes, same)) return true;
+  if (lane == 0) is_same_call(now, peer, kSame);  // says in what
+  return false;
+}
+
+// Parts
+// ---------------------------------------------------------------------------------------------------------------------
+
+/// The flag of a part. `first`: the source (combine: the rank that computed the rows); `second`: the token.
+__device__ inline std::uint32_t* flag_of(const Now& now, std::byte* window, std::int64_t number) {
+  return reinterpret_cast<std::uint32_t*>(window + now.common.layout.flags(ticket_of(now))) + number;
+}
+
+/// The flags that a block has to raise. One fence serves for all parts that its warps have written: it costs as much as
+/// writing several parts, and more where many warps of an SM wait for theirs.
+struct Flags {
+  static constexpr int kUnits = 4;  // that a warp writes before the block raises their flags
+  static constexpr int kMost = kLowLatencyWarps * kUnits * 32;
+  std::uint32_t** of;
+  int* count;
+
+  /// A block barrier must follow.
+  __device__ void clear() const {
+    if (threadIdx.x == 0) *count = 0;
+  }
+  __device__ void add(std::uint32_t* flag) const { of[atomicAdd(count, 1)] = flag; }
+  /// Every thread. The block barrier orders what its threads wrote before the fence of each lane that stores a flag:
+  /// whoever acquires the flag sees it.
+  __device__ void raise(const Now& now, const Place& at) const {
+    __syncthreads();
+    const int flags = *count;
+    if (at.warp == 0 && flags > 0) {
+      __threadfence_system();
+      for (int i = at.lane; i < flags; i += 32)
+        *static_cast<volatile std::uint32_t*>(of[i]) = static_cast<std::uint32_t>(now.epoch);
+    }
+    __syncthreads();
+    clear();
+    __syncthreads();
+  }
+};
+
+/// One thread. The acquire pairs with Flags::raise(); a warp barrier hands what it brought to the other lanes. The flag
+/// may only be older or the one that is waited for: its places are given out again after we have released them.
+__device__ inline bool await_flag(const Now& now, const std::uint32_t* flag, int peer) {
+  const auto wanted = static_cast<std::uint32_t>(now.epoch);
+  for (int polls = 1; ptx::load_acquire_system(flag) != wanted; ++polls) {
+    if (polls % 64 != 0) continue;
+    if (has_failed(now)) return false;  // another block has said why
+    if (ptx::nanoseconds() <= now.deadline) continue;
+    report(now, Fault::kTimeout, peer, 1, 0);
+    return false;
+  }
+  return true;
+}
+
+}  // namespace deep_ep::cuda

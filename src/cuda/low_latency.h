@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: MIT
+// The low-latency kernels' arguments and launchers, for host code. Each kernel sends, receives, or does both at once.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cuda/exchange.h"
+#include "plan/fp8.h"
+#include "plan/message.h"
+#include "plan/placement.h"
+
+namespace deep_ep::cuda {
+
+/// Phases of one launch.
+enum Phases : int { kSend = 1, kReceive = 2, kSendAndReceive = 3 };
+
+/// What a receiver of dispatch makes for its handle, all in device memory; counts are known there alone.
+struct ArrivalTables {
+  std::int32_t *first_arrival, *slot_rows, *slot_first_row, *tokens_between, *src_token, *arrival_row;
+  float* arrival_weights;      // null: the dispatch carries none
+  std::int32_t* row_token;     // kPadded
+  std::int64_t* source_range;  // kPadded
+};
+
+struct LowLatencyDispatchParams {
+  Common common;
+  std::byte* window;  // our own, as in `common`
+  int phases;
+  std::uint64_t* ticket;  // the operation's number: send leaves it to receive, so that graphs replay
+  plan::RowShape shape;
+  plan::MessageLayout message;
+  plan::RowParts parts;
+  OutputLayout layout;
+  int expert_alignment, max_tokens_per_rank, num_topk;
+  // As source.
+  int num_tokens, num_experts;
+  std::int64_t hidden;
+  const std::byte* x;
+  DType x_dtype;
+  bool quantize;
+  plan::Fp8Scale scale_kind;
+  const std::int32_t* scales;  // the caller's
+  std::int64_t scale_strides[2];
+  const void* topk_idx;
+  bool topk_idx_64;
+  const float* topk_weights;
+  bool mask_topk_weights;
+  const std::byte* side[plan::kMaxSide];
+  plan::PlacementView placement;   // on the device
+  bool one_copy_each;              // of every expert
+  const std::int32_t* first_copy;  // [num_ranks + 1]: slots of all ranks, one after the other
+  int max_slots;
+  std::int32_t* dst_rank;  // of the handle
+  // As receiver.
+  int num_slots;
+  std::byte* block;
+  plan::OutputBlock at;
+  std::int64_t most_arrivals;
+  ArrivalTables tables;
+};
+
+struct LowLatencyCombineParams {
+  Common common;
+  std::byte* window;  // our own, as in `common`
+  int phases;
+  std::uint64_t* ticket;
+  plan::RowParts parts;
+  OutputLayout layout;
+  SumOrder order;
+  DType dtype;
+  bool pre_reduce;
+  int max_tokens_per_rank, num_topk;
+  std::int64_t row_bytes;  // 0: only weights travel
+  // As the rank that computed the rows.
+  const std::byte* x;
+  const float* x_weights;        // travel home beside the rows
+  const float* arrival_weights;  // pre_reduce: what the dispatch carried; null: none are applied
+  const std::int32_t *first_arrival, *src_token, *arrival_row;
+  // As home.
+  int num_tokens;
+  const std::int32_t *dst_rank, *node_of_rank;
+  const float* weights;
+  const std::byte* bias[2];
+  std::byte* out;
+  float* weights_out;
+  WeightsHome weights_home;
+};
+
+/// Marks an operation whose ticket was dropped.
+struct AbandonParams {
+  Common common;
+  const std::uint64_t* ticket;
+};
+
+void launch_low_latency_dispatch(const LowLatencyDispatchParams& params, int blocks, cudaStream_t stream);
+void launch_low_latency_combine(const LowLatencyCombineParams& params, int blocks, cudaStream_t stream);
+void launch_abandon(const AbandonParams& params, cudaStream_t stream);
+
+/// Bytes of shared memory that a dispatch of this shape takes.
+std::size_t low_latency_shared_bytes(const LowLatencyDispatchParams& params);
+
+const void* low_latency_dispatch_kernel(bool quantize, DType dtype);
+const void* low_latency_combine_kernel(DType dtype, bool levels);
+const void* abandon_kernel();
+
+}  // namespace deep_ep::cuda

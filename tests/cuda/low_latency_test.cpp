@@ -1,0 +1,583 @@
+// SPDX-License-Identifier: MIT
+// Low latency on one GPU: every byte compared with the host backend's; split and at once, several tickets, graphs,
+// masks, deadlines.
+#include <atomic>
+#include <barrier>
+#include <numeric>
+
+#include "cases.h"
+
+namespace deep_ep::test {
+namespace {
+
+constexpr OutputLayout kLayouts[] = {OutputLayout::kByRank, OutputLayout::kByExpert, OutputLayout::kPadded};
+
+Config config_of(const Case& c) {
+  Config config = small_config();
+  config.max_experts = 4096;
+  config.ranks_per_node = c.nodes;
+  config.low_latency.max_tokens_per_rank = std::max(c.tokens, 1);
+  config.low_latency.row_bytes = static_cast<std::size_t>(c.hidden) * item_bytes(c.dtype);
+  config.low_latency.num_topk = c.topk;
+  config.low_latency.side_bytes = 4096;
+  return config;
+}
+
+// Where one rank's inputs lie while its calls run. Freeing device memory waits for the whole GPU, also for a peer's
+// kernel that waits for our next call: a test makes all it needs first and keeps it to the end.
+struct Placed {
+  Placed(const Case& c, const Inputs& in, bool device) {
+    const auto there = [&](const Tensor& tensor) { return device ? to_gpu(tensor) : tensor; };
+    x = there(in.x), idx = there(in.idx), weights = there(in.weights), scales = there(in.scales), side = there(in.side);
+    home = there(in.home_weights), bias = there(in.bias);
+    call.x = x;
+    call.topk_idx = idx;
+    call.topk_weights = weights;
+    call.num_experts = c.experts;
+    if (c.replicas) call.placement = placement_of(c);
+    call.layout = c.layout;
+    call.expert_alignment = c.alignment;
+    call.max_tokens_per_rank = std::max(c.tokens, 1);
+    call.mask_topk_weights = c.mask_weights;
+  }
+  DispatchInput quantised(const Case& c) const {
+    DispatchInput in = call;
+    in.scales = scales;
+    if (c.side > 0) in.side = {side};
+    if (c.fp8) in.fp8 = Fp8Options{c.round_scale, c.ue8m0};
+    if (c.column_major) in.scale_order = ScaleOrder::kColumnMajor;
+    return in;
+  }
+  Tensor x, idx, weights, scales, side, home, bias;
+  DispatchInput call;  // rows as they are
+};
+
+std::int32_t last_of(const TensorView& tensor) {
+  const auto bytes = bytes_of(tensor);
+  return reinterpret_cast<const std::int32_t*>(bytes.data())[tensor.shape[0] - 1];
+}
+
+// A GPU's outputs have room for the most that can come; what is behind the last row is not compared.
+void keep_output(Result& result, const Case& c, const std::string& call, const DispatchOutput& out) {
+  const Handle& h = *out.handle;
+  const std::int64_t arrivals = last_of(h.first_arrival);
+  const std::int64_t rows = c.layout == OutputLayout::kByRank ? arrivals : last_of(h.slot_first_row);
+  const auto arrived = [&](const std::string& what, const TensorView& t) {
+    TensorView valid = t;
+    valid.shape[0] = arrivals;
+    if (t.given()) result.emplace_back(call + what, bytes_of(valid));
+  };
+  keep_rows(result, call + " x", out.x, h, rows);
+  keep_rows(result, call + " scales", out.scales, h, rows);
+  keep_rows(result, call + " topk_weights", out.topk_weights, h, rows);
+  arrived(" topk_idx", out.topk_idx);
+  for (const Tensor& t : out.side) arrived(" side", t);
+  arrived(" src_token", h.src_token);
+  arrived(" arrival_row", h.arrival_row);
+  keep(result, call + " dst_rank", h.dst_rank);
+  keep(result, call + " first_arrival", h.first_arrival);
+  keep(result, call + " slot_rows", h.slot_rows);
+  keep(result, call + " slot_first_row", h.slot_first_row);
+  keep(result, call + " tokens_between", h.tokens_between);
+}
+
+const std::vector<SumOrder>& orders() {
+  static const std::vector<SumOrder> all = {SumOrder::by_topk(),
+                                            SumOrder::by_rank(),
+                                            SumOrder::by_rank_and_node(),
+                                            {SumOrder::Key::kRank, true, true, false},
+                                            {SumOrder::Key::kTopK, true, false, true},
+                                            {SumOrder::Key::kTopK, true, true, true}};
+  return all;
+}
+
+void keep_combined(Result& result, const Case& c, Buffer& buffer, const Placed& in, const DispatchOutput& sent,
+                   bool at_once) {
+  for (const SumOrder& order : orders()) {
+    CombineInput combine;
+    combine.x = sent.x;
+    combine.handle = sent.handle;
+    combine.order = order;
+    combine.at_once = at_once;
+    if (c.layout != OutputLayout::kByRank) combine.weights = in.home;
+    combine.bias[0] = in.bias;
+    if (c.weights) combine.topk_weights = sent.topk_weights;
+    CombineOutput back = buffer.low_latency_combine(combine).receive();
+    keep(result, "combine", back.x);
+    keep(result, "combine weights", back.topk_weights);
+    combine.weights_home = WeightsHome::kFromOwner;
+    combine.bias[0] = {};
+    if (order.round_per_rank) {
+      combine.pre_reduce = true;
+      combine.weights = c.layout != OutputLayout::kByRank ? TensorView(in.weights) : TensorView();
+    }
+    back = buffer.low_latency_combine(combine).receive();
+    keep(result, order.round_per_rank ? "pre-reduced combine" : "combine without bias", back.x);
+    keep(result, "combine weights of the owner", back.topk_weights);
+  }
+}
+
+Result run_case(const Case& c, Buffer& buffer, const Placed& in, bool at_once) {
+  Result result;
+  DispatchInput call = in.quantised(c);
+  call.at_once = at_once;
+  keep_output(result, c, "dispatch", buffer.low_latency_dispatch(call).receive());
+  if (c.dtype != DType::kBf16 && c.dtype != DType::kFp16 && c.dtype != DType::kFp32) return result;
+  const DispatchOutput sent = buffer.low_latency_dispatch(in.call).receive();
+  keep_output(result, c, "plain dispatch", sent);
+  keep_combined(result, c, buffer, in, sent, at_once);
+  return result;
+}
+
+void expect_same_as_host(const Case& c) {
+  std::ostringstream text;
+  text << c;
+  SCOPED_TRACE(text.str());
+  std::vector<Result> host(c.ranks), device(c.ranks);
+  Options one_worker;
+  one_worker.num_workers = 1;
+  run_ranks(c.ranks, config_of(c), one_worker, [&](Buffer& b) {
+    const Placed in(c, inputs_of(c, b.rank()), false);
+    host[b.rank()] = run_case(c, b, in, false);
+  });
+  for (bool at_once : {false, true}) {
+    SCOPED_TRACE(at_once ? "at once" : "split");
+    ASSERT_NO_THROW(run_ranks(c.ranks, config_of(c), on_gpu(c.sms), [&](Buffer& b) {
+      const Placed in(c, inputs_of(c, b.rank()), true);
+      device[b.rank()] = run_case(c, b, in, at_once);
+    }));
+    expect_equal(host, device);
+  }
+}
+
+TEST(CudaLowLatency, is_the_hosts_for_every_layout_and_number_of_ranks) {
+  EP_NEEDS_GPU();
+  for (int ranks : {1, 2, 4, 8})
+    for (OutputLayout layout : kLayouts) expect_same_as_host({.ranks = ranks, .layout = layout, .alignment = 4});
+}
+
+TEST(CudaLowLatency, is_the_hosts_for_every_kind_of_row) {
+  EP_NEEDS_GPU();
+  for (DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32, DType::kU8, DType::kFp8E4m3})
+    for (OutputLayout layout : kLayouts)
+      expect_same_as_host(
+          {.tokens = 17, .dtype = dtype, .layout = layout, .idx64 = false, .caller_scales = 3, .side = 5});
+}
+
+TEST(CudaLowLatency, quantises_as_the_host_does) {
+  EP_NEEDS_GPU();
+  for (DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32})
+    for (int kind = 0; kind < 3; ++kind)
+      for (bool column_major : {false, true})
+        expect_same_as_host({.tokens = 12,
+                             .hidden = 2064,
+                             .dtype = dtype,
+                             .layout = kLayouts[(kind + column_major) % 3],
+                             .fp8 = true,
+                             .round_scale = kind > 0,
+                             .ue8m0 = kind > 1,
+                             .column_major = column_major,
+                             .specials = true});
+}
+
+TEST(CudaLowLatency, serves_rows_of_any_width_and_any_number_of_tokens) {
+  EP_NEEDS_GPU();
+  for (std::int64_t hidden : {8, 16, 136, 1000, 4096, 7168, 16400}) {
+    expect_same_as_host({.tokens = 9, .hidden = hidden, .layout = OutputLayout::kPadded});
+    if (hidden % 16 == 0)
+      expect_same_as_host({.tokens = 9, .hidden = hidden, .layout = OutputLayout::kByExpert, .fp8 = true});
+  }
+  for (int tokens : {0, 1, 5, 128, 513})
+    expect_same_as_host({.tokens = tokens, .hidden = 64, .layout = OutputLayout::kPadded, .fp8 = true});
+}
+
+TEST(CudaLowLatency, serves_many_selections_and_many_experts_on_any_number_of_sms) {
+  EP_NEEDS_GPU();
+  for (OutputLayout layout : kLayouts) {
+    expect_same_as_host({.tokens = 30, .topk = 1, .layout = layout});
+    expect_same_as_host({.ranks = 4, .tokens = 30, .hidden = 64, .topk = 32, .experts = 64, .layout = layout});
+    expect_same_as_host({.ranks = 2, .tokens = 20, .hidden = 64, .topk = 22, .experts = 512, .layout = layout});
+  }
+  for (int sms : {1, 3}) expect_same_as_host({.tokens = 100, .layout = OutputLayout::kPadded, .sms = sms});
+  expect_same_as_host({.tokens = 40, .hidden = 64, .experts = 4096, .layout = OutputLayout::kByExpert, .sms = 1});
+}
+
+TEST(CudaLowLatency, follows_placements_and_nodes) {
+  EP_NEEDS_GPU();
+  for (OutputLayout layout : kLayouts)
+    expect_same_as_host(
+        {.ranks = 4, .layout = layout, .side = 3, .replicas = true, .mask_weights = false, .nodes = {2}});
+}
+
+// Tickets, threads, high throughput between
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct Series {
+  explicit Series(const Case& shape) : c(shape) {}
+  Case c;
+  // Inputs that differ from round to round.
+  Inputs inputs(int rank, int round) const {
+    Inputs in = inputs_of(c, rank);
+    std::mt19937 random(static_cast<unsigned>(rank + 131 * round));
+    in.x = random_numbers(random, c.dtype, {in.x.shape[0], c.hidden});
+    for (std::int64_t i = 0; i < in.idx.numel(); ++i)
+      in.idx.as<std::int64_t>()[i] = random() % 8 == 0 ? -1 : static_cast<std::int64_t>(random() % c.experts);
+    // Fewer tokens: the rest of them select nothing.
+    const std::int64_t tokens = round % 3 == 2 ? in.idx.shape[0] / 2 : in.idx.shape[0];
+    for (std::int64_t i = tokens * c.topk; i < in.idx.numel(); ++i) in.idx.as<std::int64_t>()[i] = -1;
+    in.home_weights = random_numbers(random, DType::kFp32, {in.x.shape[0], c.topk});
+    return in;
+  }
+};
+
+CombineInput back_of(const Placed& in, const DispatchOutput& sent) {
+  CombineInput combine;
+  combine.x = sent.x;
+  combine.handle = sent.handle;
+  combine.order = SumOrder::by_topk();
+  combine.weights = in.home;
+  return combine;
+}
+
+// Three tickets open, high throughput between their send and their receive.
+Result run_mixed(const Series& series, Buffer& buffer, bool device) {
+  Result result;
+  const Case& c = series.c;
+  constexpr int kRepeats = 4;
+  std::vector<std::unique_ptr<Placed>> all;
+  for (int i = 0; i < 4 * kRepeats; ++i)
+    all.push_back(std::make_unique<Placed>(c, series.inputs(buffer.rank(), i), device));
+  for (int repeat = 0; repeat < kRepeats; ++repeat) {
+    const std::unique_ptr<Placed>* in = all.data() + 4 * repeat;
+    std::vector<Ticket<DispatchOutput>> tickets;
+    for (int i = 0; i < 3; ++i) tickets.push_back(buffer.low_latency_dispatch(in[i]->call));
+    const int order[] = {repeat % 3, (repeat + 1) % 3, (repeat + 2) % 3};
+    std::vector<DispatchOutput> sent(3);
+    sent[order[0]] = tickets[order[0]].receive();
+    auto dropped = buffer.low_latency_dispatch(in[3]->call);
+    dropped = {};
+    for (int i : {order[1], order[2]}) sent[i] = tickets[i].receive();
+    for (int i = 0; i < 3; ++i) keep_output(result, c, "ticket", sent[i]);
+    std::vector<Ticket<CombineOutput>> back;
+    for (int i = 0; i < 2; ++i) back.push_back(buffer.low_latency_combine(back_of(*in[i], sent[i])));
+    DispatchInput high = in[3]->call;
+    high.max_tokens_per_rank = c.layout == OutputLayout::kPadded ? c.tokens : 0;
+    const DispatchOutput rows = buffer.dispatch(high);
+    keep(result, "high throughput", rows.handle->dst_row);
+    for (int i : {1, 0}) keep(result, "back", back[i].receive().x);
+    CombineInput combine = back_of(*in[3], rows);
+    keep(result, "high throughput back", buffer.combine(combine).x);
+  }
+  return result;
+}
+
+TEST(CudaLowLatency, keeps_tickets_open_across_other_calls_and_forgets_dropped_ones) {
+  EP_NEEDS_GPU();
+  const Series series({.ranks = 4, .tokens = 20, .layout = OutputLayout::kPadded});
+  Config config = config_of(series.c);
+  config.num_tickets = 5;
+  std::vector<Result> host(4), device(4);
+  run_ranks(4, config, {.num_workers = 1}, [&](Buffer& b) { host[b.rank()] = run_mixed(series, b, false); });
+  run_ranks(4, config, on_gpu(), [&](Buffer& b) { device[b.rank()] = run_mixed(series, b, true); });
+  expect_equal(host, device);
+}
+
+TEST(CudaLowLatency, receives_on_other_threads) {
+  EP_NEEDS_GPU();
+  const Series series({.ranks = 2, .tokens = 20, .layout = OutputLayout::kPadded});
+  std::vector<std::vector<Result>> host(3, std::vector<Result>(2)), device = host;
+  const auto body = [&](Buffer& b, std::vector<std::vector<Result>>& results, bool on_device) {
+    std::vector<std::unique_ptr<Placed>> in;
+    std::vector<Ticket<DispatchOutput>> tickets;
+    for (int i = 0; i < 3; ++i) {
+      in.push_back(std::make_unique<Placed>(series.c, series.inputs(b.rank(), i), on_device));
+      tickets.push_back(b.low_latency_dispatch(in[i]->call));
+    }
+    std::vector<std::thread> threads;
+    for (int i = 2; i >= 0; --i)
+      threads.emplace_back([&, i] { keep_output(results[i][b.rank()], series.c, "ticket", tickets[i].receive()); });
+    for (auto& thread : threads) thread.join();
+  };
+  run_ranks(2, config_of(series.c), {.num_workers = 1}, [&](Buffer& b) { body(b, host, false); });
+  run_ranks(2, config_of(series.c), on_gpu(), [&](Buffer& b) { body(b, device, true); });
+  for (int i = 0; i < 3; ++i) expect_equal(host[i], device[i]);
+}
+
+TEST(CudaLowLatency, refuses_a_call_that_needs_the_place_of_an_open_ticket) {
+  EP_NEEDS_GPU();
+  const Series series({.ranks = 2, .tokens = 8, .layout = OutputLayout::kPadded});
+  run_ranks(2, config_of(series.c), on_gpu(), [&](Buffer& b) {
+    const Placed in(series.c, series.inputs(b.rank(), 0), true);
+    std::vector<Ticket<DispatchOutput>> tickets;
+    for (int i = 0; i < 4; ++i) tickets.push_back(b.low_latency_dispatch(in.call));
+    try {
+      b.low_latency_dispatch(in.call).receive();
+      ADD_FAILURE() << "a fifth ticket where there are four";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument) << error.what();
+    }
+    for (auto& ticket : tickets) EXPECT_GT(ticket.receive().x.shape[0], 0);
+    EXPECT_GT(b.low_latency_dispatch(in.call).receive().x.shape[0], 0);
+  });
+}
+
+// Graphs
+// ---------------------------------------------------------------------------------------------------------------------
+
+// An odd number of operations, split and at once.
+struct Sequence {
+  DispatchOutput first, second;
+  CombineOutput back;
+};
+
+Sequence enqueue(Buffer& buffer, const Placed& in, cudaStream_t stream) {
+  Sequence s;
+  DispatchInput call = in.call;
+  call.stream = stream;
+  auto one = buffer.low_latency_dispatch(call);
+  call.at_once = true;
+  auto two = buffer.low_latency_dispatch(call);
+  s.first = one.receive();
+  s.second = two.receive();
+  CombineInput combine = back_of(in, s.first);
+  combine.stream = stream;
+  s.back = buffer.low_latency_combine(combine).receive();
+  return s;
+}
+
+void keep_sequence(Result& result, const Case& c, const Sequence& s) {
+  keep_output(result, c, "first", s.first);
+  keep_output(result, c, "second", s.second);
+  keep(result, "back", s.back.x);
+}
+
+void overwrite(const Placed& to, const Inputs& with, cudaStream_t stream) {
+  const auto copy = [&](const Tensor& dst, const Tensor& src) {
+    gpu(cudaMemcpyAsync(dst.data, src.data, src.bytes(), cudaMemcpyHostToDevice, stream));
+  };
+  copy(to.x, with.x);
+  copy(to.idx, with.idx);
+  copy(to.home, with.home_weights);
+  if (with.weights.given()) copy(to.weights, with.weights);
+  gpu(cudaStreamSynchronize(stream));
+}
+
+// In some rounds ranks leave one another out: 3 is alone then.
+void set_masks(Buffer& buffer, bool masked) {
+  for (int peer = 0; peer < buffer.num_ranks(); ++peer)
+    if ((peer == 3) != (buffer.rank() == 3)) buffer.set_masked(peer, masked);
+}
+
+TEST(CudaLowLatencyGraph, replays_with_other_inputs_and_other_masks_as_the_host_does) {
+  EP_NEEDS_GPU();
+  constexpr int kRanks = 4, kRounds = 9;
+  const Series series({.ranks = kRanks, .tokens = 23, .hidden = 512, .layout = OutputLayout::kPadded});
+  const auto is_masked = [](int round) { return round % 4 == 2; };
+  std::vector<std::vector<Result>> host(kRounds, std::vector<Result>(kRanks)), device = host;
+  std::barrier<> meeting(kRanks);
+  run_ranks(kRanks, config_of(series.c), {.num_workers = 1}, [&](Buffer& b) {
+    for (int round = 0; round < kRounds; ++round) {
+      const Placed in(series.c, series.inputs(b.rank(), round), false);
+      set_masks(b, is_masked(round));
+      meeting.arrive_and_wait();
+      keep_sequence(host[round][b.rank()], series.c, enqueue(b, in, nullptr));
+      meeting.arrive_and_wait();
+    }
+  });
+  run_ranks(kRanks, config_of(series.c), on_gpu(), [&](Buffer& b) {
+    const Placed in(series.c, series.inputs(b.rank(), 0), true);
+    cudaStream_t stream;
+    gpu(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    (void)enqueue(b, in, stream);  // the placement's tables go to the device once
+    gpu(cudaStreamSynchronize(stream));
+    cudaGraph_t graph;
+    cudaGraphExec_t replay;
+    gpu(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    const Sequence captured = enqueue(b, in, stream);
+    gpu(cudaStreamEndCapture(stream, &graph));
+    gpu(cudaGraphInstantiate(&replay, graph, 0));
+    meeting.arrive_and_wait();  // instantiating allocates: not while a peer waits on the device
+    for (int round = 0; round < kRounds; ++round) {
+      overwrite(in, series.inputs(b.rank(), round), stream);
+      set_masks(b, is_masked(round));
+      meeting.arrive_and_wait();
+      for (int again = 0; again < 3; ++again) gpu(cudaGraphLaunch(replay, stream));
+      gpu(cudaStreamSynchronize(stream));
+      b.check();
+      keep_sequence(device[round][b.rank()], series.c, captured);
+      meeting.arrive_and_wait();
+    }
+    gpu(cudaGraphExecDestroy(replay));
+    gpu(cudaGraphDestroy(graph));
+    gpu(cudaStreamDestroy(stream));
+  });
+  for (int round = 0; round < kRounds; ++round) {
+    SCOPED_TRACE("round " + std::to_string(round));
+    expect_equal(host[round], device[round]);
+  }
+}
+
+TEST(CudaLowLatencyGraph, replays_thousands_of_times_with_equal_results) {
+  EP_NEEDS_GPU();
+  const Series series({.ranks = 2, .tokens = 7, .hidden = 256, .layout = OutputLayout::kPadded});
+  std::barrier<> meeting(2);
+  run_ranks(2, config_of(series.c), on_gpu(), [&](Buffer& b) {
+    const Placed in(series.c, series.inputs(b.rank(), 1), true);
+    cudaStream_t stream;
+    gpu(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    Result before, after;
+    keep_sequence(before, series.c, enqueue(b, in, nullptr));
+    cudaGraph_t graph;
+    cudaGraphExec_t replay;
+    gpu(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    const Sequence captured = enqueue(b, in, stream);
+    gpu(cudaStreamEndCapture(stream, &graph));
+    gpu(cudaGraphInstantiate(&replay, graph, 0));
+    meeting.arrive_and_wait();
+    for (int i = 0; i < 3000; ++i) gpu(cudaGraphLaunch(replay, stream));
+    gpu(cudaStreamSynchronize(stream));
+    b.check();
+    keep_sequence(after, series.c, captured);
+    EXPECT_TRUE(before == after);
+    meeting.arrive_and_wait();
+    (void)enqueue(b, in, nullptr);  // calls outside the graph go on from there
+    gpu(cudaGraphExecDestroy(replay));
+    gpu(cudaGraphDestroy(graph));
+    gpu(cudaStreamDestroy(stream));
+  });
+}
+
+// Pressure
+// ---------------------------------------------------------------------------------------------------------------------
+
+std::uint64_t hash_of(const Result& result) {
+  std::uint64_t hash = 14695981039346656037ull;
+  for (const auto& [what, bytes] : result)
+    for (std::byte byte : bytes) hash = (hash ^ static_cast<std::uint64_t>(byte)) * 1099511628211ull;
+  return hash;
+}
+
+TEST(CudaLowLatency, gives_equal_hashes_over_repeats_of_random_shapes) {
+  EP_NEEDS_GPU();
+  std::mt19937 random(2026);
+  for (int shape = 0; shape < 8; ++shape) {
+    Case c;
+    c.ranks = 2 << (random() % 3);
+    c.tokens = static_cast<int>(random() % 60);
+    c.hidden = 16 * (1 + static_cast<std::int64_t>(random() % 200));
+    c.topk = 1 + static_cast<int>(random() % 12);
+    c.experts = c.ranks * (1 + static_cast<int>(random() % 20));
+    c.layout = kLayouts[random() % 3];
+    c.fp8 = random() % 2 == 0;
+    c.sms = static_cast<int>(random() % 10);
+    std::ostringstream text;
+    text << c;
+    SCOPED_TRACE(text.str());
+    run_ranks(c.ranks, config_of(c), on_gpu(c.sms), [&](Buffer& b) {
+      const Placed in(c, inputs_of(c, b.rank()), true);
+      std::uint64_t first = 0;
+      for (int repeat = 0; repeat < 20; ++repeat) {
+        const std::uint64_t hash = hash_of(run_case(c, b, in, repeat % 2 == 0));
+        if (repeat == 0) first = hash;
+        EXPECT_EQ(hash, first) << "repeat " << repeat;
+      }
+    });
+  }
+}
+
+// Failure
+// ---------------------------------------------------------------------------------------------------------------------
+
+ErrorCode code_of(const std::function<void()>& call, std::string* text = nullptr) {
+  try {
+    call();
+  } catch (const Error& error) {
+    if (text != nullptr) *text = error.what();
+    return error.code();
+  }
+  return ErrorCode{};
+}
+
+TEST(CudaLowLatencyFailure, a_rank_that_does_not_come_is_a_timeout_and_later_calls_work) {
+  EP_NEEDS_GPU();
+  const Series series({.ranks = 3, .tokens = 8, .layout = OutputLayout::kPadded});
+  for (bool at_once : {false, true})
+    run_ranks(3, config_of(series.c), on_gpu(), [&](Buffer& b) {
+      const Placed in(series.c, series.inputs(b.rank(), 0), true);
+      DispatchInput hasty = in.call;
+      hasty.timeout = std::chrono::milliseconds(50);
+      hasty.at_once = at_once;
+      if (b.rank() == 2) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(300));
+        EXPECT_EQ(code_of([&] { b.low_latency_dispatch(hasty).receive(); }), ErrorCode{});  // the others had sent
+      } else {
+        try {
+          b.low_latency_dispatch(hasty).receive();
+          ADD_FAILURE() << "no timeout";
+        } catch (const Error& error) {
+          ASSERT_TRUE(error.wait().has_value()) << error.what();
+          EXPECT_EQ(error.wait()->peer, 2);
+          EXPECT_EQ(error.wait()->phase, "low_latency_dispatch");
+        }
+      }
+      for (int i = 0; i < 20; ++i) EXPECT_GT(b.low_latency_dispatch(in.call).receive().x.shape[0], 0);
+    });
+}
+
+TEST(CudaLowLatencyFailure, calls_that_differ_wrong_ids_and_wrong_arguments_are_heard_by_everybody) {
+  EP_NEEDS_GPU();
+  const Series series({.ranks = 2, .tokens = 8, .layout = OutputLayout::kPadded});
+  run_ranks(2, config_of(series.c), on_gpu(), [&](Buffer& b) {
+    const Placed in(series.c, series.inputs(b.rank(), 0), true);
+    Placed wrong(series.c, series.inputs(b.rank(), 0), true);
+    std::string text;
+    DispatchInput other = in.call;
+    if (b.rank() == 1) other.expert_alignment = 4;
+    EXPECT_EQ(code_of([&] { b.low_latency_dispatch(other).receive(); }, &text), ErrorCode::kInvalidArgument);
+    EXPECT_NE(text.find("ranks differ in expert_alignment"), std::string::npos) << text;
+    const std::int64_t id = series.c.experts + 5;
+    if (b.rank() == 1) gpu(cudaMemcpy(wrong.idx.as<std::int64_t>() + 7, &id, 8, cudaMemcpyHostToDevice));
+    EXPECT_EQ(code_of([&] { b.low_latency_dispatch(wrong.call).receive(); }, &text), ErrorCode::kInvalidArgument);
+    EXPECT_NE(text.find("selection 7 is expert 21"), std::string::npos) << text;
+    other = in.call;
+    if (b.rank() == 1) other.max_tokens_per_rank = 1;
+    EXPECT_EQ(code_of([&] { b.low_latency_dispatch(other).receive(); }, &text), ErrorCode::kInvalidArgument);
+    EXPECT_NE(text.find("max_tokens_per_rank"), std::string::npos) << text;
+    // One rank calls low latency, the other does not: both hear it.
+    const ErrorCode code = b.rank() == 0 ? code_of([&] { b.low_latency_dispatch(in.call).receive(); }, &text)
+                                         : code_of([&] { b.dispatch(in.call); }, &text);
+    EXPECT_EQ(code, ErrorCode::kInvalidArgument) << text;
+    EXPECT_NE(text.find("ranks differ in operation"), std::string::npos) << text;
+    for (int i = 0; i < 10; ++i) EXPECT_GT(b.low_latency_dispatch(in.call).receive().x.shape[0], 0);
+  });
+}
+
+TEST(CudaLowLatencyFailure, a_slot_that_duplicate_ids_would_overfill_is_named) {
+  EP_NEEDS_GPU();
+  const Series series({.ranks = 2, .tokens = 8, .layout = OutputLayout::kPadded});
+  run_ranks(2, config_of(series.c), on_gpu(), [&](Buffer& b) {
+    const Placed in(series.c, series.inputs(b.rank(), 0), true);
+    const std::vector<std::int64_t> same(in.idx.numel(), 3);
+    gpu(cudaMemcpy(in.idx.data, same.data(), in.idx.bytes(), cudaMemcpyHostToDevice));
+    std::string text;
+    const ErrorCode code = code_of([&] { b.low_latency_dispatch(in.call).receive(); }, &text);
+    EXPECT_EQ(code, b.rank() == 0 ? ErrorCode::kInvalidArgument : ErrorCode{}) << text;
+  });
+}
+
+TEST(CudaLowLatency, is_supported_where_its_slots_fit) {
+  EP_NEEDS_GPU();
+  const Series series({.ranks = 2, .tokens = 8, .layout = OutputLayout::kPadded});
+  run_ranks(2, config_of(series.c), on_gpu(), [&](Buffer& b) {
+    CallShape shape{.hidden = series.c.hidden, .num_tokens = 8, .num_topk = 4, .num_experts = 16, .low_latency = true};
+    EXPECT_TRUE(b.supports(shape)) << b.supports(shape).reason;
+    shape.num_topk = 33;
+    EXPECT_FALSE(b.supports(shape));
+    shape.num_topk = 4;
+    shape.num_tokens = 100000;
+    EXPECT_FALSE(b.supports(shape));
+  });
+}
+
+}  // namespace
+}  // namespace deep_ep::test
