@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Low-latency dispatch and combine of the CUDA backend, beside the floor measured in the same run: an empty kernel, one
 // signal, and the bytes at the pace of plain stores. Two ranks are threads of this process, on one GPU or on two.
-// Prints JSON; bench/cuda_tables.py makes tables of it. Arguments: the part to run (sizes, models, overlap; all), and
+// Prints JSON; bench/low_latency_tables.py makes tables of it. Arguments: the part to run (sizes, models, overlap; all), and
 // the number of SMs of each rank (0: all of its share).
 #include <cuda_runtime.h>
 
