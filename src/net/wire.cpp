@@ -28,7 +28,7 @@ std::uint64_t digest_of(std::span<const std::byte> bytes, std::uint64_t digest) 
     digest = mix(digest, word);
   }
   std::uint64_t last = 0;
-  std::memcpy(&last, bytes.data(), bytes.size());
+  if (!bytes.empty()) std::memcpy(&last, bytes.data(), bytes.size());
   return mix(digest, last);
 }
 
