@@ -50,8 +50,10 @@ __device__ inline int slots_depth(const Common& common) {
   return common.layout.num_tickets < plan::kOperationsInFlight ? common.layout.num_tickets : plan::kOperationsInFlight;
 }
 
+// Numbers of operations are 32 bits wide, and a division of 64 bits is a long way to go for every address.
 __device__ inline int ticket_of(const Now& now) {
-  return static_cast<int>(now.epoch % static_cast<std::uint64_t>(now.common.layout.num_tickets));
+  return static_cast<int>(static_cast<std::uint32_t>(now.epoch) %
+                          static_cast<std::uint32_t>(now.common.layout.num_tickets));
 }
 
 // The places of `writer` in a window, without asking where that window lies.

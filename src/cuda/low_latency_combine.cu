@@ -173,12 +173,13 @@ template <class Number>
 __device__ bool send(const Now& now, const Params& p, const Peers& peers, std::int32_t* first_arrival,
                      const Flags& flags, const Place& at) {
   const int ranks = p.common.num_ranks;
-  const std::int64_t most = std::int64_t{ranks} * p.max_tokens_per_rank * p.parts.count;
-  std::int64_t unit = at.number();
+  // Fits: each part has a flag, and flags are memory.
+  const int most = ranks * p.max_tokens_per_rank * p.parts.count;
+  int unit = at.number();
   Arrival from{};
   const auto look = [&] {  // may be behind the last arrival: the tables have room for the most that can come
     from.arrival = unit / p.parts.count;
-    from.part = static_cast<int>(unit % p.parts.count);
+    from.part = unit % p.parts.count;
     from.row = at.lane < p.num_topk ? p.arrival_row[from.arrival * p.num_topk + at.lane] : -1;
     from.token = p.src_token[from.arrival];
   };
@@ -195,9 +196,9 @@ __device__ bool send(const Now& now, const Params& p, const Peers& peers, std::i
       __syncwarp();
       if (at.lane == 0) publish(now, &words_in(now, peers.window(peer), p.common.rank).announced, kSame);
     }
-  const std::int64_t units = std::int64_t{first_arrival[ranks]} * p.parts.count;
-  const std::int64_t of_round = std::int64_t{at.warps()} * Flags::kUnits;
-  for (std::int64_t begun = 0; begun < units; begun += of_round, flags.raise(now, at))
+  const int units = first_arrival[ranks] * p.parts.count;
+  const int of_round = at.warps() * Flags::kUnits;
+  for (int begun = 0; begun < units; begun += of_round, flags.raise(now, at))
     for (int i = 0; i < Flags::kUnits && unit < units; ++i) {
       send_part<Number>(now, p, peers, first_arrival, flags, from, at.lane);
       unit += at.warps();
@@ -344,7 +345,7 @@ __device__ bool receive(const Now& now, const Params& p, const Peers& peers, con
     int part = -1;
     bool came = true;
     for (int chunk = first; came && chunk < first + of_warp && chunk < chunks; ++chunk) {
-      const int next_part = p.row_bytes > 0 ? static_cast<int>(std::int64_t{chunk} * kChunk / p.parts.bytes) : 0;
+      const int next_part = p.row_bytes > 0 ? chunk * kChunk / p.parts.bytes : 0;
       if (next_part != part) came = await_part(now, p, t, p.window, token, part = next_part, at.lane);
       if (!came) break;
       if (p.row_bytes > 0)
