@@ -55,6 +55,8 @@ bool set_number(DispatchInput& in, std::string_view key, nb::handle value) {
     in.timeout = milliseconds(value);
   } else if (key == "num_workers") {
     in.num_workers = nb::cast<int>(value);
+  } else if (key == "at_once") {
+    in.at_once = nb::cast<bool>(value);
   } else if (key == "mask_silent") {
     in.mask_silent = nb::cast<bool>(value);
   } else {
@@ -114,6 +116,8 @@ bool set_choice(CombineInput& in, std::string_view key, nb::handle value) {
     in.timeout = milliseconds(value);
   } else if (key == "num_workers") {
     in.num_workers = nb::cast<int>(value);
+  } else if (key == "at_once") {
+    in.at_once = nb::cast<bool>(value);
   } else if (key == "mask_silent") {
     in.mask_silent = nb::cast<bool>(value);
   } else {
@@ -174,6 +178,7 @@ DispatchOutput lent(const Seat& seat, DispatchOutput output, bool new_handle) {
   handle.cuda_device = seat.device;
   tensors.clear();
   for (const auto field : kHandleTensors) tensors.push_back(&(handle.*field));
+  for (const auto field : kLowLatencyTensors) tensors.push_back(&(handle.*field));
   lend(seat, tensors);
   return output;
 }

@@ -167,6 +167,14 @@ std::shared_ptr<Handle> leave_out(const std::shared_ptr<Handle>& handle, nb::han
   return changed ? changed : handle;
 }
 
+// The same on a GPU, where the caller has taken the selections back himself.
+std::shared_ptr<Handle> with_dst_rank(const Handle& handle, nb::handle dst_rank) {
+  auto copy = std::make_shared<Handle>(handle);
+  set_tensor(*copy, 0, dst_rank);
+  static_assert(kHandleTensors[0] == &Handle::dst_rank);
+  return copy;
+}
+
 std::vector<std::int64_t> aligned_counts(const Handle& handle) {
   std::vector<std::int64_t> counts;
   const bool known = !handle.counted_first_row.empty();
@@ -203,6 +211,9 @@ void bind_handle(nb::module_& m) {
       .def_prop_ro("placement", [](const Handle& h) { return std::const_pointer_cast<Placement>(h.placement); })
       .def("aligned_counts", &aligned_counts, "Rows of each hosted expert, each rounded up to expert_alignment.")
       .def("with_rows", &with_rows, nb::arg("num_rows"))
+      .def("with_dst_rank", &with_dst_rank, nb::arg("dst_rank"))
+      .def_prop_ro("source_range_ptr",
+                   [](const Handle& h) { return reinterpret_cast<std::uintptr_t>(h.source_range.data); })
       .def("save", &save, "As a list of tensors, for Handle.restore.")
       .def_static("make", &handle_from, nb::arg("layout"), nb::arg("placement"), nb::arg("num_topk"),
                   nb::arg("expert_alignment"), nb::arg("num_rows"), nb::arg("num_arrivals"), nb::arg("tensors"),

@@ -20,6 +20,8 @@ inline constexpr std::array kHandleTensorNames{"dst_rank",      "dst_row",      
                                                "first_arrival", "src_token",      "arrival_row",
                                                "slot_rows",     "slot_first_row", "tokens_between"};
 static_assert(kHandleTensors.size() == kHandleTensorNames.size());
+/// Those that low latency on a GPU makes besides; they are not saved.
+inline constexpr std::array kLowLatencyTensors{&Handle::arrival_weights, &Handle::row_token, &Handle::source_range};
 
 /// A tensor from which its handle can be found again, through any alias of its memory: DeepEP's users take handle
 /// tuples apart and put them together again. The handle may be set later than the tensor is made.

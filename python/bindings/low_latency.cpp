@@ -88,6 +88,29 @@ nb::tuple DispatchTicket::prepare() {
                         to_torch(prepared_->src_info), to_torch(prepared_->layout_range.tensor()));
 }
 
+nb::tuple DispatchTicket::promised() {
+  const DispatchOutput* output = ticket_.promised();
+  if (output == nullptr || seat_.device == kCpu)
+    throw Error(ErrorCode::kUnsupported, "promised: for operations on a GPU, before they are finished");
+  const DispatchOutput out = lent(seat_, *output, true);
+  const auto field = [&](Tensor Handle::*tensor) { return to_torch(tensor_of(out.handle, tensor), seat_.device); };
+  return nb::make_tuple(to_torch(out.x, seat_.device), to_torch(out.scales, seat_.device), field(&Handle::slot_rows),
+                        field(&Handle::row_token), field(&Handle::source_range));
+}
+
+void DispatchTicket::finish() {
+  nb::gil_scoped_release unlocked;
+  ticket_.receive();
+}
+
+void CombineTicket::finish() {
+  {
+    nb::gil_scoped_release unlocked;
+    ticket_.receive();
+  }
+  kept_.clear();
+}
+
 DispatchOutput DispatchTicket::wait(const nb::object& wait_stats, const nb::object& count_stats) {
   const auto before = peers_of(*seat_.buffer, wait_stats);
   DispatchOutput out;
@@ -139,11 +162,14 @@ nb::tuple CombineTicket::receive(nb::object wait_stats) {
 
 void bind_low_latency(nb::module_& m) {
   nb::class_<DispatchTicket>(m, "DispatchTicket", "A low-latency dispatch on its way.")
+      .def("promised", &DispatchTicket::promised)
+      .def("finish", &DispatchTicket::finish)
       .def("receive", &DispatchTicket::receive, nb::arg("wait_stats").none() = nb::none(),
            nb::arg("count_stats").none() = nb::none())
       .def("receive_padded", &DispatchTicket::receive_padded, nb::arg("wait_stats").none() = nb::none(),
            nb::arg("count_stats").none() = nb::none());
   nb::class_<CombineTicket>(m, "CombineTicket", "A low-latency combine on its way.")
+      .def("finish", &CombineTicket::finish)
       .def("receive", &CombineTicket::receive, nb::arg("wait_stats").none() = nb::none());
 }
 

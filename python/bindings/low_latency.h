@@ -26,6 +26,10 @@ class DispatchTicket {
   /// Waits and finishes. With prepared tensors: fills them and returns the handle. Else: as Buffer.dispatch.
   nanobind::object receive(nanobind::object wait_stats, nanobind::object count_stats);
 
+  /// On a GPU: the outputs, known once the operation is sent, in the form of prepare(); and enqueues the rest of it.
+  nanobind::tuple promised();
+  void finish();
+
   /// As receive() without prepared tensors, in the form of prepare(), with the handle as last entry.
   nanobind::tuple receive_padded(nanobind::object wait_stats, nanobind::object count_stats);
 
@@ -43,6 +47,8 @@ class CombineTicket {
   CombineTicket(const Seat& seat, const CombineInput& input, const nanobind::kwargs& keywords);
 
   nanobind::tuple receive(nanobind::object wait_stats);
+  /// On a GPU, where the caller gave `out`: enqueues the rest.
+  void finish();
 
  private:
   Seat seat_;            // as it was when the operation began

@@ -169,6 +169,11 @@ class Handle:
 
     def with_rows(self, num_rows: int) -> Handle: ...
 
+    def with_dst_rank(self, dst_rank: Any) -> Handle: ...
+
+    @property
+    def source_range_ptr(self) -> int: ...
+
     def save(self) -> list:
         """As a list of tensors, for Handle.restore."""
 
@@ -190,12 +195,18 @@ def handle_of(tensor: Any) -> Any:
 class DispatchTicket:
     """A low-latency dispatch on its way."""
 
+    def promised(self) -> tuple: ...
+
+    def finish(self) -> None: ...
+
     def receive(self, wait_stats: Any = None, count_stats: Any = None) -> Any: ...
 
     def receive_padded(self, wait_stats: Any = None, count_stats: Any = None) -> tuple: ...
 
 class CombineTicket:
     """A low-latency combine on its way."""
+
+    def finish(self) -> None: ...
 
     def receive(self, wait_stats: Any = None) -> tuple: ...
 

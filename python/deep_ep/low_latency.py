@@ -7,7 +7,7 @@ import torch
 
 from . import _core
 from .config import low_latency_capacity
-from .errors import invalid, require, require_counters
+from .errors import invalid, require, require_counters, unsupported
 from .event import EventOverlap, finished
 from .session import Session
 
@@ -41,6 +41,7 @@ class LowLatencyMode(Session):
         if isinstance(cumulative_local_expert_recv_stats, bool):  # the first V1 had use_fp8 in this place
             use_fp8, cumulative_local_expert_recv_stats = cumulative_local_expert_recv_stats, None
         max_tokens, hidden = num_max_dispatch_tokens_per_rank, x.size(-1)
+        self._use(x)
         core = self._core_for(hidden, max_tokens, topk_idx.size(-1), num_experts)
         try:
             self._check_dispatch(async_finish, return_recv_hook, dispatch_wait_recv_cost_stats)
@@ -66,6 +67,8 @@ class LowLatencyMode(Session):
             keywords["fp8"] = (round_scale, use_ue8m0)
         if placement is not None:
             keywords["placement"] = placement
+        if self._on_gpu:
+            return self._dispatch_on_gpu(keywords, cumulative_local_expert_recv_stats, async_finish, return_recv_hook)
         stats = (dispatch_wait_recv_cost_stats, cumulative_local_expert_recv_stats)
         made = core.low_latency_dispatch(return_recv_hook, **keywords)
         hook: Hook = None
@@ -93,6 +96,8 @@ class LowLatencyMode(Session):
     ) -> Tuple[torch.Tensor, EventOverlap, Hook]:
         """`use_logfmt` names a lossy wire format of upstream; rows travel unchanged here, which is at least as exact."""
 
+        self._use(x)
+
         def check() -> Any:
             require(not (use_logfmt and zero_copy), "use_logfmt and zero_copy exclude each other")
             require(not (async_finish and return_recv_hook), "async_finish and return_recv_hook exclude each other")
@@ -104,15 +109,18 @@ class LowLatencyMode(Session):
                 require_counters(
                     "combine_wait_recv_cost_stats", combine_wait_recv_cost_stats, torch.int64, self._num_ranks
                 )
+                self._no_wait_stats()
+            found = self._handle_of(handle)
             # Selections that the caller has taken back since the dispatch do not count.
-            found = _core.leave_out(self._handle_of(handle), topk_idx)
+            found = found if self._on_gpu else _core.leave_out(found, topk_idx)
             rows = self._take_combine_buffer(x) if zero_copy else x
             return found, rows
 
         core_handle, rows = self._checked("low_latency_combine", check)
-        keywords: Dict[str, Any] = dict(
-            x=rows, handle=core_handle, weights=topk_weights, order=_BY_TOPK, mask_silent=self.enable_shrink
-        )
+        keywords: Dict[str, Any] = dict(x=rows, weights=topk_weights, order=_BY_TOPK, mask_silent=self.enable_shrink)
+        if self._on_gpu:
+            return self._combine_on_gpu(keywords, core_handle, topk_idx, out, async_finish, return_recv_hook)
+        keywords["handle"] = core_handle
         if return_recv_hook and out is None:
             out = torch.empty((topk_idx.size(0), x.size(-1)), dtype=x.dtype, device="cpu")
         if out is not None:
@@ -132,7 +140,7 @@ class LowLatencyMode(Session):
         # Two take turns: the rows of the combine before may still be somebody's.
         spare = buffers.pop(0) if len(buffers) > 1 else None
         if spare is None or spare.shape != shape:
-            spare = torch.empty(shape, dtype=torch.bfloat16, device="cpu")
+            spare = torch.empty(shape, dtype=torch.bfloat16, device=self._device)
         buffers.append(spare)
         return spare
 
@@ -157,18 +165,91 @@ class LowLatencyMode(Session):
             if self._opened().masked(rank):
                 self._opened().set_masked(rank, False)
 
+    # On a GPU -------------------------------------------------------------------------------------------------------
+
+    def _dispatch_on_gpu(
+        self, keywords: Dict[str, Any], count_stats: Optional[torch.Tensor], async_finish: bool, with_hook: bool
+    ) -> Tuple[Any, torch.Tensor, Tuple[Any, ...], EventOverlap, Hook]:
+        """Nothing is waited for on the host: the outputs are known at once and filled in the order of the stream. With a hook
+        both halves run on the caller's current stream, else on the communication stream."""
+        x, topk_idx = keywords["x"], keywords["topk_idx"]
+
+        def count(counted: torch.Tensor) -> None:
+            if count_stats is not None:
+                count_stats.add_(counted)
+
+        if with_hook:
+            stream = self._current_stream("low_latency_dispatch")
+            ticket = self._opened().low_latency_dispatch(False, **keywords)
+            made = ticket.promised()
+
+            def receive() -> None:
+                ticket.finish()
+                with torch.cuda.stream(stream):
+                    count(made[2])
+
+            event, hook = EventOverlap(), once(receive)
+        else:
+            with self._call("low_latency_dispatch", None, async_finish) as call:
+                ticket = self._opened().low_latency_dispatch(False, at_once=True, **keywords)
+                made = ticket.promised()
+                ticket.finish()
+                count(made[2])
+            event, hook = call.finished(x, topk_idx, count_stats), None
+        data, scales, counted, src_info, layout_range = made
+        self.__dict__.setdefault("_routed_by", {})[layout_range.data_ptr()] = _state_of(topk_idx)
+        handle = (src_info, layout_range, keywords["max_tokens_per_rank"], x.size(1), keywords["num_experts"])
+        return (data if scales is None else (data, scales)), counted, handle, event, hook
+
+    def _combine_on_gpu(
+        self,
+        keywords: Dict[str, Any],
+        core_handle: Any,
+        topk_idx: torch.Tensor,
+        out: Optional[torch.Tensor],
+        async_finish: bool,
+        with_hook: bool,
+    ) -> Tuple[torch.Tensor, EventOverlap, Hook]:
+        x, weights = keywords["x"], keywords["weights"]
+        if out is None:
+            out = torch.empty((topk_idx.size(0), x.size(-1)), dtype=x.dtype, device=x.device)
+        keywords["out"] = out
+        if with_hook:
+            self._current_stream("low_latency_combine")
+            ticket = self._opened().low_latency_combine(handle=self._without(core_handle, topk_idx), **keywords)
+            return out, EventOverlap(), once(ticket.finish)
+        with self._call("low_latency_combine", None, async_finish) as call:
+            routes = self._without(core_handle, topk_idx)
+            self._opened().low_latency_combine(handle=routes, at_once=True, **keywords).finish()
+        return out, call.finished(x, topk_idx, weights, out), None
+
+    def _without(self, core_handle: Any, topk_idx: torch.Tensor) -> Any:
+        """The routes without the selections that the caller has taken back since the dispatch."""
+        if self.__dict__["_routed_by"].get(core_handle.source_range_ptr) == _state_of(topk_idx):
+            return core_handle
+        return core_handle.with_dst_rank(torch.where(topk_idx < 0, -1, core_handle.dst_rank))
+
+    def _current_stream(self, operation: str) -> Any:
+        self._checked(operation, self._require_own_stream)
+        return torch.cuda.current_stream(self._device)
+
+    def _no_wait_stats(self) -> None:
+        if self._on_gpu:
+            raise unsupported("wait statistics of one call are for CPU tensors: see buffer.statistics()")
+
     # Capacity -------------------------------------------------------------------------------------------------------
 
     def _plan_low_latency(self, num_rdma_bytes: int) -> None:
         """Slots from the bytes that the caller grants; a call that needs more opens a larger buffer, see `_core_for`."""
         capacity = _core.LowLatencyCapacity()
-        if num_rdma_bytes > 0:
+        # A GPU's memory is too dear for a guess: there the first call says what it needs.
+        if num_rdma_bytes > 0 and not self._on_gpu:
             # The library asks for a shape; one huge token from each rank is this many bytes.
             per_ticket = num_rdma_bytes // self._config.num_tickets
             capacity.max_tokens_per_rank, capacity.num_topk, capacity.side_bytes = 1, 1, 0
             capacity.row_bytes = -(-per_ticket // self._num_ranks)
         self._config.low_latency = capacity
-        self._fitting: Set[Tuple[int, int, int, int]] = set()
+        self._fitting: Set[Tuple[Any, Tuple[int, ...]]] = set()
         self._largest: Tuple[int, ...] = (0, 0, 0)
 
     def _core_for(self, hidden: int, max_tokens: int, num_topk: int, num_experts: int) -> Any:
@@ -178,7 +259,7 @@ class LowLatencyMode(Session):
         fitting = getattr(self, "_fitting", None)
         if fitting is None:
             raise invalid("low-latency calls need a buffer made with low_latency_mode=True")
-        if shape in fitting:
+        if (core, shape) in fitting:
             return core
         reason = core.supports_low_latency(*shape)
         if "Config::low_latency" in reason:
@@ -190,7 +271,7 @@ class LowLatencyMode(Session):
             core = self._opened()
             reason = core.supports_low_latency(*shape)
         if not reason:
-            fitting.add(shape)
+            fitting.add((core, shape))
         return core  # where it does not fit at all, the library's own checks say why
 
     # Checks ---------------------------------------------------------------------------------------------------------
@@ -198,6 +279,7 @@ class LowLatencyMode(Session):
     def _check_dispatch(self, async_finish: bool, return_recv_hook: bool, wait_stats: Optional[torch.Tensor]) -> None:
         require(not (async_finish and return_recv_hook), "async_finish and return_recv_hook exclude each other")
         if wait_stats is not None:
+            self._no_wait_stats()
             require_counters("dispatch_wait_recv_cost_stats", wait_stats, torch.int64, self._num_ranks)
 
     def _handle_of(self, handle: Tuple[Any, ...]) -> Any:
@@ -232,3 +314,8 @@ def once(receive: Callable[[], Any]) -> Callable[[], None]:
             pending.pop()()
 
     return hook
+
+
+def _state_of(topk_idx: torch.Tensor) -> Tuple[int, int]:
+    """Differs where these are other ids, or were written to; torch does not count writes to inference tensors."""
+    return topk_idx.data_ptr(), -1 if topk_idx.is_inference() else topk_idx._version
