@@ -324,8 +324,7 @@ void Context::await_any(const Epoch& epoch, const std::function<bool()>& ready, 
 // Whoever is known to have ended and so ends a wait for `peer`: the peer itself, or between nodes any rank, for it may
 // have been the one that passes the peer's rows on. -1: nobody.
 int Context::find_dead(int peer) {
-  if (processes_[peer].ended()) return peer;
-  if (!link_) return -1;
+  if (!link_) return processes_[peer].ended() ? peer : -1;
   for (int other : active_ranks())
     if (processes_[other].ended()) link_->report_dead(other, "its process has ended");
   return link_->dead_rank(masked_ranks());
