@@ -104,7 +104,7 @@ __global__ void copy_by_bulk(const __grid_constant__ LimitRows r, const Chunks c
   __shared__ std::uint64_t full[kMostWarps * kRing];
   if (threadIdx.x % 32 != 0) return;
   const int warp = static_cast<int>(threadIdx.x / 32);
-  for (int i = 0; i < kRing; ++i) ptx::barrier_init(full + warp * kRing + i);
+  for (int i = 0; i < kRing; ++i) ptx::barrier_init(full + warp * kRing + i, 1);
   ptx::barrier_init_done();
   const int first = static_cast<int>(blockIdx.x) * chunks.warps + warp,
             step = static_cast<int>(gridDim.x) * chunks.warps;
@@ -182,7 +182,7 @@ __global__ void gather_by_bulk(const __grid_constant__ LimitRows r, const __grid
   __shared__ std::uint64_t full[kMostWarps * kRing];
   if (threadIdx.x % 32 != 0) return;
   const int warp = static_cast<int>(threadIdx.x / 32);
-  for (int i = 0; i < kRing; ++i) ptx::barrier_init(full + warp * kRing + i);
+  for (int i = 0; i < kRing; ++i) ptx::barrier_init(full + warp * kRing + i, 1);
   ptx::barrier_init_done();
   Loads loads(r, chunks, static_cast<int>(blockIdx.x) * chunks.warps + warp,
               static_cast<int>(gridDim.x) * chunks.warps);

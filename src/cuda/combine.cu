@@ -52,7 +52,7 @@ __device__ void plan_steps(const CombineParams& p) {
         {p.order, p.layout == OutputLayout::kByRank, p.num_topk, p.dst_rank + first, p.node_of_rank}, steps);
     for (int i = 0; i < count; ++i)
       p.terms[first + i] = {p.dst_row[first + steps[i].k], steps[i].rank, steps[i].k,
-                            (steps[i].closes_rank ? 1 : 0) | (steps[i].closes_node ? 2 : 0)};
+                            (steps[i].closes_rank ? Term::kRank : 0) | (steps[i].closes_node ? Term::kNode : 0)};
     p.num_terms[token] = count;
   }
 }
@@ -229,14 +229,14 @@ __device__ void sum_token(const CombineParams& p, Feed<Number, kFours>& feed, Te
           }
         }
         const int closes = __shfl_sync(kAll, terms.term.closes, i % 32);
-        if ((closes & 1) != 0) {
+        if ((closes & Term::kRank) != 0) {
           if (p.order.round_per_node) {
             close<Number>(of_rank, of_node);
           } else {
             close<Number>(of_rank, of_all);
           }
         }
-        if ((closes & 2) != 0) close<Number>(of_node, of_all);
+        if ((closes & Term::kNode) != 0) close<Number>(of_node, of_all);
       }
       feed.release();
     }
@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   if (blockIdx.x == 0) announce(now, p);
   if (p.hidden > 0) plan_steps(p);
-  bool good = p.hidden == 0 || grid_barrier(now, 0);
+  bool good = p.hidden == 0 || grid_barrier(now);
   for (int peer = static_cast<int>(threadIdx.x); peer < p.common.num_ranks; peer += kThreads) {
     sources[peer] = {};
     if (!now.active(peer)) continue;
@@ -339,7 +339,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
   }
 #if EP_BULK_COPY
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kWarps * kMostStages; ++i) ptx::barrier_init(full + i);
+    for (int i = 0; i < kWarps * kMostStages; ++i) ptx::barrier_init(full + i, 1);
     ptx::barrier_init_done();
   }
 #endif

@@ -23,7 +23,6 @@ using Clock = std::chrono::steady_clock;
 
 constexpr std::size_t kFirstSlab = std::size_t{32} << 20;
 constexpr std::size_t kFirstArenaPages = std::size_t{64} << 20;
-constexpr int kDefaultBlocks = 24;  // what fills a link with something to spare
 constexpr std::size_t kMaxDefaultArena = std::size_t{16} << 30;
 
 // Pinned memory that kernels write and the host reads, and its address for kernels.
@@ -107,9 +106,10 @@ Context::Context(const BackendInput& input)
   cuda::check(cudaGetDeviceProperties(&info, device), "cudaGetDeviceProperties");
   const Neighbours neighbours = meet_neighbours(*input.group, info, config.open_timeout);
   const int ranks_here = neighbours.ranks_here;
-  all_on_one_device_ = ranks_here == num_ranks;
+  neighbourhood_ = {ranks_here, num_ranks - ranks_here};
   most_blocks_ = std::max(1, info.multiProcessorCount / ranks_here);
-  default_blocks_ = std::min(most_blocks_, input.options.num_workers > 0 ? input.options.num_workers : kDefaultBlocks);
+  default_blocks_ = input.options.num_workers > 0 ? std::min(most_blocks_, input.options.num_workers)
+                                                  : plan::default_sms(neighbourhood_, most_blocks_);
   low_latency_blocks_ = input.options.num_workers > 0 ? default_blocks_ : most_blocks_;
   layout_ = plan::WindowLayout::place(config, num_ranks, arena_bytes(config, ranks_here));
 
@@ -315,12 +315,7 @@ Common Context::common(const Call& call, const Signature& signature) const {
   return common;
 }
 
-void Context::end(const Call& call) {
-  end_sending(call);
-  if (call.wait && !call.capturing) raise_fault();
-}
-
-void Context::end_sending(const Call& call) {
+void Context::launched(const Call& call) {
   if (const cudaError_t code = cudaGetLastError(); code != cudaSuccess)
     cuda::check(code, fmt::format("launching {}", name(call.operation)));
   if (call.capturing) {
@@ -329,7 +324,16 @@ void Context::end_sending(const Call& call) {
   }
   cuda::check(cudaEventRecord(last_done_, call.stream), "cudaEventRecord");
   last_stream_ = call.stream;
-  if (call.wait) cuda::check(cudaStreamSynchronize(call.stream), name(call.operation));
+}
+
+void Context::end(const Call& call) {
+  end_sending(call);
+  if (call.wait && !call.capturing) raise_fault();
+}
+
+void Context::end_sending(const Call& call) {
+  launched(call);
+  if (call.wait && !call.capturing) cuda::check(cudaStreamSynchronize(call.stream), name(call.operation));
 }
 
 void Context::await_counts(const Call& call) {
@@ -475,6 +479,10 @@ plan::Arena::Block Context::arena_block(std::size_t bytes, bool anywhere) {
   return no_pages_ ? plan::Arena::Block{} : block;
 }
 
+plan::Arena::Block Context::arena_reservation(std::size_t most) {
+  return arena_->reserve(most, windows_[rank]->mapped());
+}
+
 // Pages for all of the window up to there. Without them there is no room, as where the arena is full.
 bool Context::grow_arena(std::size_t upto) {
   const OutsideCapture outside;
@@ -489,7 +497,11 @@ std::size_t Context::arena_room() const {
 }
 
 void Context::keep_in_doubt(const Call& call, std::shared_ptr<void> block) {
-  if (!call.capturing) in_doubt_.push_back({call.serial, std::move(block)});
+  if (block && !call.capturing) in_doubt_.push_back({call.serial, std::move(block)});
+}
+
+void Context::not_in_doubt(const Call& call) {
+  std::erase_if(in_doubt_, [&](const Doubt& doubt) { return doubt.serial == call.serial; });
 }
 
 std::shared_ptr<void> Context::local(std::size_t bytes) {
@@ -570,16 +582,6 @@ const DevicePlacement& Context::on_device(const std::shared_ptr<const Placement>
   entry.num_copies = static_cast<int>(replicas.size());
   entry.placement = placement;
   return entry;
-}
-
-// Where rows cross a link and there are SMs enough to fill it: its share of the SMs writes nothing else, because a warp
-// that writes both near and far goes at the pace of the slower (shared/limits: from 16 SMs on).
-int Context::remote_blocks(int blocks) const {
-  constexpr int kSplitFrom = 16, kFillsLink = 8;
-  if (all_on_one_device_ || blocks < kSplitFrom) return 0;
-  const auto near = std::count_if(peers_.begin(), peers_.end(), [](const Peer& peer) { return peer.same_device != 0; });
-  const int far = num_ranks - static_cast<int>(near);
-  return std::clamp(blocks * far / num_ranks, kFillsLink, blocks - 4);
 }
 
 // Masks and statistics

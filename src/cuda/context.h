@@ -58,6 +58,8 @@ class Context {
   /// Begins work of this rank alone, which is no operation and has no epoch.
   Call begin_local(Stream stream);
   Common common(const Call& call, const Signature& signature) const;
+  /// After a kernel of a call was launched: what other streams do next waits for it. Throws launch errors.
+  void launched(const Call& call);
   /// After the last kernel of a call. Throws launch errors; where the call waits, what its kernels reported.
   void end(const Call& call);
   /// After a kernel that sends: as end(), but what it reported is raised when its ticket is received.
@@ -84,10 +86,14 @@ class Context {
   /// A block of the arena; after what is in doubt was settled, if that is what it takes.
   plan::Arena::Block arena_block(std::size_t bytes, bool anywhere, const Call& call);
   plan::Arena::Block arena_block(std::size_t bytes, bool anywhere);
+  /// Of what has pages already, up to `most` bytes, to be settled.
+  plan::Arena::Block arena_reservation(std::size_t most);
   /// What arena_block() had at most, in one piece, where it had too little.
   std::size_t arena_room() const;
   /// Keeps a block until the call that uses it is known to have ended well.
   void keep_in_doubt(const Call& call, std::shared_ptr<void> block);
+  /// The call offered its block to nobody: it may go at once.
+  void not_in_doubt(const Call& call);
   /// Memory of this device that only this rank uses; ordered as the buffer's calls are.
   std::shared_ptr<void> local(std::size_t bytes);
   /// Owners in the hands of a caller whose work on `user` is not ordered with our calls.
@@ -107,8 +113,7 @@ class Context {
   const std::int32_t* counted_first_row() const { return first_row_; }
   std::int32_t* device_first_row() const { return device_first_row_; }
   int shared_limit() const { return shared_limit_; }
-  /// Of `blocks`, how many write to other devices only; 0: all write everywhere.
-  int remote_blocks(int blocks) const;
+  const plan::Neighbourhood& neighbourhood() const { return neighbourhood_; }
   void copy(void* dst, const void* src, std::size_t bytes, cudaMemcpyKind kind) const;
 
   void set_masked(int peer, bool masked);
@@ -168,9 +173,9 @@ class Context {
   cudaStream_t last_stream_ = nullptr;
   int default_blocks_ = 1, most_blocks_ = 1;
   int shared_limit_ = 0;
-  bool all_on_one_device_ = true;
   bool no_pages_ = false;  // the last block that was asked for found addresses, but no memory for them
   int low_latency_blocks_ = 1;
+  plan::Neighbourhood neighbourhood_;
   std::uint64_t serial_ = 0;
   std::uint64_t operations_ = 0;
   std::set<std::uint64_t> open_tickets_;  // numbers of their operations

@@ -2,8 +2,10 @@
 // High-throughput dispatch: rows go from the caller's tensor to their final place in the receivers' windows. Phases:
 // reply, await replies, send, receive. Each block has mover warps, which write rows, and companion warps, which write
 // what travels beside them: ids, weights, scales, side tensors.
-#include "cuda/encode.cuh"
+#include <algorithm>
+
 #include "cuda/kernels.h"
+#include "cuda/quantize.cuh"
 #include "cuda/wait.cuh"
 
 namespace deep_ep::cuda {
@@ -12,13 +14,16 @@ namespace {
 
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int kMaxMoverWarps = 16;
-// Warps of one block. Quantising takes registers for the channels that are on their way: fewer warps, each with more.
+// Warps of one block. Quantising takes registers for two batches of channels: fewer warps, each with more.
 struct Crew {
   int movers, companions;
+  __host__ __device__ constexpr int threads() const { return (movers + companions) * 32; }
 };
-__host__ __device__ constexpr Crew crew_of(bool quantize) { return quantize ? Crew{12, 4} : Crew{kMaxMoverWarps, 8}; }
-constexpr int kStages = 3;       // row pieces that one mover warp has in shared memory
-constexpr int kGroupsAhead = 8;  // groups of channels that a quantising warp holds in registers
+__host__ __device__ constexpr Crew crew_of(bool quantize) { return quantize ? Crew{14, 2} : Crew{kMaxMoverWarps, 8}; }
+constexpr int kStages = 3;  // row pieces that one mover warp has in shared memory
+// Passes of one batch of a quantising warp: as many as its registers hold.
+template <class Number>
+constexpr int kPassesOf = 16 / Number::kBytes;
 
 // One receiver's output, seen from here.
 struct Destination {
@@ -30,8 +35,16 @@ struct Destination {
   unsigned rows_counted;           // where rows are more than arrivals: those that this block counted
 };
 
+// What this rank is going to receive: known to the host, or counted by notify.
+struct Incoming {
+  std::int64_t rows, arrivals;
+  __device__ explicit Incoming(const DispatchParams& p)
+      : rows(p.rows >= 0 ? p.rows : p.common.state->rows),
+        arrivals(p.arrivals >= 0 ? p.arrivals : p.common.state->arrivals) {}
+};
+
 // Phase reply: a thread per source says where its rows begin. With a cached handle the call is announced here too.
-__device__ void reply(const Now& now, const DispatchParams& p) {
+__device__ void reply(const Now& now, const DispatchParams& p, const Incoming& incoming) {
   const int me = p.common.rank;
   for (int src = static_cast<int>(threadIdx.x / 32); src < p.common.num_ranks;
        src += static_cast<int>(blockDim.x / 32)) {
@@ -48,7 +61,13 @@ __device__ void reply(const Now& now, const DispatchParams& p) {
         now.reply_first_rows(src, me)[slot] = p.first_row[std::int64_t{src} * p.num_slots + slot];
     }
     if (lane == 0) {
-      Reply answer{p.verdict, p.needed, p.there, p.block_at, p.rows, p.arrivals, p.cached ? 0 : p.first_arrival[src]};
+      Reply answer{p.verdict,
+                   p.needed,
+                   p.there,
+                   p.block_at,
+                   incoming.rows,
+                   incoming.arrivals,
+                   p.cached ? 0 : p.first_arrival[src]};
       if (p.max_rows > 0 && p.common.state->rows > p.max_rows && answer.verdict == Reply::kAccepted)
         answer.verdict = Reply::kMoreThanMaxRows, answer.needed = p.common.state->rows, answer.there = p.max_rows;
       if (!p.cached && p.common.state->full_slot_rows > 0 && answer.verdict == Reply::kAccepted) {
@@ -91,49 +110,43 @@ __device__ bool await_reply(const Now& now, const DispatchParams& p, int dst, De
   to.at = plan::OutputBlock::place(p.shape, p.layout, answer.rows, answer.arrivals);
   to.first_arrival = answer.first_arrival;
   to.first_rows = now.reply_first_rows(me, dst);
-  const bool remote_block = static_cast<int>(blockIdx.x) < p.remote_blocks;
-  to.writes_here = p.remote_blocks == 0 || remote_block == (p.common.peers[dst].same_device == 0);
+  const bool far_block = static_cast<int>(blockIdx.x) < p.roles.far;
+  to.writes_here = p.roles.far == 0 || far_block == (p.common.peers[dst].same_device == 0);
   return true;
 }
 
-// One selection of a token, as the lane that looks at it sees it.
-struct Selection {
-  int rank;    // -1: none, or nobody to write to
-  bool first;  // the token's first to that rank: what goes once per rank goes with this one
-  std::int64_t arrival, row;
+// What the routes say of one selection. Until a handle is cached its numbers are relative to what the receivers reply.
+struct Route {
+  std::int32_t rank;  // -1: none
+  std::int32_t row, slot;
 };
 
-__device__ std::int64_t arrival_of(const DispatchParams& p, const Destination& to, std::int64_t at) {
-  return p.cached ? p.routes.dst_arrival[at] : p.routes.relative_arrival[at] + to.first_arrival;
-}
-
-__device__ std::int64_t row_of(const DispatchParams& p, const Destination& to, std::int64_t at, std::int64_t arrival) {
-  if (p.cached) return p.routes.dst_row[at];
-  return p.layout == OutputLayout::kByRank ? arrival : p.routes.relative_row[at] + to.first_rows[p.routes.slot[at]];
-}
-
 // Selections `chunk * 32 ..` of a token, one per lane.
-__device__ Selection select(const DispatchParams& p, const Destination* to, int token, int chunk, int lane) {
-  const std::int64_t first = std::int64_t{token} * p.num_topk;
+__device__ Route read_route(const DispatchParams& p, int token, int chunk, int lane) {
   const int k = chunk * 32 + lane;
-  Selection s{-1, false, 0, 0};
-  if (k < p.num_topk) s.rank = p.routes.dst_rank[first + k];
-  if (s.rank >= 0 && to[s.rank].block == nullptr) s.rank = -1;
-  const unsigned same = __match_any_sync(kAll, s.rank);
-  s.first = s.rank >= 0 && lane == __ffs(same) - 1;
-  for (int j = 0; s.first && j < chunk * 32; ++j) s.first = p.routes.dst_rank[first + j] != s.rank;
-  if (s.rank >= 0) {
-    s.arrival = arrival_of(p, to[s.rank], first + k);
-    s.row = row_of(p, to[s.rank], first + k, s.arrival);
-  }
-  return s;
+  Route route{-1, 0, 0};
+  if (token >= p.num_tokens || k >= p.num_topk) return route;
+  const std::int64_t at = std::int64_t{token} * p.num_topk + k;
+  const bool by_rank = p.layout == OutputLayout::kByRank;
+  route.rank = p.routes.dst_rank[at];
+  route.row = p.cached ? (by_rank ? p.routes.dst_arrival : p.routes.dst_row)[at]
+                       : (by_rank ? p.routes.relative_arrival : p.routes.relative_row)[at];
+  if (!p.cached && !by_rank) route.slot = p.routes.slot[at];
+  return route;
 }
 
-// Where a lane's selection is written by this block's movers; null: nowhere.
-__device__ std::byte* row_address(const DispatchParams& p, const Destination* to, const Selection& s) {
-  const bool writes = s.rank >= 0 && to[s.rank].writes_here && (s.first || p.layout != OutputLayout::kByRank);
-  return writes ? to[s.rank].block + to[s.rank].at.x_at + s.row * static_cast<std::int64_t>(p.shape.row_bytes)
-                : nullptr;
+__device__ std::int64_t final_row(const DispatchParams& p, const Destination& to, const Route& route) {
+  if (p.cached) return route.row;
+  return route.row + (p.layout == OutputLayout::kByRank ? to.first_arrival : to.first_rows[route.slot]);
+}
+
+// Whether the lane's selection is its token's first to that rank: what goes once per rank goes with this one.
+// `token_here` tells the tokens of one warp apart; `chunk` says which of its token's selections the warp has.
+__device__ bool first_to_rank(const DispatchParams& p, int rank, int token, int token_here, int chunk, int lane) {
+  const unsigned same = __match_any_sync(kAll, rank >= 0 ? rank * 32 + token_here : -1 - lane);
+  bool first = rank >= 0 && lane == __ffs(same) - 1;
+  for (int j = 0; first && j < chunk * 32; ++j) first = p.routes.dst_rank[std::int64_t{token} * p.num_topk + j] != rank;
+  return first;
 }
 
 // The rows of a mover warp: tokens first, first + step, ...; a token again for each 32 of its selections, in pieces.
@@ -141,14 +154,18 @@ struct Job {
   int token, chunk, piece;
 };
 struct Jobs {
-  int first, step, num_tokens, chunks, pieces;
+  const DispatchParams& p;
+  int first, step;
   __device__ Job begin() const { return {first, 0, 0}; }
-  __device__ bool has(const Job& job) const { return job.token < num_tokens; }
+  __device__ bool has(const Job& job) const { return job.token < p.num_tokens; }
   // Step by step: a division for each job costs more than moving a short row.
   __device__ void advance(Job& job) const {
-    if (++job.piece < pieces) return;
+    if (++job.piece < p.pieces) return;
     job.piece = 0;
-    if (++job.chunk < chunks) return;
+    skip_pieces(job);
+  }
+  __device__ void skip_pieces(Job& job) const {
+    if (++job.chunk < p.chunks) return;
     job.chunk = 0;
     job.token += step;
   }
@@ -167,17 +184,82 @@ struct Ring {
 };
 
 __device__ Jobs jobs_of(const DispatchParams& p, int warp) {
-  const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
-  const bool split = p.remote_blocks > 0, remote = block < p.remote_blocks;
-  const int of_role = !split ? blocks : remote ? p.remote_blocks : blocks - p.remote_blocks;
-  const int in_role = split && !remote ? block - p.remote_blocks : block;
-  const auto pieces = static_cast<int>((p.shape.row_bytes + p.piece_bytes - 1) / p.piece_bytes);
-  return {in_role + warp * of_role, of_role * p.mover_warps, p.num_tokens, (p.num_topk + 31) / 32, pieces};
+  const int block = static_cast<int>(blockIdx.x);
+  const bool far = block < p.roles.far;
+  const int blocks = far ? p.roles.far : p.roles.moving - p.roles.far, in_role = far ? block : block - p.roles.far;
+  const int first = in_role < blocks ? in_role + warp * blocks : p.num_tokens;
+  return {p, first, blocks * p.mover_warps};
 }
 
 __device__ int bytes_of_piece(const DispatchParams& p, int piece) {
   const std::int64_t left = static_cast<std::int64_t>(p.shape.row_bytes) - std::int64_t{piece} * p.piece_bytes;
   return left < p.piece_bytes ? static_cast<int>(left) : p.piece_bytes;
+}
+
+// Where a lane's selection is written by this block's movers.
+struct Target {
+  std::byte* row;        // null: nowhere
+  std::int32_t* scales;  // of the row; quantised rows only
+  std::int64_t scale_stride;
+};
+
+// A mover warp's targets in the order of its jobs, one per lane for each token and chunk. The routes of one are read
+// while the rows of another move.
+class Targets {
+ public:
+  __device__ Targets(const DispatchParams& p, const Destination* to, const Jobs& jobs, int lane)
+      : p_(p), to_(to), jobs_(jobs), lane_(lane), at_(jobs.begin()), route_(read_route(p, at_.token, 0, lane)) {}
+
+  __device__ Target next() {
+    const Target now = resolve();
+    jobs_.skip_pieces(at_);
+    route_ = read_route(p_, at_.token, at_.chunk, lane_);
+    return now;
+  }
+
+ private:
+  __device__ Target resolve() const {
+    int rank = route_.rank;
+    if (rank >= 0 && !(to_[rank].block != nullptr && to_[rank].writes_here)) rank = -1;
+    if (p_.layout == OutputLayout::kByRank && !first_to_rank(p_, rank, at_.token, 0, at_.chunk, lane_)) rank = -1;
+    if (rank < 0) return {};
+    const Destination& there = to_[rank];
+    const std::int64_t row = final_row(p_, there, route_);
+    return {there.block + there.at.x_at + row * static_cast<std::int64_t>(p_.shape.row_bytes),
+            reinterpret_cast<std::int32_t*>(there.block + there.at.scales_at) + there.at.first_scale(row),
+            there.at.scale_column_stride};
+  }
+
+  const DispatchParams& p_;
+  const Destination* to_;
+  const Jobs jobs_;
+  const int lane_;
+  Job at_;
+  Route route_;
+};
+
+// The targets of one token, one after the other in shared memory, where they cost no registers. All lanes.
+class TargetList {
+ public:
+  __device__ explicit TargetList(Target* entries) : entries_(entries) {}
+  __device__ void set(const Target& target, int lane) {
+    const unsigned given = __ballot_sync(kAll, target.row != nullptr);
+    __syncwarp();  // the last token's have been read
+    if (target.row != nullptr) entries_[__popc(given & ((1u << lane) - 1))] = target;
+    count_ = __popc(given);
+    __syncwarp();
+  }
+  __device__ int size() const { return count_; }
+  __device__ const Target& operator[](int i) const { return entries_[i]; }
+
+ private:
+  Target* const entries_;
+  int count_ = 0;
+};
+
+template <typename T>
+__device__ T* of_lane(T* mine, int from) {
+  return reinterpret_cast<T*>(__shfl_sync(kAll, reinterpret_cast<unsigned long long>(mine), from));
 }
 
 // Movers of rows as they are.
@@ -202,9 +284,10 @@ __device__ void move_rows(const DispatchParams& p, const Destination* to, std::b
     filling.advance();
   };
   for (int i = 0; i < kStages - 1; ++i) load();
+  Targets targets(p, to, jobs, lane);
   std::byte* dst = nullptr;
   for (Job job = jobs.begin(); jobs.has(job); jobs.advance(job), emptying.advance()) {
-    if (job.piece == 0) dst = row_address(p, to, select(p, to, job.token, job.chunk, lane));
+    if (job.piece == 0) dst = targets.next().row;
     ptx::barrier_wait(full + emptying.at, emptying.parity);
     if (dst != nullptr)
       ptx::bulk_store(dst + std::int64_t{job.piece} * p.piece_bytes, ring + emptying.at * p.stage_bytes,
@@ -218,8 +301,10 @@ __device__ void move_rows(const DispatchParams& p, const Destination* to, std::b
 #else
   (void)stages, (void)barriers;
   constexpr int kAhead = 4;
+  Targets targets(p, to, jobs, lane);
+  std::byte* dst = nullptr;
   for (Job job = jobs.begin(); jobs.has(job); jobs.advance(job)) {
-    std::byte* const dst = row_address(p, to, select(p, to, job.token, job.chunk, lane));
+    if (job.piece == 0) dst = targets.next().row;
     const std::int64_t piece_at = std::int64_t{job.piece} * p.piece_bytes;
     const std::byte* const src = p.x + job.token * static_cast<std::int64_t>(p.shape.row_bytes) + piece_at;
     const unsigned lanes = __ballot_sync(kAll, dst != nullptr);
@@ -230,8 +315,7 @@ __device__ void move_rows(const DispatchParams& p, const Destination* to, std::b
       for (int i = 0; i < kAhead; ++i)
         if (first + 32 * i < vectors) v[i] = ptx::load_streaming(src + 16 * (first + 32 * i));
       for (unsigned rest = lanes; rest != 0; rest &= rest - 1) {
-        auto* at =
-            reinterpret_cast<std::byte*>(__shfl_sync(kAll, reinterpret_cast<unsigned long long>(dst), __ffs(rest) - 1));
+        std::byte* const at = of_lane(dst, __ffs(rest) - 1);
 #pragma unroll
         for (int i = 0; i < kAhead; ++i)
           if (first + 32 * i < vectors) ptx::store_streaming(at + piece_at + 16 * (first + 32 * i), v[i]);
@@ -241,167 +325,135 @@ __device__ void move_rows(const DispatchParams& p, const Destination* to, std::b
 #endif
 }
 
-// A lane's place among a row's scales, for one receiver's row.
-__device__ void store_scale(const DispatchParams& p, const Destination& to, std::int64_t row, int word,
-                            std::int32_t value) {
+// The stored words of a batch's scales: of passes first_pass .. + passes, the lane holding the scale of its group in
+// pass lane % kLanesOfGroup. The exponents of a pass's four groups share a word.
+struct ScaleWord {
+  std::int32_t word;
+  int at;     // among the row's
+  bool mine;  // this lane stores it
+};
+
+__device__ ScaleWord scale_word(const DispatchParams& p, float scale, int first_pass, int passes, int lane) {
+  const int pass = first_pass + lane % kLanesOfGroup, in_pass = lane / kLanesOfGroup;
+  const int group = pass * kGroupsOfPass + in_pass;
+  bool mine = lane % kLanesOfGroup < passes && group < static_cast<int>(plan::num_fp8_groups(p.hidden));
+  if (p.scale_kind != plan::Fp8Scale::kUe8m0) return {__float_as_int(scale), group, mine};
+  static_assert(plan::kUe8m0PerWord == kGroupsOfPass);
+  std::uint32_t word = mine ? plan::ue8m0_in_word(scale, in_pass) : 0;
+  for (int lanes = kLanesOfGroup; lanes < 32; lanes *= 2) word |= __shfl_xor_sync(kAll, word, lanes);
+  return {static_cast<std::int32_t>(word), pass, mine && in_pass == 0};
+}
+
+// A batch that holds a NaN, an infinity or what is nearly one. Not inlined: the quick path needs the registers.
+template <class Number>
+__device__ __noinline__ void write_any_batch(const DispatchParams& p, TargetList targets, Channels channels, int batch,
+                                             int lane) {
+  constexpr int kPasses = kPassesOf<Number>;
+  for (int pass = 0; pass < kPasses && pass * kPassChannels < channels.left; ++pass) {
+    const int ahead = pass * kPassChannels, left = channels.left - ahead - channel_of_lane(lane);
+    const int row_at = (batch * kPasses + pass) * kPassChannels + channel_of_lane(lane);
+    float of_group;
+    const Codes codes = encode_any_pass<Number>(channels.at + ahead * Number::kBytes, left, p.scale_kind, &of_group);
+    const ScaleWord scale = scale_word(p, of_group, batch * kPasses + pass, 1, lane);
+    for (int i = 0; i < targets.size(); ++i) {
+      const Target to = targets[i];
+      if (scale.mine) to.scales[scale.at * to.scale_stride] = scale.word;
+      for (int run = 0; run < 2; ++run)
+        if (run * kRunsApart < left) ptx::store_streaming(to.row + row_at + run * kRunsApart, codes.run[run]);
+    }
+  }
+}
+
+// Mover warps that quantise. The next batch is loaded pair by pair, as the present one's registers become free.
+// `shared`: room for 32 targets for each mover warp.
+template <class Number>
+__device__ void quantize_rows(const DispatchParams& p, const Destination* to, std::byte* shared, int warp, int lane) {
+  constexpr int kPasses = kPassesOf<Number>;
+  using MyBatch = Batch<Number, kPasses>;
+  const Jobs jobs = jobs_of(p, warp);
+  if (!jobs.has(jobs.begin())) return;
+  const auto channels_of = [&](const Job& job) {
+    const int first = job.piece * MyBatch::kChannels;
+    return Channels{p.x + (job.token * p.hidden + first + channel_of_lane(lane)) * Number::kBytes,
+                    static_cast<int>(p.hidden) - first};
+  };
+  Targets targets(p, to, jobs, lane);
+  TargetList list(reinterpret_cast<Target*>(shared) + 32 * warp);
+  Channels channels = channels_of(jobs.begin());
+  MyBatch batch;
+#pragma unroll
+  for (int pair = 0; pair < MyBatch::kPairs; ++pair) batch.load_pair(pair, channels, lane);
+  for (Job job = jobs.begin(); jobs.has(job);) {
+    if (job.piece == 0) list.set(targets.next(), lane);
+    const int number = job.piece;
+    jobs.advance(job);
+    const Channels next = jobs.has(job) ? channels_of(job) : channels;
+    const std::uint32_t peak = batch.peak(lane);
+    if (__all_sync(kAll, peak < kLargestQuick)) {
+      const plan::Fp8Scaling scaling = quick_scaling(static_cast<std::int32_t>(peak), p.scale_kind);
+      const ScaleWord scale = scale_word(p, scaling.scale, number * kPasses, kPasses, lane);
+      for (int i = 0; scale.mine && i < list.size(); ++i) list[i].scales[scale.at * list[i].scale_stride] = scale.word;
+      const int row_at = number * MyBatch::kChannels + channel_of_lane(lane);
+#pragma unroll
+      for (int pair = 0; pair < MyBatch::kPairs; ++pair) {
+        Codes codes[2];
+        const bool there = MyBatch::has_pair(pair, channels.left);
+        if (there) batch.encode_pair(pair, scaling.factor, codes);
+        batch.load_pair(pair, next, lane);
+        for (int i = 0; there && i < list.size(); ++i)
+          MyBatch::store_pair(pair, list[i].row + row_at, codes, channels.left, lane);
+      }
+    } else {
+      write_any_batch<Number>(p, list, channels, number, lane);
+#pragma unroll
+      for (int pair = 0; pair < MyBatch::kPairs; ++pair) batch.load_pair(pair, next, lane);
+    }
+    channels = next;
+  }
+}
+
+// A row's place among a receiver's scales.
+__device__ void store_scale(const Destination& to, std::int64_t row, int word, std::int32_t value) {
   auto* scales = reinterpret_cast<std::int32_t*>(to.block + to.at.scales_at) + to.at.first_scale(row);
   scales[word * to.at.scale_column_stride] = value;
 }
 
-// The stored words of `count` scales, lane g holding group first + g; exponents of four groups share a word.
-// `row_scales`: where the scales of the lane's row begin, null for a lane that writes nowhere.
-__device__ void store_scales(const DispatchParams& p, std::int32_t* row_scales, std::int64_t stride, float scale,
-                             int first, int count, int lane) {
-  const bool packed = p.scale_kind == plan::Fp8Scale::kUe8m0;
-  std::uint32_t word = packed ? plan::ue8m0_in_word(scale, lane) : __float_as_uint(scale);
-  if (packed) {
-    if (lane >= count) word = 0;
-    word |= __shfl_xor_sync(kAll, word, 1);
-    word |= __shfl_xor_sync(kAll, word, 2);
-  }
-  const bool mine = lane < count && (!packed || lane % plan::kUe8m0PerWord == 0);
-  const int at = packed ? (first + lane) / plan::kUe8m0PerWord : first + lane;
-  for (unsigned rest = __ballot_sync(kAll, row_scales != nullptr); rest != 0; rest &= rest - 1) {
-    const int from = __ffs(rest) - 1;
-    auto* scales =
-        reinterpret_cast<std::int32_t*>(__shfl_sync(kAll, reinterpret_cast<unsigned long long>(row_scales), from));
-    const std::int64_t column = __shfl_sync(kAll, static_cast<long long>(stride), from);
-    if (mine) scales[at * column] = static_cast<std::int32_t>(word);
-  }
+// One selection as its companion lane sees it.
+struct Companion {
+  int token, k;
+  std::int32_t rank, slot;  // rank -1: none, or nobody to write to
+  bool first;               // the token's first to that rank
+  std::int64_t arrival, row;
+};
+
+__device__ bool carries_ids_or_weights(const DispatchParams& p) {
+  return !p.cached || (p.shape.topk_weights && p.layout == OutputLayout::kByRank);
 }
 
-// Loads the lane's four channels of up to kGroupsAhead groups; zeros beyond the row.
-template <class Number>
-__device__ void load_groups(const std::byte* row, std::int64_t hidden, int first_group,
-                            typename Number::Four (&v)[kGroupsAhead], int lane) {
-#pragma unroll
-  for (int g = 0; g < kGroupsAhead; ++g) {
-    const std::int64_t channel = (first_group + std::int64_t{g}) * plan::kFp8Group + 4 * lane;
-    v[g] = {};
-    if (channel < hidden) v[g] = __ldcs(reinterpret_cast<const typename Number::Four*>(row + channel * Number::kBytes));
+// Entry k of what is told of a token once per rank.
+__device__ void write_entry(const DispatchParams& p, const Destination& to, const Companion& c, int rank,
+                            std::int64_t arrival) {
+  const std::int64_t there = arrival * p.num_topk + c.k, here = std::int64_t{c.token} * p.num_topk + c.k;
+  const bool by_rank = p.layout == OutputLayout::kByRank, for_it = c.rank == rank;
+  if (!p.cached) {
+    const std::int32_t slot = for_it ? c.slot : -1;
+    std::byte* ids = to.block + to.at.topk_idx_at;
+    if (p.shape.topk_idx_bytes == 8) {
+      reinterpret_cast<std::int64_t*>(ids)[there] = slot;
+    } else {
+      reinterpret_cast<std::int32_t*>(ids)[there] = slot;
+    }
+    if (!by_rank)
+      reinterpret_cast<std::int32_t*>(to.block + to.at.arrival_row_at)[there] =
+          for_it ? static_cast<std::int32_t>(c.row) : -1;
   }
+  if (p.shape.topk_weights && by_rank)
+    reinterpret_cast<float*>(to.block + to.at.topk_weights_at)[there] =
+        for_it || !p.mask_topk_weights ? p.topk_weights[here] : 0.0f;
 }
 
-// Movers that quantise: a warp reads a row eight groups at a time, one lane works out one group's scale, and the codes
-// of a piece are gathered in shared memory for the bulk stores.
-template <class Number>
-__device__ void quantize_rows(const DispatchParams& p, const Destination* to, std::byte* stages, int warp, int lane) {
-  const Jobs jobs = jobs_of(p, warp);
-  const int groups_of_piece = p.piece_bytes / plan::kFp8Group;
-  const int groups = static_cast<int>(plan::num_fp8_groups(p.hidden));
-  constexpr int kBuffers = 2;
-  std::byte* const buffers = stages + std::int64_t{warp} * kBuffers * p.stage_bytes;
-  typename Number::Four ahead[kGroupsAhead];
-  const auto source = [&](const Job& job) { return p.x + job.token * p.hidden * Number::kBytes; };
-  if (jobs.has(jobs.begin())) load_groups<Number>(source(jobs.begin()), p.hidden, 0, ahead, lane);
-  std::byte* dst = nullptr;
-  std::int32_t* row_scales = nullptr;
-  std::int64_t scale_stride = 1;
-  Ring<kBuffers> turn;
-  for (Job job = jobs.begin(); jobs.has(job); jobs.advance(job), turn.advance()) {
-    if (job.piece == 0) {
-      const Selection s = select(p, to, job.token, job.chunk, lane);
-      dst = row_address(p, to, s);
-      row_scales = nullptr;
-      if (dst != nullptr) {
-        const Destination& there = to[s.rank];
-        row_scales = reinterpret_cast<std::int32_t*>(there.block + there.at.scales_at) + there.at.first_scale(s.row);
-        scale_stride = there.at.scale_column_stride;
-      }
-    }
-    std::byte* const buffer = buffers + turn.at * p.stage_bytes;
-#if EP_BULK_COPY
-    ptx::bulk_wait_read<kBuffers - 1>();
-    __syncwarp();
-#endif
-    const int first_group = job.piece * groups_of_piece;
-    const int end_group = min(first_group + groups_of_piece, groups);
-    for (int group = first_group; group < end_group; group += kGroupsAhead) {
-      typename Number::Four v[kGroupsAhead];
-#pragma unroll
-      for (int g = 0; g < kGroupsAhead; ++g) v[g] = ahead[g];
-      if (group + kGroupsAhead < end_group) {
-        load_groups<Number>(source(job), p.hidden, group + kGroupsAhead, ahead, lane);
-      } else {
-        Job next = job;
-        jobs.advance(next);
-        if (jobs.has(next)) load_groups<Number>(source(next), p.hidden, next.piece * groups_of_piece, ahead, lane);
-      }
-      std::uint32_t largest = 0;  // lane g: of group g
-#pragma unroll
-      for (int g = 0; g < kGroupsAhead; ++g) {
-        const std::uint32_t of_group = __reduce_max_sync(kAll, Number::largest_bits(v[g]));
-        if (lane == g) largest = of_group;
-      }
-      const bool all_plain = __all_sync(kAll, largest < static_cast<std::uint32_t>(plan::kFloatInfBits));
-      if (!all_plain) {
-#pragma unroll
-        for (int g = 0; g < kGroupsAhead; ++g) {
-          float x[4];
-          Number::widen(v[g], x);
-          const std::uint32_t of_group = __reduce_max_sync(kAll, largest_number(x));
-          if (lane == g) largest = of_group;
-        }
-      }
-      const plan::Fp8Scaling scaling = plan::fp8_scaling(static_cast<std::int32_t>(largest), p.scale_kind);
-      store_scales(p, row_scales, scale_stride, scaling.scale, group, min(kGroupsAhead, end_group - group), lane);
-#pragma unroll
-      for (int g = 0; g < kGroupsAhead; ++g) {
-        float x[4];
-        Number::widen(v[g], x);
-        const float factor = __shfl_sync(kAll, scaling.factor, g);
-        const std::uint32_t codes = encode4(x, factor, all_plain);
-        const std::int64_t channel = (group + std::int64_t{g}) * plan::kFp8Group + 4 * lane;
-        if (group + g < end_group && channel < p.hidden)
-          *reinterpret_cast<std::uint32_t*>(buffer + (channel - std::int64_t{first_group} * plan::kFp8Group)) = codes;
-      }
-    }
-    const std::int64_t piece_at = std::int64_t{job.piece} * p.piece_bytes;
-#if EP_BULK_COPY
-    ptx::fence_shared_for_bulk();  // each lane's codes, before the copies that other lanes start
-    __syncwarp();
-    if (dst != nullptr) ptx::bulk_store(dst + piece_at, buffer, bytes_of_piece(p, job.piece));
-    ptx::bulk_commit();
-#else
-    __syncwarp();
-    for (unsigned rest = __ballot_sync(kAll, dst != nullptr); rest != 0; rest &= rest - 1) {
-      auto* at =
-          reinterpret_cast<std::byte*>(__shfl_sync(kAll, reinterpret_cast<unsigned long long>(dst), __ffs(rest) - 1));
-      for (int byte = 16 * lane; byte < bytes_of_piece(p, job.piece); byte += 16 * 32)
-        ptx::store_streaming(at + piece_at + byte, *reinterpret_cast<const uint4*>(buffer + byte));
-    }
-    __syncwarp();
-#endif
-  }
-#if EP_BULK_COPY
-  ptx::bulk_wait_all();
-#endif
-}
-
-// What is told of a token once per rank: ids, weights, where it came from, side tensors. All lanes, one receiver.
-__device__ void write_arrival(const DispatchParams& p, const Destination& to, int rank, std::int64_t arrival, int token,
-                              int lane) {
-  const std::int64_t first = std::int64_t{token} * p.num_topk, there = arrival * p.num_topk;
-  const bool by_rank = p.layout == OutputLayout::kByRank;
-  for (int k = lane; k < p.num_topk; k += 32) {
-    const bool here = p.routes.dst_rank[first + k] == rank;
-    if (!p.cached) {
-      const std::int32_t slot = here ? p.routes.slot[first + k] : -1;
-      std::byte* ids = to.block + to.at.topk_idx_at;
-      if (p.shape.topk_idx_bytes == 8) {
-        reinterpret_cast<std::int64_t*>(ids)[there + k] = slot;
-      } else {
-        reinterpret_cast<std::int32_t*>(ids)[there + k] = slot;
-      }
-      if (!by_rank)
-        reinterpret_cast<std::int32_t*>(to.block + to.at.arrival_row_at)[there + k] =
-            here ? static_cast<std::int32_t>(row_of(p, to, first + k, arrival)) : -1;
-    }
-    if (p.shape.topk_weights && by_rank)
-      reinterpret_cast<float*>(to.block + to.at.topk_weights_at)[there + k] =
-          here || !p.mask_topk_weights ? p.topk_weights[first + k] : 0.0f;
-  }
-  if (!p.cached && lane == 0) reinterpret_cast<std::int32_t*>(to.block + to.at.src_token_at)[arrival] = token;
+// Side tensors, once per rank and token. All lanes.
+__device__ void write_sides(const DispatchParams& p, const Destination& to, std::int64_t arrival, int token, int lane) {
   for (int i = 0; i < p.shape.num_side; ++i) {
     const auto words = static_cast<int>(p.shape.side_bytes[i] / 4);
     const auto* src = reinterpret_cast<const std::int32_t*>(p.side[i]) + std::int64_t{token} * words;
@@ -410,46 +462,99 @@ __device__ void write_arrival(const DispatchParams& p, const Destination& to, in
   }
 }
 
-// What goes beside each row: its weight where a row is one selection's, and the caller's scales. All lanes, one row.
-__device__ void write_beside_row(const DispatchParams& p, const Destination& to, std::int64_t row,
-                                 std::int64_t selection, int lane) {
-  if (p.shape.topk_weights && p.layout != OutputLayout::kByRank && lane == 0)
-    reinterpret_cast<float*>(to.block + to.at.topk_weights_at)[row] = p.topk_weights[selection];
-  if (p.scales == nullptr) return;
-  const std::int64_t token = selection / p.num_topk;
-  for (int word = lane; word < p.shape.num_scales; word += 32)
-    store_scale(p, to, row, word, p.scales[token * p.scale_strides[0] + word * p.scale_strides[1]]);
+// The caller's scales, once per row. All lanes.
+__device__ void write_given_scales(const DispatchParams& p, const Destination& to, std::int64_t row, int token,
+                                   int lane) {
+  for (int word = lane; p.scales != nullptr && word < p.shape.num_scales; word += 32)
+    store_scale(to, row, word, p.scales[token * p.scale_strides[0] + word * p.scale_strides[1]]);
 }
+
+// Companion warps: everything beside the rows, and this rank's own record of where its tokens went. As many tokens at a
+// time as a warp has lanes for, a lane for each selection.
+class Companions {
+ public:
+  __device__ Companions(const DispatchParams& p, const Destination* to, int lane)
+      : p_(p), to_(to), lane_(lane), lanes_(min(p.num_topk, 32)), token_here_(lane / lanes_), tokens_(32 / lanes_) {}
+
+  __device__ void write_all(int warp, int warps) {
+    const int step = static_cast<int>(gridDim.x) * warps * tokens_;
+    const int first = (static_cast<int>(blockIdx.x) + warp * static_cast<int>(gridDim.x)) * tokens_;
+    for (int token = first; token < p_.num_tokens; token += step)
+      for (int chunk = 0; chunk * 32 < p_.num_topk; ++chunk) write(read(token + token_here_, chunk));
+  }
+
+ private:
+  __device__ Companion read(int token, int chunk) {
+    Companion c{token, chunk * 32 + lane_ % lanes_, -1, -1, false, -1, -1};
+    if (token_here_ < tokens_ && token < p_.num_tokens && c.k < p_.num_topk) look(c);
+    c.first = first_to_rank(p_, c.rank, token, token_here_, chunk, lane_);
+    return c;
+  }
+  // Everything but `first`.
+  __device__ void look(Companion& c) const {
+    const std::int64_t at = std::int64_t{c.token} * p_.num_topk + c.k;
+    const bool by_rank = p_.layout == OutputLayout::kByRank;
+    c.rank = p_.routes.dst_rank[at];
+    c.arrival = (p_.cached ? p_.routes.dst_arrival : p_.routes.relative_arrival)[at];
+    if (!by_rank) c.row = (p_.cached ? p_.routes.dst_row : p_.routes.relative_row)[at];
+    if (!p_.cached) c.slot = p_.routes.slot[at];
+    if (c.rank >= 0 && to_[c.rank].block == nullptr) c.rank = -1;
+    if (c.rank >= 0 && !p_.cached) {
+      c.arrival += to_[c.rank].first_arrival;
+      if (!by_rank) c.row += to_[c.rank].first_rows[c.slot];
+    }
+    if (by_rank) c.row = c.arrival;
+    if (p_.cached) return;
+    p_.routes.dst_row[at] = c.rank >= 0 ? static_cast<std::int32_t>(c.row) : -1;
+    p_.routes.dst_arrival[at] = c.rank >= 0 ? static_cast<std::int32_t>(c.arrival) : -1;
+  }
+
+  __device__ void write(const Companion& c) {
+    const bool by_rank = p_.layout == OutputLayout::kByRank;
+    if (carries_ids_or_weights(p_)) {
+      if (!p_.cached && c.first)
+        reinterpret_cast<std::int32_t*>(to_[c.rank].block + to_[c.rank].at.src_token_at)[c.arrival] = c.token;
+      for (int i = 0; i < lanes_; ++i) {
+        const int from = min(token_here_ * lanes_ + i, 31);
+        const int rank = __shfl_sync(kAll, c.rank, from);
+        const std::int64_t arrival = __shfl_sync(kAll, static_cast<long long>(c.arrival), from);
+        const bool first = __shfl_sync(kAll, static_cast<int>(c.first), from) != 0;
+        if (first && token_here_ < tokens_) write_entries(c, rank, arrival);
+      }
+    }
+    if (p_.shape.topk_weights && !by_rank && c.rank >= 0)
+      reinterpret_cast<float*>(to_[c.rank].block + to_[c.rank].at.topk_weights_at)[c.row] =
+          p_.topk_weights[std::int64_t{c.token} * p_.num_topk + c.k];
+    if (p_.shape.num_side == 0 && p_.scales == nullptr) return;
+    for (unsigned rest = __ballot_sync(kAll, c.rank >= 0 && (c.first || !by_rank)); rest != 0; rest &= rest - 1) {
+      const int from = __ffs(rest) - 1;
+      const Destination& to = to_[__shfl_sync(kAll, c.rank, from)];
+      const int token = __shfl_sync(kAll, c.token, from);
+      const std::int64_t arrival = __shfl_sync(kAll, static_cast<long long>(c.arrival), from);
+      const std::int64_t row = __shfl_sync(kAll, static_cast<long long>(c.row), from);
+      if (__shfl_sync(kAll, static_cast<int>(c.first), from) != 0) write_sides(p_, to, arrival, token, lane_);
+      write_given_scales(p_, to, row, token, lane_);
+    }
+  }
+  // The lane's entry; of a token with more selections than lanes also those of the other chunks.
+  __device__ void write_entries(const Companion& c, int rank, std::int64_t arrival) {
+    for (int k = c.k % 32; k < p_.num_topk; k += 32) {
+      Companion other = c;
+      if (k != c.k) {
+        other.k = k, other.rank = -1;
+        look(other);
+      }
+      write_entry(p_, to_[rank], other, rank, arrival);
+    }
+  }
+
+  const DispatchParams& p_;
+  const Destination* to_;
+  const int lane_, lanes_, token_here_, tokens_;
+};
 
 __device__ bool has_companions(const DispatchParams& p) {
   return !p.cached || p.shape.topk_weights || p.shape.num_side > 0 || p.scales != nullptr;
-}
-
-// Companion warps: everything beside the rows, and this rank's own record of where its tokens went.
-__device__ void write_companions(const DispatchParams& p, const Destination* to, int warp, int warps, int lane) {
-  if (!has_companions(p)) return;
-  const int step = static_cast<int>(gridDim.x) * warps;
-  for (int token = static_cast<int>(blockIdx.x) + warp * static_cast<int>(gridDim.x); token < p.num_tokens;
-       token += step) {
-    for (int chunk = 0; chunk * 32 < p.num_topk; ++chunk) {
-      const Selection s = select(p, to, token, chunk, lane);
-      const std::int64_t first = std::int64_t{token} * p.num_topk + chunk * 32;
-      if (!p.cached && chunk * 32 + lane < p.num_topk) {
-        p.routes.dst_row[first + lane] = s.rank >= 0 ? static_cast<std::int32_t>(s.row) : -1;
-        p.routes.dst_arrival[first + lane] = s.rank >= 0 ? static_cast<std::int32_t>(s.arrival) : -1;
-      }
-      const bool one_per_rank = p.layout == OutputLayout::kByRank;
-      for (unsigned rest = __ballot_sync(kAll, s.rank >= 0 && (s.first || !one_per_rank)); rest != 0;
-           rest &= rest - 1) {
-        const int from = __ffs(rest) - 1;
-        const int rank = __shfl_sync(kAll, s.rank, from);
-        const std::int64_t row = __shfl_sync(kAll, static_cast<long long>(s.row), from);
-        const std::int64_t arrival = __shfl_sync(kAll, static_cast<long long>(s.arrival), from);
-        if (__shfl_sync(kAll, static_cast<int>(s.first), from)) write_arrival(p, to[rank], rank, arrival, token, lane);
-        write_beside_row(p, to[rank], row, first + from, lane);
-      }
-    }
-  }
 }
 
 // Rows that no source writes: padding between experts is zero, ids behind a bounded output's rows say "nobody".
@@ -462,7 +567,7 @@ __device__ void clear_unwritten(const DispatchParams& p, const Destination& mine
         std::byte* x = mine.block + mine.at.x_at + row * static_cast<std::int64_t>(p.shape.row_bytes);
         for (std::int64_t byte = 16 * lane; byte < static_cast<std::int64_t>(p.shape.row_bytes); byte += 16 * 32)
           *reinterpret_cast<uint4*>(x + byte) = uint4{};
-        for (int word = lane; word < p.shape.num_scales; word += 32) store_scale(p, mine, row, word, 0);
+        for (int word = lane; word < p.shape.num_scales; word += 32) store_scale(mine, row, word, 0);
         if (p.shape.topk_weights && lane == 0) reinterpret_cast<float*>(mine.block + mine.at.topk_weights_at)[row] = 0;
       }
     }
@@ -523,8 +628,7 @@ enum class Rows { kAsTheyAre, kBf16, kFp16, kFp32 };
 }  // namespace
 
 template <Rows kRows>
-__global__ void __launch_bounds__(
-    (crew_of(kRows != Rows::kAsTheyAre).movers + crew_of(kRows != Rows::kAsTheyAre).companions) * 32, 1)
+__global__ void __launch_bounds__(crew_of(kRows != Rows::kAsTheyAre).threads(), 1)
     dispatch(const __grid_constant__ DispatchParams p) {
   extern __shared__ __align__(128) std::byte shared[];
   __shared__ std::uint64_t barriers[kMaxMoverWarps * kStages];
@@ -536,18 +640,23 @@ __global__ void __launch_bounds__(
   std::byte* const stages = shared + destinations_bytes;
 
   bool good = __syncthreads_and(!has_failed(now));  // notify's verdict
-  if (good && blockIdx.x == 0) reply(now, p);
+  const Incoming incoming(p);
+  // The host had to guess how much room this takes and was wrong: it launches this kernel again. Nobody is told yet.
+  if (good && p.rows < 0 &&
+      plan::OutputBlock::place(p.shape, p.layout, incoming.rows, incoming.arrivals).total_bytes > p.room)
+    return;
+  if (good && blockIdx.x == 0) reply(now, p, incoming);
   for (int dst = static_cast<int>(threadIdx.x); good && dst < p.common.num_ranks; dst += static_cast<int>(blockDim.x))
     good = await_reply(now, p, dst, to[dst]);
 #if EP_BULK_COPY
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kMaxMoverWarps * kStages; ++i) ptx::barrier_init(barriers + i);
+    for (int i = 0; i < kMaxMoverWarps * kStages; ++i) ptx::barrier_init(barriers + i, 1);
     ptx::barrier_init_done();
   }
 #endif
   if (__syncthreads_and(good)) {
     if (warp >= p.mover_warps) {
-      write_companions(p, to, warp - p.mover_warps, crew.companions, lane);
+      if (has_companions(p)) Companions(p, to, lane).write_all(warp - p.mover_warps, crew.companions);
       clear_unwritten(p, to[p.common.rank], warp - p.mover_warps, crew.companions, lane);
       count_rows_sent(p, to, warp - p.mover_warps, crew.companions, lane);
     } else if constexpr (kRows == Rows::kAsTheyAre) {
@@ -570,17 +679,22 @@ namespace {
 
 constexpr std::size_t kLargestPiece = 14336;
 
-// How the rows are cut, and how many warps move them: as many as shared memory has stages for.
-void share_work(DispatchParams& p, bool quantize, std::size_t room) {
-  const std::size_t unit = quantize ? std::size_t{plan::kFp8Group} * kGroupsAhead : 16;
+// How rows as they are are cut, and how many warps move them: as many as shared memory has stages for.
+void share_rows(DispatchParams& p, std::size_t room) {
   const std::size_t pieces = (p.shape.row_bytes + kLargestPiece - 1) / kLargestPiece;
-  const std::size_t piece = plan::align_up((p.shape.row_bytes + pieces - 1) / pieces, unit);
+  const std::size_t piece = plan::align_up((p.shape.row_bytes + pieces - 1) / pieces, 16);
+  p.pieces = static_cast<int>(pieces);
   p.piece_bytes = static_cast<int>(piece);
   p.stage_bytes = static_cast<int>(plan::align_up(piece, 128));
-  const auto of_warp = static_cast<std::size_t>(p.stage_bytes) * (quantize ? 2 : kStages);
-  const auto fit = static_cast<int>(room / of_warp);
-  const int most = crew_of(quantize).movers;
-  p.mover_warps = fit < 1 ? 1 : fit > most ? most : fit;
+  const auto fit = static_cast<int>(room / (static_cast<std::size_t>(p.stage_bytes) * kStages));
+  p.mover_warps = std::clamp(fit, 1, crew_of(false).movers);
+}
+
+void share_quantised_rows(DispatchParams& p) {
+  p.piece_bytes = kPassChannels * (p.x_dtype == DType::kFp32 ? kPassesOf<Fp32> : kPassesOf<Bf16>);
+  p.pieces = static_cast<int>((p.shape.row_bytes + p.piece_bytes - 1) / p.piece_bytes);
+  p.stage_bytes = 0;
+  p.mover_warps = crew_of(true).movers;
 }
 
 const void* kernel_of(bool quantize, DType dtype) {
@@ -594,9 +708,14 @@ const void* kernel_of(bool quantize, DType dtype) {
 
 void launch_dispatch(DispatchParams params, bool quantize, int blocks, cudaStream_t stream, int shared_limit) {
   const std::size_t head = (sizeof(Destination) * params.common.num_ranks + 127) / 128 * 128;
-  share_work(params, quantize, static_cast<std::size_t>(shared_limit) - head);
-  const std::size_t stages =
-      static_cast<std::size_t>(params.mover_warps) * params.stage_bytes * (quantize ? 2 : kStages);
+  if (quantize) {
+    share_quantised_rows(params);
+  } else {
+    share_rows(params, static_cast<std::size_t>(shared_limit) - head);
+  }
+  params.chunks = (params.num_topk + 31) / 32;
+  const std::size_t of_warp = quantize ? 32 * sizeof(Target) : static_cast<std::size_t>(params.stage_bytes) * kStages;
+  const std::size_t stages = params.mover_warps * of_warp;
   void* arguments[] = {&params};
   const dim3 threads(static_cast<unsigned>(params.mover_warps + crew_of(quantize).companions) * 32);
   cudaLaunchKernel(kernel_of(quantize, params.x_dtype), dim3(static_cast<unsigned>(blocks)), threads, arguments,

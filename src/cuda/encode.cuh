@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Elements of a row in registers: four at a time to floats, to FP8 codes, and sums back to the row's type. The numbers
-// are those of plan/number.h and plan/fp8.h, bit for bit; where the machine has an instruction that agrees, it is used.
+// Elements of a row in registers: sixteen bytes at a time to floats, to FP8 codes, and sums back to the row's type. The
+// numbers are those of plan/number.h and plan/fp8.h, bit for bit; where the machine has an instruction that agrees, it
+// is used.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -8,90 +9,146 @@
 
 namespace deep_ep::cuda {
 
-// Each number type: widen and narrow; largest_bits is the largest |x| of four as a float's bits, where a NaN counts as
-// what it is, the largest of all, so that the caller sees that there is one.
-__device__ inline std::uint32_t largest_float_bits(const float (&x)[4]) {
-  const auto magnitude = [](float v) { return __float_as_uint(v) & 0x7fffffffu; };
-  return max(max(magnitude(x[0]), magnitude(x[1])), max(magnitude(x[2]), magnitude(x[3])));
-}
-
-struct Bf16 {
+// Each number type: widen, exact, and narrow, rounded to nearest even, of four elements; narrow_all of many.
+//
+// A NaN that the machine's narrowing makes is 0x7fff in the 16-bit types, which no number becomes. It is looked for in
+// many words at once; only where there is one, nearly never, are they gone over again for the one NaN that results
+// hold.
+//
+// largest_bits: the largest |x| of four as a float's bits, where a NaN counts as the largest of all.
+//
+// peak: the largest |x| of sixteen channels for each of two passes, in Number::kWordsOfPair words, as largest_bits
+// has it; larger_peak: of two such words; peak_bits: of one pass, as a float's bits.
+template <std::uint16_t kNan, class Machine>
+struct Half {
   static constexpr int kBytes = 2;
+  static constexpr int kWordsOfPair = 1;
   using Four = uint2;
+  using Eight = uint4;  // channels
+
   __device__ static void widen(uint2 v, float (&x)[4]) {
-    x[0] = __uint_as_float(v.x << 16), x[1] = __uint_as_float(v.x & 0xffff0000u);
-    x[2] = __uint_as_float(v.y << 16), x[3] = __uint_as_float(v.y & 0xffff0000u);
+    Machine::widen_any(v.x, x[0], x[1]), Machine::widen_any(v.y, x[2], x[3]);
   }
   __device__ static uint2 narrow(const float (&x)[4]) {
-    const bool nan = x[0] != x[0] || x[1] != x[1] || x[2] != x[2] || x[3] != x[3];
-    if (!nan) return {ptx::to_bf16x2(x[0], x[1]), ptx::to_bf16x2(x[2], x[3])};
-    return {pair(plan::to_bf16(x[0]), plan::to_bf16(x[1])), pair(plan::to_bf16(x[2]), plan::to_bf16(x[3]))};
+    return {one_nan(Machine::narrow(x[0], x[1])), one_nan(Machine::narrow(x[2], x[3]))};
   }
-  // Many at once. The instruction makes every NaN 0x7fff, which no number becomes: one more carries into the sign, and
-  // a piece without NaN, nearly every piece, is done.
   template <int kFours>
   __device__ static void narrow_all(const float (&x)[kFours][4], uint2 (&out)[kFours]) {
-    std::uint32_t carried = 0;
+    std::uint32_t nan = 0;
 #pragma unroll
     for (int i = 0; i < kFours; ++i) {
-      out[i] = {ptx::to_bf16x2(x[i][0], x[i][1]), ptx::to_bf16x2(x[i][2], x[i][3])};
-      carried |= (out[i].x + 0x00010001u) & ~out[i].x;
-      carried |= (out[i].y + 0x00010001u) & ~out[i].y;
+      out[i] = {Machine::narrow(x[i][0], x[i][1]), Machine::narrow(x[i][2], x[i][3])};
+      nan = Machine::larger(nan, Machine::larger(out[i].x, out[i].y));
     }
-    if ((carried & 0x80008000u) == 0) return;
+    if ((nan & 0xffff) != 0x7fff && nan >> 16 != 0x7fff) return;
 #pragma unroll
-    for (int i = 0; i < kFours; ++i) out[i] = narrow(x[i]);
+    for (int i = 0; i < kFours; ++i) out[i] = {one_nan(out[i].x), one_nan(out[i].y)};
+  }
+
+  __device__ static void load(const std::byte* at, Eight& v) { v = ptx::load_streaming(at); }
+  __device__ static void widen_eight(const Eight& v, float (&x)[8]) {
+    Machine::widen(v.x, x[0], x[1]), Machine::widen(v.y, x[2], x[3]);
+    Machine::widen(v.z, x[4], x[5]), Machine::widen(v.w, x[6], x[7]);
+  }
+  __device__ static void widen_any(const Eight& v, float (&x)[8]) {
+    Machine::widen_any(v.x, x[0], x[1]), Machine::widen_any(v.y, x[2], x[3]);
+    Machine::widen_any(v.z, x[4], x[5]), Machine::widen_any(v.w, x[6], x[7]);
   }
   __device__ static std::uint32_t largest_bits(uint2 v) {
-    const std::uint32_t pairs = __vmaxu2(v.x & 0x7fff7fffu, v.y & 0x7fff7fffu);
-    return max(pairs << 16, pairs & 0xffff0000u);
+    const std::uint32_t pair = Machine::magnitude(v.x, v.y) & 0x7fff7fffu;
+    return peak_bits(max(pair & 0xffff, pair >> 16), false);
   }
-  __device__ static std::uint32_t pair(std::uint32_t low, std::uint32_t high) { return low | high << 16; }
+  __device__ static void peak(const Eight (&a)[2], const Eight (&b)[2], std::uint32_t* word) {
+    const std::uint32_t of_a = peak_of(a), of_b = peak_of(b);  // each of even and of odd channels
+    *word = __vmaxu2(__byte_perm(of_a, of_b, 0x5410) & 0x7fff7fffu, __byte_perm(of_a, of_b, 0x7632) & 0x7fff7fffu);
+  }
+  __device__ static std::uint32_t larger_peak(std::uint32_t a, std::uint32_t b) { return __vmaxu2(a, b); }
+  __device__ static std::uint32_t peak_bits(std::uint32_t word, bool second) {
+    float low, high;
+    Machine::widen(word, low, high);
+    return __float_as_uint(second ? high : low);
+  }
+
+ private:
+  __device__ static std::uint32_t one_nan(std::uint32_t v) {
+    if ((v & 0xffff) == 0x7fff) v = (v & 0xffff0000u) | kNan;
+    if (v >> 16 == 0x7fff) v = (v & 0xffff) | std::uint32_t{kNan} << 16;
+    return v;
+  }
+  __device__ static std::uint32_t peak_of(const Eight (&v)[2]) {
+    return Machine::magnitude(
+        Machine::magnitude(Machine::magnitude(v[0].x, v[0].y), Machine::magnitude(v[0].z, v[0].w)),
+        Machine::magnitude(Machine::magnitude(v[1].x, v[1].y), Machine::magnitude(v[1].z, v[1].w)));
+  }
 };
 
-struct Fp16 {
-  static constexpr int kBytes = 2;
-  using Four = uint2;
-  __device__ static void widen(uint2 v, float (&x)[4]) {
-    x[0] = plan::from_fp16(static_cast<std::uint16_t>(v.x)),
-    x[1] = plan::from_fp16(static_cast<std::uint16_t>(v.x >> 16));
-    x[2] = plan::from_fp16(static_cast<std::uint16_t>(v.y)),
-    x[3] = plan::from_fp16(static_cast<std::uint16_t>(v.y >> 16));
+struct Bf16Machine {
+  __device__ static void widen(std::uint32_t v, float& low, float& high) {
+    low = __uint_as_float(v << 16), high = __uint_as_float(v & 0xffff0000u);
   }
-  __device__ static uint2 narrow(const float (&x)[4]) {
-    return {Bf16::pair(plan::to_fp16(x[0]), plan::to_fp16(x[1])), Bf16::pair(plan::to_fp16(x[2]), plan::to_fp16(x[3]))};
-  }
-  __device__ static std::uint32_t largest_bits(uint2 v) {
-    float x[4];
-    widen(v, x);
-    return largest_float_bits(x);
-  }
-  template <int kFours>
-  __device__ static void narrow_all(const float (&x)[kFours][4], uint2 (&out)[kFours]) {
-#pragma unroll
-    for (int i = 0; i < kFours; ++i) out[i] = narrow(x[i]);
-  }
+  __device__ static void widen_any(std::uint32_t v, float& low, float& high) { widen(v, low, high); }
+  __device__ static std::uint32_t narrow(float low, float high) { return ptx::to_bf16x2(low, high); }
+  __device__ static std::uint32_t larger(std::uint32_t a, std::uint32_t b) { return ptx::larger_bf16x2(a, b); }
+  __device__ static std::uint32_t magnitude(std::uint32_t a, std::uint32_t b) { return ptx::magnitude_bf16x2(a, b); }
 };
+
+struct Fp16Machine {
+  __device__ static void widen(std::uint32_t v, float& low, float& high) {
+    low = ptx::from_fp16(v), high = ptx::from_fp16(v >> 16);
+  }
+  // The machine's widening loses a NaN's sign.
+  __device__ static void widen_any(std::uint32_t v, float& low, float& high) {
+    low = plan::from_fp16(static_cast<std::uint16_t>(v)), high = plan::from_fp16(static_cast<std::uint16_t>(v >> 16));
+  }
+  __device__ static std::uint32_t narrow(float low, float high) { return ptx::to_fp16x2(low, high); }
+  __device__ static std::uint32_t larger(std::uint32_t a, std::uint32_t b) { return ptx::larger_fp16x2(a, b); }
+  __device__ static std::uint32_t magnitude(std::uint32_t a, std::uint32_t b) { return ptx::magnitude_fp16x2(a, b); }
+};
+
+using Bf16 = Half<plan::kBf16Nan, Bf16Machine>;
+using Fp16 = Half<plan::kFp16Nan, Fp16Machine>;
 
 struct Fp32 {
   static constexpr int kBytes = 4;
+  static constexpr int kWordsOfPair = 2;
   using Four = uint4;
+  struct Eight {
+    uint4 low, high;
+  };
+
   __device__ static void widen(uint4 v, float (&x)[4]) {
     x[0] = __uint_as_float(v.x), x[1] = __uint_as_float(v.y), x[2] = __uint_as_float(v.z), x[3] = __uint_as_float(v.w);
   }
   __device__ static uint4 narrow(const float (&x)[4]) {
     return {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])};
   }
-  __device__ static std::uint32_t largest_bits(uint4 v) {
-    float x[4];
-    widen(v, x);
-    return largest_float_bits(x);
-  }
   template <int kFours>
   __device__ static void narrow_all(const float (&x)[kFours][4], uint4 (&out)[kFours]) {
 #pragma unroll
     for (int i = 0; i < kFours; ++i) out[i] = narrow(x[i]);
   }
+
+  __device__ static void load(const std::byte* at, Eight& v) {
+    v = {ptx::load_streaming(at), ptx::load_streaming(at + 16)};
+  }
+  __device__ static void widen_eight(const Eight& v, float (&x)[8]) {
+    float low[4], high[4];
+    widen(v.low, low), widen(v.high, high);
+    for (int i = 0; i < 4; ++i) x[i] = low[i], x[4 + i] = high[i];
+  }
+  __device__ static void widen_any(const Eight& v, float (&x)[8]) { widen_eight(v, x); }
+  __device__ static std::uint32_t largest_bits(uint4 v) {
+    return max(max(bits(v.x), bits(v.y)), max(bits(v.z), bits(v.w)));
+  }
+  __device__ static void peak(const Eight (&a)[2], const Eight (&b)[2], std::uint32_t* words) {
+    words[0] = max(peak_of(a[0]), peak_of(a[1])), words[1] = max(peak_of(b[0]), peak_of(b[1]));
+  }
+  __device__ static std::uint32_t larger_peak(std::uint32_t a, std::uint32_t b) { return max(a, b); }
+  __device__ static std::uint32_t peak_bits(std::uint32_t word, bool) { return word; }
+
+ private:
+  __device__ static std::uint32_t bits(std::uint32_t word) { return word & 0x7fffffffu; }
+  __device__ static std::uint32_t peak_of(const Eight& v) { return max(largest_bits(v.low), largest_bits(v.high)); }
 };
 
 /// Largest |x| of four as bits, NaN left out, as the rule wants.
@@ -103,10 +160,10 @@ __device__ inline std::uint32_t largest_number(const float (&x)[4]) {
 
 /// Four codes, the first in the lowest byte. `plain`: neither NaN nor infinity among the group.
 __device__ inline std::uint32_t encode4(const float (&x)[4], float factor, bool plain) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#if EP_FP8_CONVERSION
   if (plain)
-    return ptx::to_e4m3x2(plan::mul_rn(x[0], factor), plan::mul_rn(x[1], factor)) |
-           ptx::to_e4m3x2(plan::mul_rn(x[2], factor), plan::mul_rn(x[3], factor)) << 16;
+    return ptx::to_e4m3x4(plan::mul_rn(x[0], factor), plan::mul_rn(x[1], factor), plan::mul_rn(x[2], factor),
+                          plan::mul_rn(x[3], factor));
 #else
   (void)plain;
 #endif

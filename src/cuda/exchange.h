@@ -79,7 +79,7 @@ struct State {
   std::uint32_t blocks_begun;  // low latency: the last block to have read `epoch` advances it
   std::uint64_t fault_epoch;   // the last operation that reported a fault: one record per operation
   std::uint32_t failed;        // the last operation that failed, its low bits
-  std::uint32_t barriers[2];
+  std::uint32_t barrier;
   std::uint32_t blocks_done;
   std::uint64_t bad_selection;  // 0: none, else 1 + lowest index in topk_idx
   std::int64_t rows, arrivals;  // notify -> dispatch

@@ -7,6 +7,7 @@
 #include "cuda/exchange.h"
 #include "plan/fp8.h"
 #include "plan/placement.h"
+#include "plan/tuning.h"
 
 namespace deep_ep::cuda {
 
@@ -30,16 +31,16 @@ struct NotifyParams {
   plan::PlacementView placement;   // on the device
   const std::int32_t* first_copy;  // [num_ranks + 1]: slots of all ranks, one after the other
   int num_copies;
-  std::int32_t* segment_counts;  // [segments][num_ranks + num_copies]; a segment is one warp's tokens
+  std::int32_t* block_counts;    // [blocks][num_ranks + num_copies]
+  std::int32_t* segment_counts;  // [segments][num_ranks + num_copies], where shared memory has no room for them
   std::int32_t* totals;          // [num_ranks + num_copies]
-  int segment_tokens;
+  int segment_tokens;            // a segment is one warp's tokens
   bool counters_in_shared;
   OutputLayout layout;
   int expert_alignment, max_tokens_per_rank, num_slots;
   std::int32_t *first_arrival, *slot_rows, *slot_first_row, *tokens_between;  // of the handle
   std::int32_t* first_row;                                                    // [num_ranks][num_slots]
   std::int32_t* counted_first_row;  // slot_first_row in pinned memory; none: the host does not wait for it
-  bool alone;                       // no dispatch kernel follows if this fails
 };
 
 struct LayoutParams {
@@ -71,19 +72,23 @@ struct DispatchParams {
   // As receiver.
   std::uint64_t verdict, needed, there;
   std::uint64_t block_at;
-  std::int64_t rows, arrivals, max_rows;
+  std::uint64_t room;           // bytes from there on
+  std::int64_t rows, arrivals;  // -1: as notify counted them; if the room is too small for those, nothing is done
+  std::int64_t max_rows;
   const std::int32_t *first_arrival, *first_row, *slot_rows, *slot_first_row;
   const std::int32_t* tokens_between;  // [num_ranks][num_ranks]
   // How the blocks share the work.
-  int remote_blocks;  // so many write to other devices only, the rest to this one; 0: all write everywhere
+  plan::BlockRoles roles;
   int mover_warps;
-  int piece_bytes, stage_bytes;  // of the wire row
+  int chunks;                            // of 32 selections
+  int pieces, piece_bytes, stage_bytes;  // of the wire row
 };
 
 /// One step of a token's sum with what it needs, so that whoever adds reads one word of 16 bytes.
 struct alignas(16) Term {
+  enum Closes : std::int32_t { kRank = 1, kNode = 2 };
   std::int32_t row, rank, k;
-  std::int32_t closes;  // 1: the rank's sum, 2: the node's
+  std::int32_t closes;  // the sums that are complete after it
 };
 
 struct CombineParams {

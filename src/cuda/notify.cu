@@ -114,26 +114,36 @@ __device__ void number_segment(const NotifyParams& p, const Segment& segment, st
   }
 }
 
-// Phase prefix: counts of the segments become what lies before each of them.
-__device__ void prefix(const NotifyParams& p, int num_segments) {
-  const int keys = p.common.num_ranks + p.num_copies;
-  constexpr int kAhead = 16;  // loads in flight
-  for (int key = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); key < keys;
-       key += static_cast<int>(gridDim.x * blockDim.x)) {
+// Phase prefix, inside a block: counts of its segments become what lies before each of them in the block.
+__device__ void prefix_in_block(const NotifyParams& p, std::int32_t* segments, int keys) {
+  __syncthreads();
+  for (int key = static_cast<int>(threadIdx.x); key < keys; key += kThreads) {
     std::int32_t sum = 0;
-    for (int first = 0; first < num_segments; first += kAhead) {
-      std::int32_t count[kAhead];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        count[i] = first + i < num_segments ? p.segment_counts[std::int64_t{first + i} * keys + key] : 0;
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (first + i < num_segments) p.segment_counts[std::int64_t{first + i} * keys + key] = sum;
-        sum += count[i];
-      }
+    for (int segment = 0; segment < kNotifyWarps; ++segment) {
+      const std::int32_t count = segments[std::int64_t{segment} * keys + key];
+      segments[std::int64_t{segment} * keys + key] = sum;
+      sum += count;
     }
-    p.totals[key] = sum;
+    p.block_counts[std::int64_t{blockIdx.x} * keys + key] = sum;
   }
+}
+
+// The same among blocks, each for itself, once all have counted; block 0 keeps the totals.
+__device__ void prefix_among_blocks(const NotifyParams& p, std::int32_t* segments, int keys) {
+  for (int key = static_cast<int>(threadIdx.x); key < keys; key += kThreads) {
+    std::int32_t before = 0, total = 0;
+#pragma unroll 8
+    for (int block = 0; block < static_cast<int>(gridDim.x); ++block) {
+      const std::int32_t count = p.block_counts[std::int64_t{block} * keys + key];
+      if (block < static_cast<int>(blockIdx.x)) before += count;
+      total += count;
+    }
+    if (blockIdx.x == 0) p.totals[key] = total;
+    for (int segment = 0; blockIdx.x != 0 && segment < kNotifyWarps; ++segment)
+      segments[std::int64_t{segment} * keys + key] += before;
+  }
+  __syncthreads();
 }
 
 // Phase announce: a warp per peer.
@@ -247,29 +257,19 @@ __global__ void __launch_bounds__(kThreads) notify(const __grid_constant__ Notif
   const int num_segments = (p.num_tokens + p.segment_tokens - 1) / p.segment_tokens;
   const bool working = number < num_segments;
   const Segment segment = segment_of(p, number);
-  std::int32_t* const in_memory = p.segment_counts + std::int64_t{working ? number : 0} * keys;
-  std::int32_t* const counters = p.counters_in_shared ? shared_counters + warp * keys : in_memory;
+  std::int32_t* const of_block =
+      p.counters_in_shared ? shared_counters : p.segment_counts + std::int64_t{blockIdx.x} * kNotifyWarps * keys;
+  std::int32_t* const counters = of_block + std::int64_t{warp} * keys;
 
-  if (working) {
-    for (int key = lane; key < keys; key += 32) counters[key] = 0;
-    __syncwarp();
-    route_segment(p, segment, counters, lane);
-    if (p.counters_in_shared)
-      for (int key = lane; key < keys; key += 32) in_memory[key] = counters[key];
-  }
-  bool good = grid_barrier(now, 0);
+  for (int key = lane; key < keys; key += 32) counters[key] = 0;
+  __syncwarp();
+  if (working) route_segment(p, segment, counters, lane);
+  prefix_in_block(p, of_block, keys);
+  const bool good = grid_barrier(now);
   if (good) {
-    prefix(p, num_segments);
-    good = grid_barrier(now, 1);
-  }
-  if (good) {
+    prefix_among_blocks(p, of_block, keys);
     if (blockIdx.x == 0) announce(now, p, warp, lane);
-    if (working) {
-      if (p.counters_in_shared)
-        for (int key = lane; key < keys; key += 32) counters[key] = in_memory[key];
-      __syncwarp();
-      number_segment(p, segment, counters, lane);
-    }
+    if (working) number_segment(p, segment, counters, lane);
   }
   if (blockIdx.x != 0) {
     last_block(now);
@@ -287,9 +287,8 @@ __global__ void __launch_bounds__(kThreads) notify(const __grid_constant__ Notif
   if (threadIdx.x == 0) {
     while (ptx::load_acquire(&p.common.state->blocks_done) < gridDim.x) {
     }
-    p.common.state->blocks_done = p.common.state->barriers[0] = p.common.state->barriers[1] = 0;
+    p.common.state->blocks_done = p.common.state->barrier = 0;
   }
-  if (failed && p.alone) finish(now);
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence_system();

@@ -31,10 +31,13 @@ class Dispatch {
     if (!cached_) {
       make_handle();
       notify();
-      if (exact()) await_counts();
     }
-    size_output();
-    send();
+    if (exact()) {
+      send_ahead();
+    } else {
+      size_output();
+      send(num_rows_, num_arrivals_);
+    }
     return output();
   }
 
@@ -71,12 +74,12 @@ class Dispatch {
 
   void notify() {
     const DevicePlacement& placement = context_.on_device(call_.placement);
-    // Few segments: each costs a step of the prefix over segments.
-    constexpr int kTokensPerWarp = 32;
+    constexpr int kTokensPerWarp = 16;
     const int blocks = std::clamp(call_.num_tokens / (kNotifyWarps * kTokensPerWarp), 1, now_.blocks);
     const int segments = blocks * kNotifyWarps;
     const std::int64_t keys = context_.num_ranks + placement.num_copies;
-    counts_ = context_.local_tensor(DType::kI32, {segments + 1, keys});
+    const bool in_shared = static_cast<std::size_t>(keys) * kNotifyWarps * sizeof(std::int32_t) <= kMostCounterBytes;
+    counts_ = context_.local_tensor(DType::kI32, {(in_shared ? 0 : segments) + blocks + 1, keys});
     NotifyParams p{};
     p.common = context_.common(now_, call_.signature);
     p.routes = routes(*handle_);
@@ -88,11 +91,11 @@ class Dispatch {
     p.placement = placement.view;
     p.first_copy = placement.first_copy;
     p.num_copies = placement.num_copies;
-    p.segment_counts = data(counts_);
-    p.totals = data(counts_) + segments * keys;
+    p.totals = data(counts_);
+    p.block_counts = p.totals + keys;
+    p.segment_counts = p.block_counts + blocks * keys;
     p.segment_tokens = std::max(1, (call_.num_tokens + segments - 1) / segments);
-    p.counters_in_shared = static_cast<std::size_t>(keys) * kNotifyWarps * sizeof(std::int32_t) <= std::size_t{96}
-                                                                                                       << 10;
+    p.counters_in_shared = in_shared;
     p.layout = call_.layout;
     p.expert_alignment = call_.expert_alignment;
     p.max_tokens_per_rank = call_.max_tokens_per_rank;
@@ -103,25 +106,53 @@ class Dispatch {
     p.tokens_between = data(handle_->tokens_between);
     p.first_row = data(first_row_);
     p.counted_first_row = exact() ? context_.device_first_row() : nullptr;
-    p.alone = exact();
     launch_notify(p, blocks, now_.stream);
+  }
+
+  // Exact size: the kernel that sends is launched behind notify, before the counts are known here, into room that was
+  // guessed. Where the guess was too small it has done nothing, and is launched again.
+  void send_ahead() {
+    block_ = context_.arena_reservation(likely_bytes());
+    context_.keep_in_doubt(now_, block_.owner);
+    send(kAsCounted, kAsCounted);
+    await_counts();
+    num_rows_ = context_.counted_rows(), num_arrivals_ = context_.counted_arrivals();
+    at_ = plan::OutputBlock::place(call_.shape, call_.layout, num_rows_, num_arrivals_);
+    if (at_.total_bytes <= block_.bytes) {
+      if (block_.owner) context_.arena().settle(block_, at_.total_bytes);
+      return;
+    }
+    context_.not_in_doubt(now_);  // offered to nobody
+    block_ = {};
+    find_room();
+    send(num_rows_, num_arrivals_);
+  }
+
+  // Of the output if every rank has as many tokens as we have and sends all of them here.
+  std::size_t likely_bytes() const {
+    const std::int64_t tokens = std::int64_t{call_.num_tokens} * context_.num_ranks;
+    std::int64_t rows = tokens;
+    if (call_.layout == OutputLayout::kPadded)
+      rows = std::int64_t{num_slots_} * context_.num_ranks * call_.max_tokens_per_rank;
+    if (call_.layout == OutputLayout::kByExpert)
+      rows = tokens * std::min(call_.num_topk, num_slots_) + std::int64_t{num_slots_} * (call_.expert_alignment - 1);
+    return plan::OutputBlock::place(call_.shape, call_.layout, rows, tokens).total_bytes;
   }
 
   // Makes room for what comes; where there is none the peers are told with the reply, and we raise at the end.
   void size_output() {
     const Handle* handle = call_.in.handle.get();
-    if (cached_) {
-      num_rows_ = handle->num_rows, num_arrivals_ = handle->num_arrivals;
-    } else if (exact()) {
-      num_rows_ = context_.counted_rows(), num_arrivals_ = context_.counted_arrivals();
-    } else {
-      num_rows_ = num_arrivals_ = call_.in.max_rows;
-    }
+    num_rows_ = handle != nullptr ? handle->num_rows : call_.in.max_rows;
+    num_arrivals_ = handle != nullptr ? handle->num_arrivals : call_.in.max_rows;
     at_ = plan::OutputBlock::place(call_.shape, call_.layout, num_rows_, num_arrivals_);
+    find_room();
+  }
+  void find_room() {
     block_ = context_.arena_block(at_.total_bytes, true, now_);
+    context_.keep_in_doubt(now_, block_.owner);
   }
 
-  void send() {
+  void send(std::int64_t rows, std::int64_t arrivals) {
     DispatchParams p{};
     const Handle& handle = cached_ ? *call_.in.handle : *handle_;
     p.common = context_.common(now_, call_.signature);
@@ -143,22 +174,24 @@ class Dispatch {
     p.topk_weights = static_cast<const float*>(call_.in.topk_weights.data);
     p.mask_topk_weights = call_.in.mask_topk_weights;
     for (int i = 0; i < call_.shape.num_side; ++i) p.side[i] = static_cast<const std::byte*>(call_.in.side[i].data);
-    p.verdict = block_.owner ? Reply::kAccepted : Reply::kArenaTooSmall;
+    const bool has_room = block_.owner || rows == kAsCounted;
+    p.verdict = has_room ? Reply::kAccepted : Reply::kArenaTooSmall;
     p.needed = at_.total_bytes;
     p.there = context_.arena_room();
     p.block_at = block_.at;
-    p.rows = num_rows_;
-    p.arrivals = num_arrivals_;
+    p.room = block_.bytes;
+    p.rows = rows;
+    p.arrivals = arrivals;
     p.max_rows = cached_ ? 0 : call_.in.max_rows;
     p.first_arrival = data(handle.first_arrival);
     p.first_row = data(first_row_);
     p.slot_rows = data(handle.slot_rows);
     p.slot_first_row = data(handle.slot_first_row);
     p.tokens_between = data(handle.tokens_between);
-    // A quantising warp is bound by its arithmetic: doing it twice, for near and far, would cost more than it saves.
-    p.remote_blocks = call_.quantize ? 0 : context_.remote_blocks(now_.blocks);
+    p.roles = plan::roles_of(now_.blocks, context_.neighbourhood(), call_.quantize);
     launch_dispatch(p, call_.quantize, now_.blocks, now_.stream, context_.shared_limit());
-    if (block_.owner) return;
+    context_.launched(now_);
+    if (has_room) return;
     const auto there = static_cast<std::size_t>(p.there);
     Call waiting = now_;
     waiting.wait = !now_.capturing;
@@ -170,7 +203,7 @@ class Dispatch {
   DispatchOutput output() {
     std::byte* base = context_.window() + block_.at;
     std::shared_ptr<void> owner = block_.owner;
-    context_.keep_in_doubt(now_, std::move(block_.owner));
+    block_.owner.reset();
     if (!cached_) keep_sources(base);
     if (block_.landing) {  // the arena is at its budget: the next exchange needs this room
       owner = context_.local(at_.total_bytes);
@@ -206,6 +239,8 @@ class Dispatch {
   const Call now_;
   const int num_slots_;
   std::shared_ptr<Handle> handle_;
+  static constexpr std::int64_t kAsCounted = -1;  // rows that notify counts
+  static constexpr std::size_t kMostCounterBytes = std::size_t{96} << 10;
   // Used by this call's kernels only; whoever takes this memory next runs after them.
   Tensor slot_, relative_row_, relative_arrival_, first_row_, counts_;
   plan::OutputBlock at_;

@@ -63,32 +63,88 @@ __device__ __forceinline__ void store_streaming(void* at, uint4 v) {
                : "memory");
 }
 
-// Two floats to two e4m3 codes, a in the low byte. Nearest, ties to even, saturating: as plan::to_e4m3, NaN's sign
+// Four floats to four e4m3 codes, a in the lowest byte. Nearest, ties to even, saturating: as plan::to_e4m3, NaN's sign
 // apart.
-__device__ __forceinline__ std::uint32_t to_e4m3x2(float a, float b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-  std::uint16_t codes;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(b), "f"(a));
+#define EP_FP8_CONVERSION 1
+__device__ __forceinline__ std::uint32_t to_e4m3x4(float a, float b, float c, float d) {
+  std::uint32_t codes;
+  asm("{ .reg .b16 low, high;\n cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      " mov.b32 %0, {low, high}; }"
+      : "=r"(codes)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
   return codes;
+}
 #else
-  (void)a, (void)b;
-  return 0;
+#define EP_FP8_CONVERSION 0
 #endif
+
+__device__ __forceinline__ void store_streaming(void* at, uint2 v) {
+  asm volatile("st.global.L1::no_allocate.v2.u32 [%0], {%1, %2};" ::"l"(at), "r"(v.x), "r"(v.y) : "memory");
 }
 
-// Two floats to packed bf16, a in the low half. Nearest, ties to even; NaN as the machine likes.
+// Two floats to packed 16-bit numbers, a in the low half. Nearest, ties to even; a NaN becomes 0x7fff.
 __device__ __forceinline__ std::uint32_t to_bf16x2(float a, float b) {
   std::uint32_t packed;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(b), "f"(a));
   return packed;
+}
+__device__ __forceinline__ std::uint32_t to_fp16x2(float a, float b) {
+  std::uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(b), "f"(a));
+  return packed;
+}
+// The low half, exactly.
+__device__ __forceinline__ float from_fp16(std::uint32_t v) {
+  float x;
+  asm("{ .reg .b16 low, high;\n mov.b32 {low, high}, %1;\n cvt.f32.f16 %0, low; }" : "=f"(x) : "r"(v));
+  return x;
+}
+
+// The larger of each half, NaN where one is.
+__device__ __forceinline__ std::uint32_t larger_bf16x2(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t larger;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+__device__ __forceinline__ std::uint32_t larger_fp16x2(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t larger;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+// The larger magnitude of each half, NaN where one is; its sign bit means nothing.
+__device__ __forceinline__ std::uint32_t magnitude_bf16x2(std::uint32_t a, std::uint32_t b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860
+  std::uint32_t larger;
+  asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+#else
+  return larger_bf16x2(a & 0x7fff7fffu, b & 0x7fff7fffu);
+#endif
+}
+__device__ __forceinline__ std::uint32_t magnitude_fp16x2(std::uint32_t a, std::uint32_t b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860
+  std::uint32_t larger;
+  asm("max.NaN.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+#else
+  return larger_fp16x2(a & 0x7fff7fffu, b & 0x7fff7fffu);
+#endif
+}
+
+// 1 / b to about one unit in the last place; b and its reciprocal normal.
+__device__ __forceinline__ float reciprocal(float b) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(b));
+  return y;
 }
 
 #if EP_BULK_COPY
 __device__ __forceinline__ std::uint32_t shared_address(const void* at) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(at));
 }
-__device__ __forceinline__ void barrier_init(std::uint64_t* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+__device__ __forceinline__ void barrier_init(std::uint64_t* barrier, std::uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 // Initialised barriers are visible to the copy engine after this.
 __device__ __forceinline__ void barrier_init_done() {

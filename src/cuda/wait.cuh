@@ -147,11 +147,11 @@ __device__ inline bool await_same_call(const Now& now, int peer) {
 
 /// All blocks of the grid meet. Every thread calls it; false after the deadline. They are resident together (the grid
 /// is at most the SMs that this rank may take), so only a foreign kernel that holds SMs can delay it.
-__device__ inline bool grid_barrier(const Now& now, int which) {
+__device__ inline bool grid_barrier(const Now& now) {
   __syncthreads();  // orders this block's writes before thread 0's release
   __shared__ bool met;
   if (threadIdx.x == 0) {
-    std::uint32_t* count = &now.common.state->barriers[which];
+    std::uint32_t* count = &now.common.state->barrier;
     ptx::add_acquire_release(count, 1);
     met = true;
     while (ptx::load_acquire(count) < gridDim.x) {
@@ -219,7 +219,7 @@ __device__ inline void finish(const Now& now) {
   for (int peer = static_cast<int>(threadIdx.x); peer < now.common.num_ranks; peer += static_cast<int>(blockDim.x))
     tell_progress(now, peer, released, now.epoch);
   if (threadIdx.x != 0) return;
-  state.barriers[0] = state.barriers[1] = state.blocks_done = 0;
+  state.barrier = state.blocks_done = 0;
   state.bad_selection = 0;
   state.epoch = now.epoch;
   __threadfence_system();

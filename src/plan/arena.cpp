@@ -21,22 +21,59 @@ Arena::Block Arena::allocate(std::size_t wanted, bool anywhere) {
   const std::size_t bytes = align_up(std::max<std::size_t>(wanted, 1), kRegionAlignment);
   std::lock_guard lock(mutex_);
   for (auto hole = free_.begin(); hole != free_.end(); ++hole) {
-    const auto [at, size] = *hole;
-    if (size < bytes) continue;
-    const bool landing = at + bytes > landing_at_;
-    if (landing && !anywhere) break;  // holes further on lie in the landing zone too
-    free_.erase(hole);
-    if (size > bytes) free_[at + bytes] = size - bytes;
-    in_use_ += bytes;
+    if (hole->second < bytes) continue;
+    if (hole->first + bytes > landing_at_ && !anywhere) break;  // holes further on lie in the landing zone too
+    Block block = take(hole, bytes);
     high_water_ = std::max(high_water_, in_use_);
-    auto give_back = [arena = shared_from_this(), at = at, bytes](void*) { arena->release(at, bytes); };
-    return {std::shared_ptr<void>(base_ + at, std::move(give_back)), at, bytes, landing};
+    return block;
   }
   return {};
 }
 
-void Arena::release(std::size_t at, std::size_t bytes) {
+Arena::Block Arena::reserve(std::size_t most, std::size_t end) {
+  const std::size_t wanted = align_up(std::max<std::size_t>(most, 1), kRegionAlignment);
+  const std::size_t last = std::min(landing_at_, end / kRegionAlignment * kRegionAlignment);
   std::lock_guard lock(mutex_);
+  auto best = free_.end();
+  std::size_t there = 0;
+  for (auto hole = free_.begin(); hole != free_.end() && hole->first < last && there < wanted; ++hole) {
+    const std::size_t bytes = std::min({hole->second, last - hole->first, wanted});
+    if (bytes > there) best = hole, there = bytes;
+  }
+  return best == free_.end() ? Block{} : take(best, there);
+}
+
+void Arena::settle(Block& reservation, std::size_t wanted) {
+  const std::size_t bytes = align_up(std::max<std::size_t>(wanted, 1), kRegionAlignment);
+  std::lock_guard lock(mutex_);
+  high_water_ = std::max(high_water_, in_use_ - (reservation.bytes - bytes));
+  if (bytes == reservation.bytes) return;
+  taken_[reservation.at] = bytes;
+  give_back(reservation.at + bytes, reservation.bytes - bytes);
+  reservation.bytes = bytes;
+}
+
+// Under the mutex: the first bytes of a hole.
+Arena::Block Arena::take(std::map<std::size_t, std::size_t>::iterator hole, std::size_t bytes) {
+  const auto [at, size] = *hole;
+  free_.erase(hole);
+  if (size > bytes) free_[at + bytes] = size - bytes;
+  taken_[at] = bytes;
+  in_use_ += bytes;
+  auto release = [arena = shared_from_this(), at = at](void*) { arena->release(at); };
+  return {std::shared_ptr<void>(base_ + at, std::move(release)), at, bytes, at + bytes > landing_at_};
+}
+
+void Arena::release(std::size_t at) {
+  std::lock_guard lock(mutex_);
+  const auto block = taken_.find(at);
+  const std::size_t bytes = block->second;
+  taken_.erase(block);
+  give_back(at, bytes);
+}
+
+// Under the mutex.
+void Arena::give_back(std::size_t at, std::size_t bytes) {
   in_use_ -= bytes;
   auto hole = free_.emplace(at, bytes).first;
   if (const auto next = std::next(hole); next != free_.end() && at + bytes == next->first) {

@@ -26,6 +26,11 @@ class Arena : public std::enable_shared_from_this<Arena> {
 
   /// A block outside the landing zone, or with `anywhere` also in it. Never throws for want of room.
   Block allocate(std::size_t bytes, bool anywhere);
+  /// For an output whose size is not known yet: up to `most` bytes that end before the offset `end` and the landing
+  /// zone, fewer where no hole has so many. To be settled once it is known.
+  Block reserve(std::size_t most, std::size_t end);
+  /// Keeps the first `bytes` of a reservation, which has as many, and gives the rest back.
+  void settle(Block& reservation, std::size_t bytes);
 
   bool contains(const void* data, std::size_t bytes) const;
   std::size_t offset_of(const void* data) const {
@@ -38,13 +43,16 @@ class Arena : public std::enable_shared_from_this<Arena> {
   std::size_t high_water() const;
 
  private:
-  void release(std::size_t at, std::size_t bytes);
+  Block take(std::map<std::size_t, std::size_t>::iterator hole, std::size_t bytes);
+  void release(std::size_t at);
+  void give_back(std::size_t at, std::size_t bytes);
 
   const std::shared_ptr<void> memory_;
   std::byte* const base_;
   const std::size_t at_, bytes_, landing_at_;
   mutable std::mutex mutex_;
-  std::map<std::size_t, std::size_t> free_;  // offset -> bytes, neighbours joined
+  std::map<std::size_t, std::size_t> free_;   // offset -> bytes, neighbours joined
+  std::map<std::size_t, std::size_t> taken_;  // offset -> bytes
   std::size_t in_use_ = 0, high_water_ = 0;
 };
 

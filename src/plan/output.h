@@ -58,7 +58,9 @@ struct OutputBlock {
 
   /// Where a row's first scale lies, in words from scales_at.
   EP_HOST_DEVICE std::int64_t first_scale(std::int64_t row) const {
-    return row / scale_group_rows * scale_group_stride + row % scale_group_rows * scale_row_stride;
+    // Rows are fewer than 2^31: on a device a division of 64 bits costs as much as a row's scales.
+    const auto of_rows = static_cast<std::uint32_t>(row), in_group = static_cast<std::uint32_t>(scale_group_rows);
+    return of_rows / in_group * scale_group_stride + of_rows % in_group * scale_row_stride;
   }
 
   EP_HOST_DEVICE static OutputBlock place(const RowShape& shape, OutputLayout layout, std::int64_t rows,

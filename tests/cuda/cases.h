@@ -27,7 +27,8 @@ struct Case {
   bool mask_weights = true;
   int max_rows = 0;
   int sms = 0;
-  bool specials = false;  // NaN and infinities among the values
+  bool specials = false;    // NaN and infinities among the values
+  bool every_peak = false;  // among the groups of 128 channels every finite largest magnitude of a 16-bit type
   std::vector<int> nodes = {};
 };
 
@@ -80,11 +81,23 @@ inline Tensor random_numbers(std::mt19937& random, DType dtype, std::initializer
   return tensor;
 }
 
+// Each group's first channel is its largest; over all ranks' groups that is every number in turn.
+inline void fill_with_peaks(std::mt19937& random, const Case& c, int rank, const Tensor& x) {
+  constexpr std::int64_t kGroup = 128;
+  const int finite = c.dtype == DType::kFp16 ? 0x7c00 : 0x7f80;
+  for (std::int64_t i = 0; i < x.numel(); ++i) {
+    const auto peak = static_cast<unsigned>((i + rank * x.numel()) / kGroup % finite);
+    const unsigned magnitude = i % kGroup == 0 ? peak : random() % (peak + 1);
+    x.as<std::uint16_t>()[i] = static_cast<std::uint16_t>(magnitude | (random() % 2) << 15);
+  }
+}
+
 inline Inputs inputs_of(const Case& c, int rank) {
   std::mt19937 random(static_cast<unsigned>(rank * 7919 + c.hidden + c.topk * 31));
   const int tokens = rank == 1 && c.tokens > 3 ? c.tokens - 3 : c.tokens;
   Inputs in;
   in.x = random_numbers(random, c.dtype, {tokens, c.hidden}, c.specials);
+  if (c.every_peak) fill_with_peaks(random, c, rank, in.x);
   in.idx = Tensor::allocate(c.idx64 ? DType::kI64 : DType::kI32, {tokens, c.topk});
   for (std::int64_t i = 0; i < in.idx.numel(); ++i) {
     const int id = random() % 8 == 0 ? -1 : static_cast<int>(random() % c.experts);

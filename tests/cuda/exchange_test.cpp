@@ -135,6 +135,14 @@ TEST(CudaExchange, quantises_as_the_host_does) {
                                .specials = true});
 }
 
+TEST(CudaExchange, scales_every_largest_magnitude_as_the_host_does) {
+  EP_NEEDS_GPU();
+  for (DType dtype : {DType::kBf16, DType::kFp16})
+    for (bool round_scale : {false, true})
+      expect_same_as_host(
+          {.tokens = 300, .hidden = 7168, .dtype = dtype, .fp8 = true, .round_scale = round_scale, .every_peak = true});
+}
+
 TEST(CudaExchange, serves_rows_of_any_width) {
   EP_NEEDS_GPU();
   for (std::int64_t hidden : {8, 16, 136, 1000, 4096, 7168, 16400, 40000}) {
