@@ -36,7 +36,9 @@ endif()
 list(LENGTH ep_cuda_sources ep_num_cuda_sources)
 message(STATUS "deep_ep: ${ep_num_cuda_sources} CUDA sources for sm ${CMAKE_CUDA_ARCHITECTURES}")
 
-set_target_properties(deep_ep PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_EXTENSIONS OFF)
+# The target was made before the architectures were known.
+set_target_properties(
+  deep_ep PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_EXTENSIONS OFF CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
 target_sources(deep_ep PRIVATE ${ep_cuda_sources})
 target_compile_definitions(deep_ep PRIVATE EP_WITH_CUDA=1)
 # As on the host: no contraction, so that both backends give the same bits.
