@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Low-latency dispatch and combine of the CUDA backend, beside the floor measured in the same run: an empty kernel, one
 // signal, and the bytes at the pace of plain stores. Two ranks are threads of this process, on one GPU or on two.
-// Prints JSON; bench/low_latency_tables.py makes tables of it. Arguments: the part to run (sizes, models, overlap; all), and
-// the number of SMs of each rank (0: all of its share).
+// Prints JSON; bench/low_latency_tables.py makes tables of it. Arguments: the part to run (sizes, models, overlap;
+// all), and the number of SMs of each rank (0: all of its share).
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -196,7 +196,8 @@ Floor measure_floor(Rank& r) {
   constexpr std::size_t kBytes = std::size_t{16} << 20;
   Memory from(kBytes);
   gpu(cudaMemset(from.at, 1, kBytes));
-  const Time time = timed(r, 3, 30, 1, [&] { copy_rows<<<blocks, 1024, 0, r.stream>>>(from.at, peer.landing, kBytes); });
+  const Time time =
+      timed(r, 3, 30, 1, [&] { copy_rows<<<blocks, 1024, 0, r.stream>>>(from.at, peer.landing, kBytes); });
   floor.gb_per_s = static_cast<double>(kBytes) / ((time.median - floor.launch) * 1000);
   return floor;
 }

@@ -40,9 +40,9 @@ struct TcpRendezvous {
   std::string job = "deep_ep";   // ranks with another job name are refused
   std::uint64_t generation = 0;  // raise it to open again after a failure: ranks of an older generation are refused
   std::chrono::milliseconds timeout{60000};
-  /// Known to the ranks of this group only: each proves to rank 0, and rank 0 to each, that it knows it, without sending
-  /// it (HMAC-SHA256; needs OpenSSL's libcrypto at run time). Empty: whoever reaches the port and knows job, generation
-  /// and sizes may join. What ranks say after they have met is not encrypted.
+  /// Known to the ranks of this group only: each proves to rank 0, and rank 0 to each, that it knows it, without
+  /// sending it (HMAC-SHA256; needs OpenSSL's libcrypto at run time). Empty: whoever reaches the port and knows job,
+  /// generation and sizes may join. What ranks say after they have met is not encrypted.
   std::string secret;
 
   /// From MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE, as torchrun and most launchers set them. Where torchrun's

@@ -248,9 +248,9 @@ class Ticket {
 /// Counters since the buffer opened or since reset; reading them disturbs nothing.
 struct Statistics {
   struct Peer {
-    std::uint64_t bytes_sent = 0;  // rows, scales, ids, weights and side tensors written for that rank
+    std::uint64_t bytes_sent = 0;     // rows, scales, ids, weights and side tensors written for that rank
     std::uint64_t network_bytes = 0;  // handed to the network in writes to that rank, for it or for it to pass on
-    std::uint64_t waits = 0;       // times this rank waited for that one
+    std::uint64_t waits = 0;          // times this rank waited for that one
     std::uint64_t wait_ns_sum = 0;
     std::uint64_t wait_ns_max = 0;
   };
