@@ -82,19 +82,24 @@ def plot(file, pictures):
     import matplotlib
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "deep_ep"  # the same report gives the same file
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     report = json.loads(file.read_text())
     runs = [run for run in report["runs"] if setting(run) == setting(report["runs"][0])]
     sms = [run["sms"] for run in runs]
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for name, colour in zip(("dispatch_bf16", "dispatch_fp8", "combine_bf16"), ("tab:blue", "tab:green", "tab:red")):
+        if any(name not in run["operations"] for run in runs):
+            continue
         ops = [run["operations"][name] for run in runs]
         axes.plot(sms, [op["time"]["median_us"] for op in ops], "o-", color=colour, label=OPERATIONS[name])
         axes.plot(sms, [op["limit"]["us"] for op in ops], "--", color=colour, label="its limit")
     axes.set(xscale="log", yscale="log", xlabel="SMs per rank", ylabel="microseconds",
              title=f"{report['gpus']} x {report['gpu']}, {report['ranks']} ranks, {runs[0]['tokens']} tokens each")
-    axes.set_xticks(sms, [str(n) for n in sms], minor=False)
+    axes.set_xticks(sms, [str(n) for n in sms])
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    for of_axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        of_axis(ticker.ScalarFormatter())
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8, ncol=3)
     pictures.mkdir(exist_ok=True)
