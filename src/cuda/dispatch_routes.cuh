@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: MIT
+// Dispatch: what each receiver replied, and the final rows that follow for each selection.
+#pragma once
+
+#include "cuda/kernels.h"
+#include "cuda/wait.cuh"
+
+namespace deep_ep::cuda {
+namespace {  // a part of one kernel, included by its file alone
+
+constexpr unsigned kAll = 0xffffffffu;
+constexpr int kMaxMoverWarps = 16;
+// Warps of one block. Quantising takes registers for two batches of channels: fewer warps, each with more.
+struct Crew {
+  int movers, companions;
+  __host__ __device__ constexpr int threads() const { return (movers + companions) * 32; }
+};
+__host__ __device__ constexpr Crew crew_of(bool quantize) { return quantize ? Crew{14, 2} : Crew{kMaxMoverWarps, 8}; }
+constexpr int kStages = 3;  // row pieces that one mover warp has in shared memory
+// Passes of one batch of a quantising warp: as many as its registers hold.
+template <class Number>
+constexpr int kPassesOf = 16 / Number::kBytes;
+
+// One receiver's output, seen from here.
+struct Destination {
+  std::byte* block;  // null: takes no part
+  plan::OutputBlock at;
+  std::int64_t first_arrival;
+  const std::int32_t* first_rows;  // by slot
+  bool writes_here;                // this block's movers write there
+  unsigned rows_counted;           // where rows are more than arrivals: those that this block counted
+};
+
+// What this rank is going to receive: known to the host, or counted by notify.
+struct Incoming {
+  std::int64_t rows, arrivals;
+  __device__ explicit Incoming(const DispatchParams& p)
+      : rows(p.rows >= 0 ? p.rows : p.common.state->rows),
+        arrivals(p.arrivals >= 0 ? p.arrivals : p.common.state->arrivals) {}
+};
+
+// Phase reply: a thread per source says where its rows begin. With a cached handle the call is announced here too.
+__device__ void reply(const Now& now, const DispatchParams& p, const Incoming& incoming) {
+  const int me = p.common.rank;
+  for (int src = static_cast<int>(threadIdx.x / 32); src < p.common.num_ranks;
+       src += static_cast<int>(blockDim.x / 32)) {
+    if (!now.active(src)) continue;
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    if (p.cached) {
+      if (lane == 0) {
+        await_room(now, src);
+        Announcement& mine = now.announcement(src, me);
+        for (int field = 0; field < Signature::kNumFields; ++field) mine.signature[field] = p.common.signature[field];
+      }
+    } else {
+      for (int slot = lane; slot < p.num_slots; slot += 32)
+        now.reply_first_rows(src, me)[slot] = p.first_row[std::int64_t{src} * p.num_slots + slot];
+    }
+    if (lane == 0) {
+      Reply answer{p.verdict,
+                   p.needed,
+                   p.there,
+                   p.block_at,
+                   incoming.rows,
+                   incoming.arrivals,
+                   p.cached ? 0 : p.first_arrival[src]};
+      if (p.max_rows > 0 && p.common.state->rows > p.max_rows && answer.verdict == Reply::kAccepted)
+        answer.verdict = Reply::kMoreThanMaxRows, answer.needed = p.common.state->rows, answer.there = p.max_rows;
+      if (!p.cached && p.common.state->full_slot_rows > 0 && answer.verdict == Reply::kAccepted) {
+        answer.verdict = Reply::kSlotTooSmall;
+        answer.needed = static_cast<std::uint64_t>(p.common.state->full_slot_rows);
+        answer.there = static_cast<std::uint64_t>(p.shape.padded_slot_rows);
+      }
+      now.reply(src, me) = answer;
+    }
+    __threadfence_system();  // every lane's first rows, before lane 0's release
+    __syncwarp();
+    if (lane != 0) continue;
+    plan::Words& words = now.words(src, me);
+    if (p.cached) publish(now, &words.announced, kSame);
+    publish(now, &words.replied, 0);
+  }
+}
+
+// One thread per receiver. Every block waits for itself: the words lie in our own memory.
+__device__ bool await_reply(const Now& now, const DispatchParams& p, int dst, Destination& to) {
+  const int me = p.common.rank;
+  to.block = nullptr;
+  to.rows_counted = 0;
+  if (!now.active(dst)) return true;
+  if (p.cached && !await_same_call(now, dst)) return false;
+  std::uint32_t value = 0;
+  if (!await(now, &now.words(me, dst).replied, value, counted_once(dst))) {
+    report(now, Fault::kTimeout, dst, 1, 0);
+    return false;
+  }
+  const Reply answer = now.reply(me, dst);
+  if (answer.verdict != Reply::kAccepted) {
+    const Fault::Kind kind = answer.verdict == Reply::kMoreThanMaxRows ? Fault::kTooManyRows
+                             : answer.verdict == Reply::kSlotTooSmall  ? Fault::kFullSlot
+                                                                       : Fault::kNoRoom;
+    report(now, kind, dst, static_cast<std::int64_t>(answer.needed), static_cast<std::int64_t>(answer.there));
+    return false;
+  }
+  to.block = now.window(dst) + answer.block_at;
+  to.at = plan::OutputBlock::place(p.shape, p.layout, answer.rows, answer.arrivals);
+  to.first_arrival = answer.first_arrival;
+  to.first_rows = now.reply_first_rows(me, dst);
+  const bool far_block = static_cast<int>(blockIdx.x) < p.roles.far;
+  to.writes_here = p.roles.far == 0 || far_block == (p.common.peers[dst].same_device == 0);
+  return true;
+}
+
+// What the routes say of one selection. Until a handle is cached its numbers are relative to what the receivers reply.
+struct Route {
+  std::int32_t rank;  // -1: none
+  std::int32_t row, slot;
+};
+
+// Selections `chunk * 32 ..` of a token, one per lane.
+__device__ Route read_route(const DispatchParams& p, int token, int chunk, int lane) {
+  const int k = chunk * 32 + lane;
+  Route route{-1, 0, 0};
+  if (token >= p.num_tokens || k >= p.num_topk) return route;
+  const std::int64_t at = std::int64_t{token} * p.num_topk + k;
+  const bool by_rank = p.layout == OutputLayout::kByRank;
+  route.rank = p.routes.dst_rank[at];
+  route.row = p.cached ? (by_rank ? p.routes.dst_arrival : p.routes.dst_row)[at]
+                       : (by_rank ? p.routes.relative_arrival : p.routes.relative_row)[at];
+  if (!p.cached && !by_rank) route.slot = p.routes.slot[at];
+  return route;
+}
+
+__device__ std::int64_t final_row(const DispatchParams& p, const Destination& to, const Route& route) {
+  if (p.cached) return route.row;
+  return route.row + (p.layout == OutputLayout::kByRank ? to.first_arrival : to.first_rows[route.slot]);
+}
+
+// Whether the lane's selection is its token's first to that rank: what goes once per rank goes with this one.
+// `token_here` tells the tokens of one warp apart; `chunk` says which of its token's selections the warp has.
+__device__ bool first_to_rank(const DispatchParams& p, int rank, int token, int token_here, int chunk, int lane) {
+  const unsigned same = __match_any_sync(kAll, rank >= 0 ? rank * 32 + token_here : -1 - lane);
+  bool first = rank >= 0 && lane == __ffs(same) - 1;
+  for (int j = 0; first && j < chunk * 32; ++j) first = p.routes.dst_rank[std::int64_t{token} * p.num_topk + j] != rank;
+  return first;
+}
+
+}  // namespace
+}  // namespace deep_ep::cuda

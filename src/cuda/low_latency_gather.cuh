@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: MIT
+// Low-latency dispatch, gather: where the rows of each source and slot begin, from what the sources tell.
+#pragma once
+
+#include "cuda/low_latency_message.cuh"
+
+namespace deep_ep::cuda {
+namespace {  // a part of one kernel, included by its file alone
+
+// What a block knows of all that comes, in shared memory.
+struct Gathered {
+  std::int32_t* tokens;         // [ranks]: that a source has, wherever they go
+  std::int32_t* first_arrival;  // [ranks + 1]
+  std::int32_t* slot_first;     // [slots + 1]
+  std::int32_t* slot_rows;      // [slots]
+  std::int32_t* rows_before;    // [ranks][slots]: rows of earlier sources in the slot
+};
+
+__device__ Gathered gathered_of(const Params& p, const Shared& shared) {
+  const int ranks = p.common.num_ranks;
+  Gathered g;
+  g.tokens = shared.words;
+  g.first_arrival = g.tokens + ranks;
+  g.slot_first = g.first_arrival + ranks + 1;
+  g.slot_rows = g.slot_first + p.num_slots + 1;
+  g.rows_before = g.slot_rows + p.num_slots;
+  return g;
+}
+
+__host__ __device__ std::size_t gathered_words(int ranks, int slots) {
+  return 2 * static_cast<std::size_t>(ranks) + 1 + 2 * static_cast<std::size_t>(slots) + 1 +
+         static_cast<std::size_t>(ranks) * slots;
+}
+
+// One warp for each source: its call is ours, and this is what it brings; its arrivals in first_arrival[src].
+__device__ bool hear(const Now& now, const Params& p, const Gathered& g, int src, int lane) {
+  const int me = p.common.rank;
+  std::uint32_t tokens = 0;
+  bool heard = await_word(now, src, &words_in(now, p.window, src).arrived, tokens, blockIdx.x == 0, lane);
+  const std::int64_t field = load_field(now, p.window, src, lane);
+  const std::int32_t* const announced = announced_tokens_in(now, p.window, src);
+  const std::int32_t arrivals = __ldcg(announced + me);
+#pragma unroll 4
+  for (int slot = lane; slot < p.num_slots; slot += 32)
+    g.rows_before[src * p.num_slots + slot] = __ldcg(announced + p.common.num_ranks + slot);
+  heard = heard && is_our_call(now, src, field, lane);
+  if (lane == 0) {
+    g.tokens[src] = heard ? static_cast<std::int32_t>(tokens) : 0;
+    g.first_arrival[src] = heard ? arrivals : 0;
+  }
+  return heard;
+}
+
+// A warp: values[0 .. count) become what comes before each; values[count] all.
+__device__ void prefix_by_warp(std::int32_t* values, int count, int lane) {
+  std::int32_t base = 0;
+  for (int first = 0; first < count; first += 32) {
+    const std::int32_t value = first + lane < count ? values[first + lane] : 0;
+    std::int32_t sum = value;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const std::int32_t other = __shfl_up_sync(kAllLanes, sum, step);
+      if (lane >= step) sum += other;
+    }
+    if (first + lane < count) values[first + lane] = base + sum - value;
+    base += __shfl_sync(kAllLanes, sum, 31);
+  }
+  if (lane == 0) values[count] = base;
+}
+
+// Every block for itself: where the rows of each source and slot begin, as plan::make_row_plan has it.
+__device__ bool gather(const Now& now, const Params& p, const Shared& shared, const Gathered& g, const Place& at) {
+  const int ranks = p.common.num_ranks, slots = p.num_slots;
+  bool good = true;
+  for (int src = at.warp; src < ranks; src += kLowLatencyWarps) {
+    if (shared.peers.active(src)) {
+      good = hear(now, p, g, src, at.lane) && good;
+    } else {
+      for (int slot = at.lane; slot < slots; slot += 32) g.rows_before[src * slots + slot] = 0;
+      if (at.lane == 0) g.tokens[src] = g.first_arrival[src] = 0;
+    }
+  }
+  if (!__syncthreads_and(good)) return false;
+  const std::int64_t padded_rows = std::int64_t{ranks} * p.max_tokens_per_rank;
+  for (int slot = static_cast<int>(threadIdx.x); slot < slots; slot += kLowLatencyThreads) {
+    std::int32_t sum = 0;
+    for (int src = 0; src < ranks; ++src) {
+      const std::int32_t rows = g.rows_before[src * slots + slot];
+      g.rows_before[src * slots + slot] = sum;
+      sum += rows;
+    }
+    g.slot_rows[slot] = sum;
+    const std::int32_t aligned = (sum + p.expert_alignment - 1) / p.expert_alignment * p.expert_alignment;
+    g.slot_first[slot] = p.layout == OutputLayout::kPadded ? slot * static_cast<std::int32_t>(padded_rows) : aligned;
+    if (p.layout == OutputLayout::kPadded && sum > padded_rows) {  // duplicate ids only
+      report(now, Fault::kFullSlot, p.common.rank, sum, padded_rows);
+      good = false;
+    }
+  }
+  if (at.warp == kLowLatencyWarps - 1) prefix_by_warp(g.first_arrival, ranks, at.lane);
+  if (!__syncthreads_and(good)) return false;
+  if (at.warp == 0) {
+    if (p.layout != OutputLayout::kPadded) prefix_by_warp(g.slot_first, slots, at.lane);
+    if (p.layout == OutputLayout::kPadded && at.lane == 0)
+      g.slot_first[slots] = slots * static_cast<std::int32_t>(padded_rows);
+  }
+  __syncthreads();
+  return true;
+}
+
+// Block 0, for the handle and the statistics.
+__device__ void write_tables(const Params& p, const Gathered& g) {
+  const int ranks = p.common.num_ranks, slots = p.num_slots, first = static_cast<int>(threadIdx.x);
+  for (int i = first; i <= ranks; i += kLowLatencyThreads) p.tables.first_arrival[i] = g.first_arrival[i];
+  for (int i = first; i < slots; i += kLowLatencyThreads) {
+    p.tables.slot_rows[i] = g.slot_rows[i];
+    count_received(p.common, i, g.slot_rows[i]);
+  }
+  for (int i = first; i <= slots; i += kLowLatencyThreads) p.tables.slot_first_row[i] = g.slot_first[i];
+  for (int i = first; i < ranks * ranks; i += kLowLatencyThreads)
+    p.tables.tokens_between[i] =
+        i % ranks == p.common.rank ? g.first_arrival[i / ranks + 1] - g.first_arrival[i / ranks] : 0;
+  if (p.tables.source_range == nullptr) return;
+  for (int i = first; i < slots * ranks; i += kLowLatencyThreads) {
+    const int slot = i / ranks, src = i % ranks;
+    const std::int32_t begin = g.rows_before[src * slots + slot];
+    const std::int32_t end = src + 1 < ranks ? g.rows_before[(src + 1) * slots + slot] : g.slot_rows[slot];
+    p.tables.source_range[i] = std::int64_t{begin} << 32 | (end - begin);
+  }
+}
+
+}  // namespace
+}  // namespace deep_ep::cuda
