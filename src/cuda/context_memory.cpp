@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: MIT
+// A buffer's memory: blocks of the arena that peers write, those that are in doubt, and memory that only this rank
+// uses.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "cuda/capture.h"
+#include "cuda/context.h"
+#include "cuda/failure.h"
+#include "cuda/graph_memory.h"
+
+namespace deep_ep::cuda {
+namespace {
+
+constexpr std::size_t kFirstSlab = std::size_t{32} << 20;
+
+}  // namespace
+
+std::uint64_t Context::completed() const {
+  return std::atomic_ref<std::uint64_t>(mailbox_->completed).load(std::memory_order_acquire);
+}
+
+// Blocks whose call ended well go; quarantined ones once every peer has left their operation.
+void Context::sweep() {
+  const std::uint64_t done = completed();
+  while (!in_doubt_.empty() && in_doubt_.front().serial <= done) in_doubt_.pop_front();
+  if (quarantine_.empty()) return;
+  const std::size_t line = plan::WindowLayout::kLine;
+  std::vector<std::byte> words(line * num_ranks);
+  copy(words.data(), window() + layout_.released(0), words.size(), cudaMemcpyDeviceToHost);
+  std::uint64_t left = UINT64_MAX;
+  for (int peer = 0; peer < num_ranks; ++peer) {
+    std::uint64_t released = 0;
+    std::memcpy(&released, words.data() + line * peer + offsetof(Progress, sent), sizeof released);
+    if (!windows_[peer]->owner_gone()) left = std::min(left, released);
+  }
+  std::erase_if(quarantine_, [&](const auto& entry) { return entry.first <= left; });
+}
+
+plan::Arena::Block Context::arena_block(std::size_t bytes, bool anywhere, const Call& call) {
+  plan::Arena::Block block = arena_block(bytes, anywhere);
+  if (block.owner || call.capturing) {
+    block.owner = kept(std::move(block.owner));
+    return block;
+  }
+  returns_->reclaim(call.stream);
+  if (block = arena_block(bytes, anywhere); block.owner || in_doubt_.empty()) return block;
+  if (last_stream_ != nullptr) cuda::check(cudaEventSynchronize(last_done_), "cudaEventSynchronize");
+  sweep();
+  return arena_block(bytes, anywhere);
+}
+
+plan::Arena::Block Context::arena_block(std::size_t bytes, bool anywhere) {
+  plan::Arena::Block block = arena_->allocate(bytes, false);
+  if (!block.owner && anywhere) block = arena_->allocate(bytes, true);
+  no_pages_ = block.owner && !grow_arena(block.at + block.bytes);
+  return no_pages_ ? plan::Arena::Block{} : block;
+}
+
+plan::Arena::Block Context::arena_reservation(std::size_t most) {
+  return arena_->reserve(most, windows_[rank]->mapped());
+}
+
+// Pages for all of the window up to there. Without them there is no room, as where the arena is full.
+bool Context::grow_arena(std::size_t upto) {
+  const OutsideCapture outside;
+  std::vector<int> masked;
+  for (int peer = 0; peer < num_ranks; ++peer)
+    if (peers_[peer].active == 0) masked.push_back(peer);
+  return windows_[rank]->grow(upto, masked, config.timeout) == Window::Growth::kDone;
+}
+
+std::size_t Context::arena_room() const {
+  return no_pages_ ? windows_[rank]->mapped() - layout_.arena_at : arena_->largest_free();
+}
+
+void Context::keep_in_doubt(const Call& call, std::shared_ptr<void> block) {
+  if (block && !call.capturing) in_doubt_.push_back({call.serial, std::move(block)});
+}
+
+void Context::not_in_doubt(const Call& call) {
+  std::erase_if(in_doubt_, [&](const Doubt& doubt) { return doubt.serial == call.serial; });
+}
+
+std::shared_ptr<void> Context::local(std::size_t bytes) {
+  const OutsideCapture outside;
+  for (const auto& slab : slabs_)
+    if (plan::Arena::Block block = slab->allocate(bytes, true); block.owner) return kept(std::move(block.owner));
+  const std::size_t size = std::max(kFirstSlab << slabs_.size(), 2 * bytes);
+  void* memory = nullptr;
+  cuda::check(cudaMalloc(&memory, size), fmt::format("cudaMalloc of {} bytes", size));
+  std::shared_ptr<void> owner(memory, [](void* p) { cudaFree(p); });
+  slabs_.push_back(std::make_shared<plan::Arena>(std::move(owner), static_cast<std::byte*>(memory), 0, size));
+  return kept(slabs_.back()->allocate(bytes, true).owner);
+}
+
+// What a captured call takes belongs to its graph too: every replay uses it.
+std::shared_ptr<void> Context::kept(std::shared_ptr<void> owner) {
+  if (capturing_ && owner) captured_.push_back(owner);
+  return owner;
+}
+
+std::shared_ptr<void> Context::output_memory(std::size_t bytes, const Call& call) {
+  const auto fresh = [&] {
+    plan::Arena::Block block = arena_block(bytes, false);
+    if (!block.owner && !call.capturing) {
+      returns_->reclaim(call.stream);
+      block = arena_block(bytes, false);
+    }
+    return block.owner ? block.owner : local(bytes);
+  };
+  if (!call.capturing) return fresh();
+  std::shared_ptr<void> memory = graph_memory_->take(bytes);
+  if (!memory) memory = fresh();
+  void* const at = memory.get();
+  return {at, [pool = graph_memory_, bytes, memory](void*) mutable { pool->give(bytes, std::move(memory)); }};
+}
+
+Tensor Context::local_tensor(DType dtype, std::initializer_list<std::int64_t> shape) {
+  TensorView view(static_cast<void*>(nullptr), dtype, shape);
+  auto owner = local(std::max<std::size_t>(view.bytes(), 1));
+  view.data = owner.get();
+  return Tensor(view, std::move(owner));
+}
+
+const DevicePlacement& Context::on_device(const std::shared_ptr<const Placement>& placement) {
+  DevicePlacement& entry = placements_[placement.get()];
+  if (entry.placement) return entry;
+  const auto first = placement->first_replica();
+  const auto replicas = placement->all_replicas();
+  std::vector<std::int32_t> words(first.begin(), first.end());
+  for (const Placement::Replica& replica : replicas) words.push_back(replica.rank), words.push_back(replica.slot);
+  const std::size_t copies_at = words.size();
+  words.push_back(0);
+  for (int r = 0; r < num_ranks; ++r) words.push_back(words.back() + placement->num_slots(r));
+  entry.memory = local(words.size() * sizeof(std::int32_t));
+  copy(entry.memory.get(), words.data(), words.size() * sizeof(std::int32_t), cudaMemcpyHostToDevice);
+  const auto* at = static_cast<const std::int32_t*>(entry.memory.get());
+  entry.view = {at, reinterpret_cast<const Placement::Replica*>(at + first.size()), nodes_, placement->policy()};
+  entry.first_copy = at + copies_at;
+  entry.num_copies = static_cast<int>(replicas.size());
+  entry.placement = placement;
+  return entry;
+}
+
+}  // namespace deep_ep::cuda
