@@ -10,10 +10,8 @@ import json
 from itertools import groupby
 from pathlib import Path
 
-from tables import markdown
+from tables import ROOT, markdown, update_page
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "performance.md"
 PICTURES = ROOT / "docs" / "pictures"
 BEGIN, END = "<!-- gpu tables: begin -->", "<!-- gpu tables: end -->"
 OPERATIONS = {
@@ -117,13 +115,7 @@ def main():
     if args.plots:
         for file in sorted(args.results.glob("cuda_exchange_*.json")):
             plot(file, PICTURES)
-    text = PAGE.read_text()
-    head, rest = text.split(BEGIN, 1)
-    wanted = f"{head}{BEGIN}\n{as_markdown(args.results, PICTURES)}{END}{rest.split(END, 1)[1]}"
-    if args.check:
-        return 0 if wanted == text else 1
-    PAGE.write_text(wanted)
-    return 0
+    return 0 if update_page(BEGIN, END, as_markdown(args.results, PICTURES), args.check) else 1
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from tables import PAGE, ROOT, TITLES, aligned, markdown, time_text
+from tables import ROOT, TITLES, aligned, markdown, time_text, update_page
 
 BEGIN, END = "<!-- python tables: begin -->", "<!-- python tables: end -->"
 OVERHEAD_HEADER = ["call", "median", "p99", "the extension's call beneath", "goal"]
@@ -103,11 +103,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder with the reports")
     args = parser.parse_args()
-    head, rest = PAGE.read_text().split(BEGIN, 1)
-    tail = rest.split(END, 1)[1]
     files = sorted(args.results.glob("python_*.json"))
     body = "\n".join(as_markdown(file, json.loads(file.read_text())) for file in files)
-    PAGE.write_text(f"{head}{BEGIN}\n{body}{END}{tail}")
+    update_page(BEGIN, END, body)
     return 0
 
 

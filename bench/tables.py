@@ -139,21 +139,24 @@ def as_markdown(file, report):
     return "\n".join(lines)
 
 
+def update_page(begin, end, body, check=False):
+    """Puts `body` between two markers of the page. With `check` nothing is written; False where the page says something else."""
+    text = PAGE.read_text()
+    head, rest = text.split(begin, 1)
+    wanted = f"{head}{begin}\n{body}{end}{rest.split(end, 1)[1]}"
+    if not check:
+        PAGE.write_text(wanted)
+    return not check or wanted == text
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder with the reports, host_*.json")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where the page does not match the reports")
     args = parser.parse_args()
-    text = PAGE.read_text()
-    head, rest = text.split(BEGIN, 1)
-    tail = rest.split(END, 1)[1]
     files = sorted(args.results.glob("host_*.json"))
     body = "\n".join(as_markdown(file, json.loads(file.read_text())) for file in files)
-    wanted = f"{head}{BEGIN}\n{body}{END}{tail}"
-    if args.check:
-        return 0 if wanted == text else 1
-    PAGE.write_text(wanted)
-    return 0
+    return 0 if update_page(BEGIN, END, body, args.check) else 1
 
 
 if __name__ == "__main__":
