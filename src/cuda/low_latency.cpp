@@ -12,11 +12,6 @@ namespace deep_ep::cuda {
 
 namespace {
 
-template <typename T = std::int32_t>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data);
-}
-
 // Tensors of one handle in one piece of memory.
 class Pieces {
  public:
@@ -247,11 +242,12 @@ class Dispatch {
     if (padded) pieces.add(h.source_range, DType::kI64, {slots, ranks});
     pieces.allocate(context_, sent_.call);
     LowLatencyDispatchParams& p = sent_.params;
-    p.ticket = data<std::uint64_t>(ticket);
-    p.dst_rank = data(h.dst_rank);
-    p.tables = {data(h.first_arrival),          data(h.slot_rows), data(h.slot_first_row),
-                data(h.tokens_between),         data(h.src_token), data(h.arrival_row),
-                data<float>(h.arrival_weights), data(h.row_token), data<std::int64_t>(h.source_range)};
+    p.ticket = ticket.as<std::uint64_t>();
+    p.dst_rank = h.dst_rank.as<std::int32_t>();
+    p.tables = {
+        h.first_arrival.as<std::int32_t>(),  h.slot_rows.as<std::int32_t>(), h.slot_first_row.as<std::int32_t>(),
+        h.tokens_between.as<std::int32_t>(), h.src_token.as<std::int32_t>(), h.arrival_row.as<std::int32_t>(),
+        h.arrival_weights.as<float>(),       h.row_token.as<std::int32_t>(), h.source_range.as<std::int64_t>()};
     sent_.handle = handle;
     sent_.output.handle = std::move(handle);
   }
@@ -316,12 +312,12 @@ class Combine {
     p.row_bytes = static_cast<std::int64_t>(call_.row_bytes);
     p.x = static_cast<const std::byte*>(in.x.data);
     p.x_weights = static_cast<const float*>(in.topk_weights.data);
-    if (in.pre_reduce && in.weights.given()) p.arrival_weights = data<float>(handle_.arrival_weights);
-    p.first_arrival = data(handle_.first_arrival);
-    p.src_token = data(handle_.src_token);
-    p.arrival_row = data(handle_.arrival_row);
+    if (in.pre_reduce && in.weights.given()) p.arrival_weights = handle_.arrival_weights.as<float>();
+    p.first_arrival = handle_.first_arrival.as<std::int32_t>();
+    p.src_token = handle_.src_token.as<std::int32_t>();
+    p.arrival_row = handle_.arrival_row.as<std::int32_t>();
     p.num_tokens = static_cast<int>(handle_.num_tokens);
-    p.dst_rank = data(handle_.dst_rank);
+    p.dst_rank = handle_.dst_rank.as<std::int32_t>();
     p.node_of_rank = context_.node_of_rank();
     p.weights = static_cast<const float*>(in.weights.data);
     for (int i = 0; i < 2; ++i)
@@ -341,9 +337,9 @@ class Combine {
       pieces.add(out.topk_weights, DType::kFp32, {handle_.num_tokens, std::int64_t{handle_.num_topk}});
     sent_.memory = pieces.allocate(context_, sent_.call);
     if (given) out.x = Tensor(call_.in.out, nullptr);
-    p.ticket = data<std::uint64_t>(ticket);
+    p.ticket = ticket.as<std::uint64_t>();
     p.out = static_cast<std::byte*>(out.x.data);
-    p.weights_out = data<float>(out.topk_weights);
+    p.weights_out = out.topk_weights.as<float>();
   }
 
   Context& context_;

@@ -10,11 +10,6 @@ namespace deep_ep::cuda {
 
 namespace {
 
-template <typename T = std::int32_t>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data);
-}
-
 class Dispatch {
  public:
   Dispatch(Context& context, const DispatchCall& call)
@@ -68,8 +63,9 @@ class Dispatch {
   }
 
   Routes routes(const Handle& handle) const {
-    return {data(handle.dst_rank), data(handle.dst_row), data(handle.dst_arrival),
-            data(slot_),           data(relative_row_),  data(relative_arrival_)};
+    return {handle.dst_rank.as<std::int32_t>(),    handle.dst_row.as<std::int32_t>(),
+            handle.dst_arrival.as<std::int32_t>(), slot_.as<std::int32_t>(),
+            relative_row_.as<std::int32_t>(),      relative_arrival_.as<std::int32_t>()};
   }
 
   void notify() {
@@ -91,7 +87,7 @@ class Dispatch {
     p.placement = placement.view;
     p.first_copy = placement.first_copy;
     p.num_copies = placement.num_copies;
-    p.totals = data(counts_);
+    p.totals = counts_.as<std::int32_t>();
     p.block_counts = p.totals + keys;
     p.segment_counts = p.block_counts + blocks * keys;
     p.segment_tokens = std::max(1, (call_.num_tokens + segments - 1) / segments);
@@ -100,11 +96,11 @@ class Dispatch {
     p.expert_alignment = call_.expert_alignment;
     p.max_tokens_per_rank = call_.max_tokens_per_rank;
     p.num_slots = num_slots_;
-    p.first_arrival = data(handle_->first_arrival);
-    p.slot_rows = data(handle_->slot_rows);
-    p.slot_first_row = data(handle_->slot_first_row);
-    p.tokens_between = data(handle_->tokens_between);
-    p.first_row = data(first_row_);
+    p.first_arrival = handle_->first_arrival.as<std::int32_t>();
+    p.slot_rows = handle_->slot_rows.as<std::int32_t>();
+    p.slot_first_row = handle_->slot_first_row.as<std::int32_t>();
+    p.tokens_between = handle_->tokens_between.as<std::int32_t>();
+    p.first_row = first_row_.as<std::int32_t>();
     p.counted_first_row = exact() ? context_.device_first_row() : nullptr;
     launch_notify(p, blocks, now_.stream);
   }
@@ -183,11 +179,11 @@ class Dispatch {
     p.rows = rows;
     p.arrivals = arrivals;
     p.max_rows = cached_ ? 0 : call_.in.max_rows;
-    p.first_arrival = data(handle.first_arrival);
-    p.first_row = data(first_row_);
-    p.slot_rows = data(handle.slot_rows);
-    p.slot_first_row = data(handle.slot_first_row);
-    p.tokens_between = data(handle.tokens_between);
+    p.first_arrival = handle.first_arrival.as<std::int32_t>();
+    p.first_row = first_row_.as<std::int32_t>();
+    p.slot_rows = handle.slot_rows.as<std::int32_t>();
+    p.slot_first_row = handle.slot_first_row.as<std::int32_t>();
+    p.tokens_between = handle.tokens_between.as<std::int32_t>();
     p.roles = plan::roles_of(now_.blocks, context_.neighbourhood(), call_.quantize);
     launch_dispatch(p, call_.quantize, now_.blocks, now_.stream, context_.shared_limit());
     context_.launched(now_);
@@ -266,8 +262,8 @@ class Combine {
     p.num_tokens = static_cast<int>(handle_.num_tokens);
     p.num_topk = handle_.num_topk;
     p.hidden = call_.hidden;
-    p.dst_rank = data(handle_.dst_rank);
-    p.dst_row = data(handle_.dst_row);
+    p.dst_rank = handle_.dst_rank.as<std::int32_t>();
+    p.dst_row = handle_.dst_row.as<std::int32_t>();
     p.node_of_rank = context_.node_of_rank();
     p.weights = static_cast<const float*>(call_.in.weights.data);
     for (int i = 0; i < 2; ++i)
@@ -283,7 +279,7 @@ class Combine {
     const Tensor num_steps = context_.local_tensor(DType::kI32, {handle_.num_tokens});
     p.steps = steps.data;
     p.terms = static_cast<Term*>(terms.data);
-    p.num_terms = data(num_steps);
+    p.num_terms = num_steps.as<std::int32_t>();
     launch_combine(p, now_.blocks, now_.stream);
     for (auto& block : staged_) context_.keep_in_doubt(now_, std::move(block));
     context_.end(now_);
@@ -363,9 +359,9 @@ DispatchLayout dispatch_layout(Context& context, const LayoutCall& asked) {
   p.num_tokens = static_cast<int>(tokens), p.num_topk = static_cast<int>(topk), p.num_experts = asked.num_experts;
   p.num_ranks = context.num_ranks, p.num_nodes = context.topology.num_nodes, p.rank = context.rank;
   p.placement = context.on_device(asked.placement).view;
-  p.counters = data(counters);
-  p.is_token_in_rank = data<std::uint8_t>(member);
-  p.bad_selection = data<unsigned long long>(bad);
+  p.counters = counters.as<std::int32_t>();
+  p.is_token_in_rank = member.as<std::uint8_t>();
+  p.bad_selection = bad.as<unsigned long long>();
   launch_layout(p, now.stream);
   context.end(now);
   if (now.wait) {
@@ -376,7 +372,7 @@ DispatchLayout dispatch_layout(Context& context, const LayoutCall& asked) {
             experts - 1);
   }
   const auto part = [&](std::int64_t first, std::int64_t count) {
-    return Tensor(TensorView(data(counters) + first, DType::kI32, {count}), counters.owner);
+    return Tensor(TensorView(counters.as<std::int32_t>() + first, DType::kI32, {count}), counters.owner);
   };
   return {part(0, ranks), part(ranks, nodes), part(ranks + nodes, experts), member};
 }
