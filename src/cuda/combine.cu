@@ -11,7 +11,6 @@ namespace deep_ep::cuda {
 
 namespace {
 
-constexpr unsigned kAll = 0xffffffffu;
 constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * 32;
 // Fours of elements that a lane sums at a time: as many as registers hold. 14 cut 7168 channels into four even pieces.
@@ -136,7 +135,7 @@ struct Feed {
     return valid ? sources[t.term.rank].x + t.term.row * row_bytes() : nullptr;
   }
   __device__ static const std::byte* of_lane(const std::byte* mine, int from) {
-    return reinterpret_cast<const std::byte*>(__shfl_sync(kAll, reinterpret_cast<unsigned long long>(mine), from));
+    return reinterpret_cast<const std::byte*>(__shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(mine), from));
   }
 
 #if EP_BULK_COPY
@@ -216,7 +215,7 @@ __device__ void sum_token(const CombineParams& p, Feed<Number, kFours>& feed, Te
         if (kWeighted && i + lane < terms.count) weight = p.weights[first + terms.term.k];
       }
       const std::byte* const from = feed.of_lane(row, i % 32);
-      const float w = kWeighted ? __shfl_sync(kAll, weight, i % 32) : 1;
+      const float w = kWeighted ? __shfl_sync(kAllLanes, weight, i % 32) : 1;
       const Four* const values = feed.take(from, piece);
       if constexpr (!kLevels) {
         if (from != nullptr) add_piece<Number, kWeighted>(of_all, values, fours, w, lane);
@@ -228,7 +227,7 @@ __device__ void sum_token(const CombineParams& p, Feed<Number, kFours>& feed, Te
             add_piece<Number, kWeighted>(of_node, values, fours, w, lane);
           }
         }
-        const int closes = __shfl_sync(kAll, terms.term.closes, i % 32);
+        const int closes = __shfl_sync(kAllLanes, terms.term.closes, i % 32);
         if ((closes & Term::kRank) != 0) {
           if (p.order.round_per_node) {
             close<Number>(of_rank, of_node);

@@ -111,9 +111,9 @@ class Companions {
         reinterpret_cast<std::int32_t*>(to_[c.rank].block + to_[c.rank].at.src_token_at)[c.arrival] = c.token;
       for (int i = 0; i < lanes_; ++i) {
         const int from = min(token_here_ * lanes_ + i, 31);
-        const int rank = __shfl_sync(kAll, c.rank, from);
-        const std::int64_t arrival = __shfl_sync(kAll, static_cast<long long>(c.arrival), from);
-        const bool first = __shfl_sync(kAll, static_cast<int>(c.first), from) != 0;
+        const int rank = __shfl_sync(kAllLanes, c.rank, from);
+        const std::int64_t arrival = __shfl_sync(kAllLanes, static_cast<long long>(c.arrival), from);
+        const bool first = __shfl_sync(kAllLanes, static_cast<int>(c.first), from) != 0;
         if (first && token_here_ < tokens_) write_entries(c, rank, arrival);
       }
     }
@@ -121,13 +121,13 @@ class Companions {
       reinterpret_cast<float*>(to_[c.rank].block + to_[c.rank].at.topk_weights_at)[c.row] =
           p_.topk_weights[std::int64_t{c.token} * p_.num_topk + c.k];
     if (p_.shape.num_side == 0 && p_.scales == nullptr) return;
-    for (unsigned rest = __ballot_sync(kAll, c.rank >= 0 && (c.first || !by_rank)); rest != 0; rest &= rest - 1) {
+    for (unsigned rest = __ballot_sync(kAllLanes, c.rank >= 0 && (c.first || !by_rank)); rest != 0; rest &= rest - 1) {
       const int from = __ffs(rest) - 1;
-      const Destination& to = to_[__shfl_sync(kAll, c.rank, from)];
-      const int token = __shfl_sync(kAll, c.token, from);
-      const std::int64_t arrival = __shfl_sync(kAll, static_cast<long long>(c.arrival), from);
-      const std::int64_t row = __shfl_sync(kAll, static_cast<long long>(c.row), from);
-      if (__shfl_sync(kAll, static_cast<int>(c.first), from) != 0) write_sides(p_, to, arrival, token, lane_);
+      const Destination& to = to_[__shfl_sync(kAllLanes, c.rank, from)];
+      const int token = __shfl_sync(kAllLanes, c.token, from);
+      const std::int64_t arrival = __shfl_sync(kAllLanes, static_cast<long long>(c.arrival), from);
+      const std::int64_t row = __shfl_sync(kAllLanes, static_cast<long long>(c.row), from);
+      if (__shfl_sync(kAllLanes, static_cast<int>(c.first), from) != 0) write_sides(p_, to, arrival, token, lane_);
       write_given_scales(p_, to, row, token, lane_);
     }
   }

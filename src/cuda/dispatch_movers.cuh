@@ -102,7 +102,7 @@ class TargetList {
  public:
   __device__ explicit TargetList(Target* entries) : entries_(entries) {}
   __device__ void set(const Target& target, int lane) {
-    const unsigned given = __ballot_sync(kAll, target.row != nullptr);
+    const unsigned given = __ballot_sync(kAllLanes, target.row != nullptr);
     __syncwarp();  // the last token's have been read
     if (target.row != nullptr) entries_[__popc(given & ((1u << lane) - 1))] = target;
     count_ = __popc(given);
@@ -118,7 +118,7 @@ class TargetList {
 
 template <typename T>
 __device__ T* of_lane(T* mine, int from) {
-  return reinterpret_cast<T*>(__shfl_sync(kAll, reinterpret_cast<unsigned long long>(mine), from));
+  return reinterpret_cast<T*>(__shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(mine), from));
 }
 
 // Movers of rows as they are.
@@ -166,7 +166,7 @@ __device__ void move_rows(const DispatchParams& p, const Destination* to, std::b
     if (job.piece == 0) dst = targets.next().row;
     const std::int64_t piece_at = std::int64_t{job.piece} * p.piece_bytes;
     const std::byte* const src = p.x + job.token * static_cast<std::int64_t>(p.shape.row_bytes) + piece_at;
-    const unsigned lanes = __ballot_sync(kAll, dst != nullptr);
+    const unsigned lanes = __ballot_sync(kAllLanes, dst != nullptr);
     const int vectors = bytes_of_piece(p, job.piece) / 16;
     for (int first = lane; first - lane < vectors; first += 32 * kAhead) {
       uint4 v[kAhead];
@@ -199,7 +199,7 @@ __device__ ScaleWord scale_word(const DispatchParams& p, float scale, int first_
   if (p.scale_kind != plan::Fp8Scale::kUe8m0) return {__float_as_int(scale), group, mine};
   static_assert(plan::kUe8m0PerWord == kGroupsOfPass);
   std::uint32_t word = mine ? plan::ue8m0_in_word(scale, in_pass) : 0;
-  for (int lanes = kLanesOfGroup; lanes < 32; lanes *= 2) word |= __shfl_xor_sync(kAll, word, lanes);
+  for (int lanes = kLanesOfGroup; lanes < 32; lanes *= 2) word |= __shfl_xor_sync(kAllLanes, word, lanes);
   return {static_cast<std::int32_t>(word), pass, mine && in_pass == 0};
 }
 
@@ -248,7 +248,7 @@ __device__ void quantize_rows(const DispatchParams& p, const Destination* to, st
     jobs.advance(job);
     const Channels next = jobs.has(job) ? channels_of(job) : channels;
     const std::uint32_t peak = batch.peak(lane);
-    if (__all_sync(kAll, peak < kLargestQuick)) {
+    if (__all_sync(kAllLanes, peak < kLargestQuick)) {
       const plan::Fp8Scaling scaling = quick_scaling(static_cast<std::int32_t>(peak), p.scale_kind);
       const ScaleWord scale = scale_word(p, scaling.scale, number * kPasses, kPasses, lane);
       for (int i = 0; scale.mine && i < list.size(); ++i) list[i].scales[scale.at * list[i].scale_stride] = scale.word;

@@ -8,7 +8,6 @@
 namespace deep_ep::cuda {
 namespace {  // a part of one kernel, included by its file alone
 
-constexpr unsigned kAll = 0xffffffffu;
 constexpr int kMaxMoverWarps = 16;
 // Warps of one block. Quantising takes registers for two batches of channels: fewer warps, each with more.
 struct Crew {
@@ -139,7 +138,7 @@ __device__ std::int64_t final_row(const DispatchParams& p, const Destination& to
 // Whether the lane's selection is its token's first to that rank: what goes once per rank goes with this one.
 // `token_here` tells the tokens of one warp apart; `chunk` says which of its token's selections the warp has.
 __device__ bool first_to_rank(const DispatchParams& p, int rank, int token, int token_here, int chunk, int lane) {
-  const unsigned same = __match_any_sync(kAll, rank >= 0 ? rank * 32 + token_here : -1 - lane);
+  const unsigned same = __match_any_sync(kAllLanes, rank >= 0 ? rank * 32 + token_here : -1 - lane);
   bool first = rank >= 0 && lane == __ffs(same) - 1;
   for (int j = 0; first && j < chunk * 32; ++j) first = p.routes.dst_rank[std::int64_t{token} * p.num_topk + j] != rank;
   return first;

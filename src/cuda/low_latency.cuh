@@ -7,7 +7,6 @@
 
 namespace deep_ep::cuda {
 
-inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr int kLowLatencyWarps = 16;
 inline constexpr int kLowLatencyThreads = kLowLatencyWarps * 32;
 

@@ -9,7 +9,6 @@ namespace deep_ep::cuda {
 namespace {
 
 constexpr int kThreads = kNotifyWarps * 32;
-constexpr unsigned kAll = 0xffffffffu;
 
 struct Segment {
   std::int64_t first, end;  // selections
@@ -29,7 +28,7 @@ __device__ int lanes_at_work(const NotifyParams& p) { return p.num_topk <= 32 ? 
 __device__ std::int64_t earlier_selection(const NotifyParams& p, std::int64_t at, int rank, int lane) {
   if (p.num_topk <= 32) {
     const int token_here = lane / p.num_topk;
-    const unsigned same = __match_any_sync(kAll, rank >= 0 ? rank * 32 + token_here : -1 - lane);
+    const unsigned same = __match_any_sync(kAllLanes, rank >= 0 ? rank * 32 + token_here : -1 - lane);
     const int first = __ffs(same) - 1;
     return first < lane ? at - (lane - first) : -1;
   }
@@ -57,7 +56,7 @@ __device__ void route_selection(const NotifyParams& p, std::int64_t at, int& ran
 
 // Adds to a counter for each group of lanes with the same key; gives each lane the counter before it.
 __device__ std::int32_t take_numbers(std::int32_t* counters, int key, int lane) {
-  const unsigned same = __match_any_sync(kAll, key >= 0 ? key : -1 - lane);
+  const unsigned same = __match_any_sync(kAllLanes, key >= 0 ? key : -1 - lane);
   const std::int32_t before = key >= 0 ? counters[key] + __popc(same & ((1u << lane) - 1)) : -1;
   __syncwarp();
   if (key >= 0 && lane == __ffs(same) - 1) counters[key] += __popc(same);
@@ -178,7 +177,7 @@ __device__ std::int32_t block_prefix(std::int32_t value, std::int32_t& total) {
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   std::int32_t sum = value;
   for (int step = 1; step < 32; step *= 2) {
-    const std::int32_t other = __shfl_up_sync(kAll, sum, step);
+    const std::int32_t other = __shfl_up_sync(kAllLanes, sum, step);
     if (lane >= step) sum += other;
   }
   __syncthreads();

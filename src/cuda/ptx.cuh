@@ -4,6 +4,13 @@
 
 #include <cstdint>
 
+namespace deep_ep::cuda {
+
+/// Every lane of a warp, for __shfl_sync and its like.
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+
+}  // namespace deep_ep::cuda
+
 namespace deep_ep::cuda::ptx {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -102,7 +102,7 @@ class Batch {
     for (int lanes = 1; lanes < kLanesOfGroup; lanes *= 2)
 #pragma unroll
       for (int i = 0; i < kWords; ++i)
-        words[i] = Number::larger_peak(words[i], __shfl_xor_sync(0xffffffffu, words[i], lanes));
+        words[i] = Number::larger_peak(words[i], __shfl_xor_sync(kAllLanes, words[i], lanes));
     // words[pass * kWordsOfPair / 2], bit by bit of that index: an array with a computed index would lie in memory.
     const int pass = lane % kLanesOfGroup, wanted = pass * Number::kWordsOfPair / 2;
 #pragma unroll
@@ -117,7 +117,7 @@ class Batch {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int pass = 2 * pair + i;
-      const float of_pass = __shfl_sync(0xffffffffu, factor, pass, kLanesOfGroup);
+      const float of_pass = __shfl_sync(kAllLanes, factor, pass, kLanesOfGroup);
 #pragma unroll
       for (int run = 0; run < 2; ++run) {
         float x[kRunChannels];
@@ -156,7 +156,7 @@ __device__ Codes encode_any_pass(const std::byte* at, int left, plan::Fp8Scale k
     for (float value : x[run]) largest = max(largest, plan::fp8_magnitude(value));
   }
   for (int lanes = 1; lanes < kLanesOfGroup; lanes *= 2)
-    largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+    largest = max(largest, __shfl_xor_sync(kAllLanes, largest, lanes));
   const plan::Fp8Scaling scaling = plan::fp8_scaling(largest, kind);
   *scale = scaling.scale;
   Codes codes{};
