@@ -134,6 +134,7 @@ __global__ void copy_by_bulk(const __grid_constant__ LimitRows r, const Chunks c
 #endif
 }
 
+#if EP_BULK_COPY
 // What gather_by_bulk loads: chunk after chunk of a warp's share, each from all its copies; the last one is stored.
 struct Load {
   const std::byte* src;  // null: that was all
@@ -174,6 +175,7 @@ class Loads {
   Copies copies_;
   const std::byte* next_;
 };
+#endif
 
 __global__ void gather_by_bulk(const __grid_constant__ LimitRows r, const __grid_constant__ Chunks chunks) {
 #if EP_BULK_COPY
