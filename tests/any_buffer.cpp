@@ -6,13 +6,15 @@
 #include <cstring>
 #include <utility>
 
+#include "device.h"
+
 namespace deep_ep::test {
 
 std::unique_ptr<AnyBuffer> AnyBuffer::open(std::shared_ptr<Bootstrap> group, const Config& config, Options options) {
   if (on_cuda()) {
-    prepare_copies();
+    device::use_for(group->rank());
     options.backend = BackendKind::kCuda;
-    options.cuda_device = 0;
+    options.cuda_device = device::of_rank(group->rank());
   }
   return std::unique_ptr<AnyBuffer>(new AnyBuffer(Buffer::open(std::move(group), config, options)));
 }
@@ -30,8 +32,37 @@ DispatchInput AnyBuffer::place(const DispatchInput& input, std::vector<Tensor>& 
   return there;
 }
 
+namespace {
+
+// The same rows in a tensor that has room for as many as the handle says; what is behind them are NaNs.
+Tensor with_room(const TensorView& rows, std::int64_t came, std::int64_t room) {
+  if (!rows.given() || rows.shape[0] != came || device::holds(rows.data)) return Tensor(rows, nullptr);
+  TensorView shape = rows;
+  shape.shape[0] = room;
+  Tensor roomy = Tensor::allocate(DType::kU8, {static_cast<std::int64_t>(shape.bytes())});
+  std::memset(roomy.data, 0xff, roomy.bytes());
+  std::memcpy(roomy.data, rows.data, rows.bytes());
+  shape.data = roomy.data;
+  return Tensor(shape, roomy.owner);
+}
+
+// Inputs are made for as many rows as come; a GPU's low-latency handle wants the shape of its outputs.
+void make_room(CombineInput& input, std::vector<Tensor>& keep) {
+  if (!input.handle || !has_room_to_spare(*input.handle)) return;
+  const Handle& h = *input.handle;
+  if (h.layout == OutputLayout::kPadded) return;
+  const std::int64_t came = rows_that_came(h);
+  for (TensorView* tensor : {&input.x, &input.topk_weights}) {
+    keep.push_back(with_room(*tensor, came, h.num_rows));
+    *tensor = keep.back();
+  }
+}
+
+}  // namespace
+
 CombineInput AnyBuffer::place(const CombineInput& input, std::vector<Tensor>& keep) const {
   CombineInput there = input;
+  make_room(there, keep);
   for (TensorView* tensor : {&there.x, &there.topk_weights, &there.weights, &there.bias[0], &there.bias[1], &there.out})
     *tensor = place(*tensor, keep);
   return there;

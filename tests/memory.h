@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Which backend this run of the tests is about, and how tensors get into its memory and back. Test bodies hold ordinary
-// memory; only this file and AnyBuffer know that a GPU has another.
+// memory; only this file, device.h and AnyBuffer know that a GPU has another.
 #pragma once
 
 #include <string>
@@ -19,9 +19,6 @@ inline bool on_cuda() { return backend_under_test() == Backend::kCuda; }
 /// Why the backend under test cannot be tested here; "" if it can.
 std::string obstacle();
 
-/// Sets up what copies to the backend need, before any rank waits for another.
-void prepare_copies();
-
 /// What a view shows, in ordinary memory: the tensor itself where it lies there, else a copy with the same strides.
 Tensor to_host(const TensorView& tensor);
 Tensor to_host(const Tensor& tensor);  // keeps its memory alive
@@ -30,7 +27,12 @@ Tensor to_backend(const TensorView& tensor);
 /// Fills a tensor of the backend under test, which must have no holes.
 void overwrite(const TensorView& tensor, const void* bytes);
 
-/// The same for everything that an operation returns.
+/// Low-latency outputs of a GPU have room for the most that can come. How much came is in the handle's tensors.
+bool has_room_to_spare(const Handle& handle);
+std::int64_t arrivals_that_came(const Handle& handle);
+std::int64_t rows_that_came(const Handle& handle);  // not of kPadded, which always has all its rows
+
+/// Everything that an operation returns, in ordinary memory.
 Handle to_host(const Handle& handle);
 DispatchOutput to_host(const DispatchOutput& output);
 CombineOutput to_host(const CombineOutput& output);

@@ -91,6 +91,10 @@ struct World {
   static Shape over_network(Shape shape);
 };
 
+/// In ordinary memory, and no longer than what came: low-latency outputs of a GPU have room for the most that can come,
+/// the valid rows first, ids behind them -1.
+DispatchOutput what_came(const DispatchOutput& output);
+
 /// Compares what a rank got with what the oracle says, bit for bit, in every documented field. Returns the first
 /// difference or "".
 std::string difference(const World& world, int rank, const DispatchOutput& got, bool cached = false);

@@ -104,7 +104,7 @@ TEST(Properties, every_token_reaches_each_of_its_ranks_once) {
     std::vector<DispatchLayout> layouts(s.ranks);
     run_ranks(s.ranks, world.config(), [&](AnyBuffer& buffer) {
       const int rank = buffer.rank();
-      const DispatchOutput got = to_host(dispatch(buffer, world.input(rank), s.low_latency));
+      const DispatchOutput got = what_came(dispatch(buffer, world.input(rank), s.low_latency));
       const auto* from = got.side[0].as<std::int64_t>();
       for (std::int64_t a = 0; a < got.handle->num_arrivals; ++a) ++arrived[rank][{from[2 * a], from[2 * a + 1]}];
       layouts[rank] = buffer.dispatch_layout(world.ranks[rank].topk_idx.view(), s.experts, world.placement);

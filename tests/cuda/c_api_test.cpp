@@ -23,7 +23,10 @@ void run_c_ranks(int num_ranks, const std::function<void(const CRank&)>& body) {
   ASSERT_EQ(deep_ep_group_in_process(num_ranks, groups.data()), DEEP_EP_OK);
   std::vector<std::thread> threads;
   for (int rank = 0; rank < num_ranks; ++rank)
-    threads.emplace_back([&, rank] { body({rank, num_ranks, groups[static_cast<std::size_t>(rank)]}); });
+    threads.emplace_back([&, rank] {
+      device::use_for(rank);
+      body({rank, num_ranks, groups[static_cast<std::size_t>(rank)]});
+    });
   for (std::thread& thread : threads) thread.join();
   for (deep_ep_group* group : groups) deep_ep_group_free(group);
 }
@@ -33,7 +36,7 @@ deep_ep_buffer* open_on_gpu(const CRank& me) {
   config.size = sizeof config;
   config.arena_bytes = std::size_t{32} << 20;
   config.timeout_ms = 10000;
-  const int device = 0;
+  const int device = device::of_rank(me.rank);
   deep_ep_options options{};
   options.size = sizeof options;
   options.backend = DEEP_EP_CUDA;
