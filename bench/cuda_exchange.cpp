@@ -6,14 +6,13 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <fstream>
 #include <nlohmann/json.hpp>
-#include <optional>
 #include <string>
 #include <vector>
 
 #include "bench/gpu_limits.h"
 #include "bench/gpu_ranks.h"
+#include "bench/gpu_report.h"
 #include "bench/workload.h"
 #include "deep_ep/buffer.h"
 
@@ -25,12 +24,13 @@ struct Command {
   std::vector<int> sms = {4, 8, 16, 24, 48, 64};
   std::vector<int> tokens = {4096};
   std::vector<std::string> routings = {"uniform"};
-  bool grouped = false, counted = true;
+  bool grouped = false, counted = true, pairs = false;
   std::size_t arena_gib = 4;
   std::string commit, out;
 };
 
 constexpr std::int64_t kFp8Group = 128;
+constexpr int kPairSms = 24;
 
 // The limits of one routing: rows of `row_bytes` go as dispatch's would.
 class Limit {
@@ -44,12 +44,10 @@ class Limit {
     room_ = grouped ? work.num_topk : 1;
     copies_ = on_gpu(copies);
     rows_ = std::make_unique<GpuMemory>(std::size_t(work.num_tokens) * work.row_bytes());
-    landing_ = std::make_unique<GpuMemory>(std::size_t(work.num_ranks) * work.num_tokens * room_ * work.row_bytes());
-    addresses_ = on_gpu(self.exchange(landing_->get()));
+    landing_ = std::make_unique<SharedGpuMemory>(
+        self, std::size_t(work.num_ranks) * work.num_tokens * room_ * work.row_bytes());
+    addresses_ = on_gpu(landing_->all());
   }
-  ~Limit() { self_.barrier().sync(); }  // nobody writes there any more
-  Limit(const Limit&) = delete;
-  Limit& operator=(const Limit&) = delete;
 
   nlohmann::json dispatch(int row_bytes, int sms) {
     const LimitRows rows = rows_of(row_bytes);
@@ -79,7 +77,7 @@ class Limit {
   }
   template <class Launch>
   Summary time(const Launch& launch) {
-    const Summary summary = self_.time(std::max(10, work_.reps / 2), 3, launch);
+    const Summary summary = self_.time({.reps = std::max(10, work_.reps / 2)}, launch);
     gpu(cudaGetLastError());
     return summary;
   }
@@ -87,7 +85,8 @@ class Limit {
   GpuRank& self_;
   const Workload work_;
   int room_ = 1;
-  std::unique_ptr<GpuMemory> copies_, rows_, landing_, addresses_;
+  std::unique_ptr<GpuMemory> copies_, rows_, addresses_;
+  std::unique_ptr<SharedGpuMemory> landing_;
 };
 
 // One rank's inputs for one routing.
@@ -109,14 +108,12 @@ class Measurement {
   Measurement(GpuRank& self, const Command& command, const Workload& work, Buffer& buffer)
       : self_(self), command_(command), work_(work), buffer_(buffer), in_(work, self.rank()) {}
 
-  nlohmann::json run() {
-    nlohmann::json runs = nlohmann::json::array();
+  void run(GpuReport& report) {
     for (const bool grouped : {false, true}) {
       if (grouped && !command_.grouped) continue;
       Limit limit(self_, work_, in_.routing, grouped);
-      for (const int sms : command_.sms) runs.push_back(at(sms, grouped, limit));
+      for (const int sms : command_.sms) report.add(at(sms, grouped, limit));
     }
-    return runs;
   }
 
  private:
@@ -181,7 +178,7 @@ class Measurement {
 
   template <class Call>
   nlohmann::json report(const Call& call, const nlohmann::json& limit) {
-    const Summary time = self_.time(work_.reps, work_.warmup, call);
+    const Summary time = self_.time({.reps = work_.reps, .warmup = work_.warmup}, call);
     return {{"time", to_json(time)}, {"limit", limit}, {"of_limit", limit["us"].get<double>() / time.median_us}};
   }
 
@@ -192,24 +189,37 @@ class Measurement {
   Inputs in_;
 };
 
-nlohmann::json describe(const Command& command, const GpuRank& self, int num_gpus) {
-  cudaDeviceProp info = {};
-  gpu(cudaGetDeviceProperties(&info, self.device()));
-  return {{"program", "cuda_exchange"},
-          {"gpu", info.name},
-          {"gpus", std::min(num_gpus, self.num_ranks())},
-          {"ranks", self.num_ranks()},
-          {"ranks_are", num_gpus >= self.num_ranks() && self.num_ranks() > 1 ? "processes" : "threads"},
-          {"hidden", command.work.hidden},
-          {"topk", command.work.num_topk},
-          {"experts", command.work.num_experts},
-          {"reps", command.work.reps},
-          {"seed", command.work.seed},
-          {"clock", kGpuClockBoundary},
-          {"commit", command.commit}};
+// How fast each rank alone copies to each other one, and to itself.
+nlohmann::json measure_pairs(GpuRank& self, int sms) {
+  constexpr int kRows = 4096, kRowBytes = 14336;
+  const GpuMemory rows(std::size_t{kRows} * kRowBytes);
+  const SharedGpuMemory landing(self, std::size_t{kRows} * kRowBytes * self.num_ranks());
+  const auto addresses = on_gpu(landing.all());
+  nlohmann::json gb_per_s = nlohmann::json::array();
+  for (int from = 0; from < self.num_ranks(); ++from) {
+    nlohmann::json& row = gb_per_s.emplace_back(nlohmann::json::array());
+    for (int to = 0; to < self.num_ranks(); ++to) {
+      std::vector<std::uint8_t> copies(std::size_t{kRows} * self.num_ranks(), 0);
+      for (int i = 0; i < kRows; ++i) copies[std::size_t(i) * self.num_ranks() + to] = 1;
+      const auto there = on_gpu(copies);
+      const LimitRows limit{rows.get(),
+                            addresses->as<std::byte* const>(),
+                            there->as<const std::uint8_t>(),
+                            kRows,
+                            self.num_ranks(),
+                            self.rank(),
+                            1,
+                            kRowBytes};
+      const Summary time = self.time({.reps = 10}, [&] {
+        if (self.rank() == from) launch_copy_by_bulk(limit, sms, self.stream());
+      });
+      row.push_back(std::size_t{kRows} * kRowBytes / (time.median_us * 1000));
+    }
+  }
+  return {{"sms", sms}, {"gb_per_s", gb_per_s}};
 }
 
-void run_rank(GpuRank& self, const Command& command, int num_gpus) {
+void run_rank(GpuRank& self, const Command& command) {
   Config config;
   config.arena_bytes = command.arena_gib << 30;
   Options options;
@@ -217,23 +227,23 @@ void run_rank(GpuRank& self, const Command& command, int num_gpus) {
   options.cuda_device = self.device();
   prepare_limits();
   auto buffer = Buffer::open(self.group(), config, options);
-  nlohmann::json result = describe(command, self, num_gpus);
-  result["runs"] = nlohmann::json::array();
+  GpuReport report(self, "cuda_exchange", command.commit, command.out);
+  report["hidden"] = command.work.hidden;
+  report["topk"] = command.work.num_topk;
+  report["experts"] = command.work.num_experts;
+  report["reps"] = command.work.reps;
+  report["seed"] = command.work.seed;
+  report["clock"] = kGpuClockBoundary;
+  if (command.pairs) report["pairs"] = measure_pairs(self, kPairSms);
   for (const int tokens : command.tokens) {
     for (const std::string& routing : command.routings) {
       Workload work = command.work;
       work.num_tokens = tokens;
       work.routing = routing;
-      for (auto& run : Measurement(self, command, work, *buffer).run()) result["runs"].push_back(std::move(run));
+      Measurement(self, command, work, *buffer).run(report);
     }
   }
-  self.barrier().sync();
-  if (self.rank() != 0) return;
-  if (command.out.empty()) {
-    fmt::print("{}\n", result.dump(1));
-  } else {
-    std::ofstream(command.out) << result.dump(1) << '\n';
-  }
+  report.finish();
 }
 
 }  // namespace
@@ -258,6 +268,7 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_flag("--grouped", command.grouped, "also the output grouped by expert");
   app.add_flag("!--cached-only", command.counted, "without dispatches that count first");
+  app.add_flag("--pairs", command.pairs, "also how fast each rank copies to each other one, alone, with 24 SMs");
   app.add_option("--arena-gib", command.arena_gib, "of each rank")->capture_default_str();
   app.add_option("--commit", command.commit, "written into the report");
   app.add_option("--out", command.out, "file for the JSON report; without it: standard output");
@@ -272,5 +283,5 @@ int main(int argc, char** argv) {
     fmt::print(stderr, "cuda_exchange: there is no GPU\n");
     return 1;
   }
-  return run_gpu_ranks(command.work.num_ranks, num_gpus, [&](GpuRank& self) { run_rank(self, command, num_gpus); });
+  return run_gpu_ranks(command.work.num_ranks, num_gpus, [&](GpuRank& self) { run_rank(self, command); });
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Ranks on GPUs: a process each where every rank has a GPU of its own, threads of this process where they share one
-// (processes would take turns on it). Times are CUDA events of the slowest rank.
+// (processes would take turns on it). Times are those of the slowest rank.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -33,6 +33,14 @@ inline constexpr const char* kGpuClockBoundary =
 inline void gpu(cudaError_t code) {
   if (code != cudaSuccess) throw std::runtime_error(cudaGetErrorString(code));
 }
+
+/// How often something is measured, and what is done around each repetition without being measured.
+struct Timing {
+  int reps = 30;
+  int warmup = 3;
+  double calls = 1;                               // that one repetition makes: the time of one is reported
+  std::function<void()> before = {}, after = {};  // `after` is called when the end has been marked, not reached
+};
 
 /// In memory that all ranks share.
 struct GpuBoard {
@@ -90,33 +98,68 @@ class GpuRank {
   int rank() const { return place_.rank; }
   int num_ranks() const { return place_.num_ranks; }
   int device() const { return place_.device; }
+  int num_gpus() const { return place_.num_gpus; }
+  bool processes() const { return place_.processes; }
   cudaStream_t stream() const { return stream_; }
   const std::shared_ptr<Bootstrap>& group() const { return group_; }
   Barrier& barrier() { return barrier_; }
 
-  /// Collective. The slowest rank of each repetition.
-  Summary time(int reps, int warmup, const std::function<void()>& call) {
-    for (int run = -warmup; run < reps; ++run) {
-      gpu(cudaStreamSynchronize(stream_));
-      barrier_.sync();
+  /// SMs of this rank: its share of the GPU.
+  int sms() const {
+    int all = 0;
+    gpu(cudaDeviceGetAttribute(&all, cudaDevAttrMultiProcessorCount, place_.device));
+    return all / ranks_here();
+  }
+  /// Whether another rank has this rank's GPU too.
+  bool near(int rank) const { return rank % place_.num_gpus == place_.device; }
+  void sync() {
+    gpu(cudaStreamSynchronize(stream_));
+    barrier_.sync();
+  }
+
+  /// Collective. By CUDA events on the stream around the call; the slowest rank of each repetition.
+  Summary time(const Timing& timing, const std::function<void()>& call) {
+    return measure(timing, [&] {
       gpu(cudaEventRecord(begin_, stream_));
       call();
       gpu(cudaEventRecord(end_, stream_));
+      if (timing.after) timing.after();
       gpu(cudaEventSynchronize(end_));
       float ms = 0;
       gpu(cudaEventElapsedTime(&ms, begin_, end_));
-      if (run >= 0) board_.us[rank()][run] = ms * 1000;
-    }
-    barrier_.sync();
-    std::vector<std::int64_t> slowest_ns(reps, 0);
-    for (int run = 0; run < reps; ++run)
-      for (int r = 0; r < num_ranks(); ++r)
-        slowest_ns[run] = std::max(slowest_ns[run], static_cast<std::int64_t>(board_.us[r][run] * 1000));
-    barrier_.sync();
-    return summarize(std::move(slowest_ns));
+      return ms * 1000;
+    });
   }
 
-  /// Collective. Every rank's `mine`, as this rank can address it; lives as long as the process.
+  /// Collective. By the host's clock, from the first call until the stream is done with the last.
+  Summary time_as_called(const Timing& timing, const std::function<void()>& call) {
+    return measure(timing, [&] {
+      const std::int64_t begin = now_ns();
+      for (int i = 0; i < timing.calls; ++i) call();
+      gpu(cudaStreamSynchronize(stream_));
+      return static_cast<float>(now_ns() - begin) * 1e-3f;
+    });
+  }
+
+  /// Collective. As time(), of so many calls in one CUDA graph.
+  Summary time_in_graph(const Timing& timing, const std::function<void()>& call) {
+    call();  // once outside: what a first call sets up is no part of a graph
+    sync();
+    cudaGraph_t graph;
+    cudaGraphExec_t replay;
+    gpu(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
+    for (int i = 0; i < timing.calls; ++i) call();
+    gpu(cudaStreamEndCapture(stream_, &graph));
+    gpu(cudaGraphInstantiate(&replay, graph, 0));
+    gpu(cudaGraphUpload(replay, stream_));
+    const Summary summary = time(timing, [&] { gpu(cudaGraphLaunch(replay, stream_)); });
+    gpu(cudaGraphExecDestroy(replay));
+    gpu(cudaGraphDestroy(graph));
+    return summary;
+  }
+
+  /// Collective. Every rank's `mine`, as this rank can address it. Between processes `mine` is where memory begins, and
+  /// the others' places must be given back by close().
   std::vector<std::byte*> exchange(std::byte* mine) {
     if (place_.processes) gpu(cudaIpcGetMemHandle(&board_.memory[rank()], mine));
     board_.address[rank()] = mine;
@@ -135,8 +178,36 @@ class GpuRank {
     barrier_.sync();
     return all;
   }
+  void close(const std::vector<std::byte*>& exchanged) const {
+    for (int r = 0; place_.processes && r < num_ranks(); ++r)
+      if (r != rank()) cudaIpcCloseMemHandle(exchanged[r]);
+  }
 
  private:
+  int ranks_here() const {
+    int count = 0;
+    for (int r = 0; r < num_ranks(); ++r) count += near(r);
+    return count;
+  }
+
+  template <class Once>
+  Summary measure(const Timing& timing, const Once& once) {
+    const int reps = std::min(timing.reps, kMaxReps);
+    for (int run = -timing.warmup; run < reps; ++run) {
+      if (timing.before) timing.before();
+      sync();
+      const float us = once();
+      if (run >= 0) board_.us[rank()][run] = us;
+    }
+    barrier_.sync();
+    std::vector<std::int64_t> slowest_ns(reps, 0);
+    for (int run = 0; run < reps; ++run)
+      for (int r = 0; r < num_ranks(); ++r)
+        slowest_ns[run] = std::max(slowest_ns[run], static_cast<std::int64_t>(board_.us[r][run] * 1000 / timing.calls));
+    barrier_.sync();
+    return summarize(std::move(slowest_ns));
+  }
+
   // Threads on several GPUs address each other's memory as it is, once that is allowed.
   void allow_peers() const {
     for (int device = 0; device < std::min(place_.num_gpus, num_ranks()); ++device) {
@@ -156,6 +227,33 @@ class GpuRank {
   std::shared_ptr<Bootstrap> group_;
   cudaStream_t stream_ = nullptr;
   cudaEvent_t begin_ = nullptr, end_ = nullptr;
+};
+
+/// Memory of each rank that all ranks can address. Made and destroyed by all of them.
+class SharedGpuMemory {
+ public:
+  SharedGpuMemory(GpuRank& self, std::size_t bytes)
+      : self_(self), mine_(std::max(bytes, kOwnBlock)), all_(self.exchange(mine_.get())) {}
+  SharedGpuMemory(const SharedGpuMemory&) = delete;
+  SharedGpuMemory& operator=(const SharedGpuMemory&) = delete;
+  ~SharedGpuMemory() {
+    cudaStreamSynchronize(self_.stream());
+    self_.close(all_);
+    try {
+      self_.barrier().sync();  // nobody uses mine any more
+    } catch (const std::exception&) {
+      return;  // a rank failed, and all are about to end
+    }
+  }
+  std::byte* get() const { return mine_.get(); }
+  std::byte* of(int rank) const { return all_[rank]; }
+  const std::vector<std::byte*>& all() const { return all_; }
+
+ private:
+  static constexpr std::size_t kOwnBlock = std::size_t{2} << 20;  // less may lie in a block with other memory
+  GpuRank& self_;
+  GpuMemory mine_;
+  std::vector<std::byte*> all_;
 };
 
 /// Counted by a child: a process that has touched CUDA cannot fork ranks that use it.
