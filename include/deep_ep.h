@@ -522,6 +522,13 @@ typedef DEEP_EP_ENUM(deep_ep_weights_home){
     DEEP_EP_FROM_OWNER = 1,      // entry k of the rank that took selection k
 } deep_ep_weights_home;
 
+/// How rows cross in a low-latency combine, and with what error; see deep_ep::WireFormat.
+typedef DEEP_EP_ENUM(deep_ep_wire_format){
+    DEEP_EP_WIRE_AS_IS = 0,
+    DEEP_EP_WIRE_LOGFMT10 = 1,  // ten bits for a value, which comes back within 1.6 %
+    DEEP_EP_WIRE_FP8 = 2,       // E4M3 and a scale for 128 channels: within 1/16
+} deep_ep_wire_format;
+
 /// Arguments of deep_ep_combine and deep_ep_low_latency_combine. Everything pointed at is used until the call returns;
 /// weights, bias and out of the low-latency call until its ticket is received or freed.
 typedef struct deep_ep_combine_input {
@@ -538,9 +545,11 @@ typedef struct deep_ep_combine_input {
   int round_per_node;  // 1: then those of one logical node likewise
   int bias_last;       // 1: biases are added at the end, else the sum begins with them
   deep_ep_weights_home weights_home;
-  int num_workers;     // as in deep_ep_dispatch_input
-  int64_t timeout_ms;  // 0: the buffer's
-  void* stream;        // as in deep_ep_dispatch_input
+  int num_workers;           // as in deep_ep_dispatch_input
+  int64_t timeout_ms;        // 0: the buffer's
+  void* stream;              // as in deep_ep_dispatch_input
+  deep_ep_wire_format wire;  // low latency, BF16 and FP16 only; equal on all ranks
+  int reserved;              // 0
 } deep_ep_combine_input;
 
 typedef struct deep_ep_combine_result deep_ep_combine_result;

@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "plan/message.h"
+#include "plan/wire.h"
 
 namespace deep_ep {
 
@@ -330,12 +331,21 @@ CombineCall check_combine(Operation operation, const CombineInput& in, const Cal
   check_home(call);
   require(!in.pre_reduce || (is_low_latency(operation) && in.order.round_per_rank),
           "pre_reduce: low latency only, and needs order.round_per_rank");
+  if (in.wire != WireFormat::kAsIs) {
+    require(is_low_latency(operation), "wire: {} is for low latency, here rows cross as they are", name(in.wire));
+    if (scope.on_device) throw Error(ErrorCode::kUnsupported, "wire: rows cross as they are between GPUs");
+    require(!in.pre_reduce, "wire and pre_reduce exclude each other: {} is wanted", name(in.wire));
+    require(!in.x.given() || call.dtype == DType::kBf16 || call.dtype == DType::kFp16,
+            "wire: {} is for rows of bf16 and fp16: x is {}", name(in.wire), describe(in.x));
+  }
+  call.wire_bytes = plan::wire_row_bytes(in.wire, call.hidden, call.row_bytes);
   if (is_low_latency(operation)) {
-    const std::size_t needed = plan::combine_slot_bytes(handle.max_tokens_per_rank, handle.num_topk, call.row_bytes);
+    const std::size_t needed = plan::combine_slot_bytes(handle.max_tokens_per_rank, handle.num_topk, call.wire_bytes);
     require(needed <= scope.layout.low_latency_ticket_bytes,
             "low latency: {} tokens x top-{} of {} bytes need {} bytes of slots, the buffer has {}: raise "
             "Config::low_latency",
-            handle.max_tokens_per_rank, handle.num_topk, call.row_bytes, needed, scope.layout.low_latency_ticket_bytes);
+            handle.max_tokens_per_rank, handle.num_topk, call.wire_bytes, needed,
+            scope.layout.low_latency_ticket_bytes);
   }
   auto& f = call.signature.fields;
   f[Signature::kOperation] = static_cast<std::int64_t>(operation);
@@ -348,6 +358,7 @@ CombineCall check_combine(Operation operation, const CombineInput& in, const Cal
   f[Signature::kAlignment] = handle.expert_alignment;
   f[Signature::kMaxTokens] = handle.max_tokens_per_rank;
   f[Signature::kTopkWeights] = in.topk_weights.given();
+  f[Signature::kWireFormat] = static_cast<std::int64_t>(in.wire);
   f[Signature::kPreReduced] = !in.pre_reduce ? 0 : in.weights.given() ? 2 : 1;
   return call;
 }

@@ -25,12 +25,14 @@ constexpr const char* kFieldNames[] = {
     "side tensors",
     "cached handle given",
     "pre_reduce (2: with weights)",
+    "wire",
 };
 static_assert(std::size(kFieldNames) == Signature::kNumFields);
 
 // Enums print as words.
 std::string value_of(int field, std::int64_t value) {
   if (field == Signature::kOperation) return name(static_cast<Operation>(value));
+  if (field == Signature::kWireFormat) return name(static_cast<WireFormat>(value));
   if (field == Signature::kRowDType || field == Signature::kScaleDType) return name(static_cast<DType>(value));
   return fmt::format("{}", value);
 }
@@ -43,6 +45,15 @@ const char* name(Operation operation) noexcept {
     case Operation::kCombine: return "combine";
     case Operation::kLowLatencyDispatch: return "low_latency_dispatch";
     case Operation::kLowLatencyCombine: return "low_latency_combine";
+  }
+  return "?";
+}
+
+const char* name(WireFormat format) noexcept {
+  switch (format) {
+    case WireFormat::kAsIs: return "as is";
+    case WireFormat::kLogFmt10: return "LogFMT-10";
+    case WireFormat::kFp8: return "fp8";
   }
   return "?";
 }

@@ -37,6 +37,7 @@ struct Signature {
     kSideBytes,
     kCached,
     kPreReduced,  // 1: rows are added, 2: weighed and added before they come home
+    kWireFormat,
     kNumFields
   };
   std::array<std::int64_t, kNumFields> fields{};
@@ -74,6 +75,7 @@ struct CombineCall {
   std::int64_t hidden = 0;  // 0: only weights travel
   DType dtype = DType::kBf16;
   std::size_t row_bytes = 0;
+  std::size_t wire_bytes = 0;  // of a row as it crosses: row_bytes, or less in a wire format
   Signature signature;
   std::chrono::milliseconds timeout{0};
   int num_workers = 0;

@@ -95,6 +95,7 @@ struct CombineRank {
   Array topk_weights;  // as dispatched
   Array weights;       // [tokens, topk] at home
   std::array<Array, 2> bias;
+  WireFormat wire = WireFormat::kAsIs;
 };
 
 struct Combined {

@@ -30,14 +30,6 @@ void add(std::vector<float>& sum, const Part& part) {
   }
 }
 
-void round_values(std::vector<float>& values, DType dtype) {
-  for (float& v : values) {
-    std::array<std::byte, 4> item;
-    encode(dtype, v, item.data());
-    v = decode(dtype, item.data());
-  }
-}
-
 // Sums the parts of each group, in the order of `key`, and rounds. to_group maps a part's group to the coarser one.
 std::vector<Part> merge(std::vector<Part> parts, SumOrder::Key key, DType dtype, const std::vector<int>& to_group) {
   std::sort(parts.begin(), parts.end(), [&](const Part& a, const Part& b) { return comes_before(key, a, b); });
@@ -52,7 +44,7 @@ std::vector<Part> merge(std::vector<Part> parts, SumOrder::Key key, DType dtype,
   }
   std::vector<Part> result;
   for (auto& [group, part] : merged) {
-    round_values(part.values, dtype);
+    for (float& value : part.values) value = rounded(dtype, value);
     result.push_back(std::move(part));
   }
   return result;
@@ -108,7 +100,7 @@ class HomeSum {
     const std::size_t item = item_size(x.dtype);
     std::vector<float> values(hidden);
     for (std::int64_t c = 0; c < hidden; ++c) values[c] = decode(x.dtype, x.bytes.data() + (row * hidden + c) * item);
-    return values;
+    return after_crossing(ranks_[home_].wire, x.dtype, values);
   }
 
   std::vector<float> token(std::int64_t t, std::int64_t hidden) const {

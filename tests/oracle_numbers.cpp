@@ -60,6 +60,39 @@ int encode_bits(const Format& f, float value) {
   return sign | std::min(code, beyond);
 }
 
+std::int32_t magnitude_of(float x) {
+  std::int32_t bits = 0;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits & 0x7fffffff;
+}
+
+// One block in LogFMT-10 and back: the text of src/plan/logfmt.h, value by value.
+void through_logfmt(const float* block, std::int64_t channels, float* back) {
+  std::int64_t largest = 0, smallest = 0;
+  for (std::int64_t c = 0; c < channels; ++c) {
+    if (!std::isfinite(block[c]) || block[c] == 0.0f) continue;
+    const std::int64_t magnitude = magnitude_of(block[c]);
+    largest = std::max(largest, magnitude);
+    smallest = smallest == 0 ? magnitude : std::min(smallest, magnitude);
+  }
+  const std::int64_t lowest = std::max(smallest, largest - 16 * 8388608) / 65536 * 65536;
+  const std::int64_t step = (largest - lowest) / 508 / 8 * 8;
+  for (std::int64_t c = 0; c < channels; ++c) {
+    const std::int64_t magnitude = magnitude_of(block[c]);
+    float value = 0.0f;
+    if (!std::isfinite(block[c])) {
+      value = std::fabs(block[c]);
+    } else if (magnitude >= lowest) {
+      const float inverse = step > 0 ? 1.0f / static_cast<float>(step) : 0.0f;
+      const float steps = std::nearbyint(static_cast<float>(magnitude - lowest) * inverse);
+      const auto bits =
+          static_cast<std::int32_t>(lowest + std::min(static_cast<std::int64_t>(steps), std::int64_t{508}) * step);
+      std::memcpy(&value, &bits, sizeof value);
+    }
+    back[c] = std::copysign(value, block[c]);
+  }
+}
+
 }  // namespace
 
 std::size_t item_size(DType dtype) {
@@ -140,6 +173,35 @@ void quantize(const Fp8Options& options, const Array& x, std::int64_t row, std::
 std::int64_t fp8_words(const Fp8Options& options, std::int64_t hidden) {
   const std::int64_t groups = (hidden + 127) / 128;
   return options.ue8m0 ? (groups + 3) / 4 : groups;
+}
+
+float rounded(DType dtype, float value) {
+  std::array<std::byte, 4> item;
+  encode(dtype, value, item.data());
+  return decode(dtype, item.data());
+}
+
+std::vector<float> after_crossing(WireFormat wire, DType dtype, const std::vector<float>& row) {
+  const auto hidden = static_cast<std::int64_t>(row.size());
+  std::vector<float> back = row;
+  switch (wire) {
+    case WireFormat::kAsIs: return back;
+    case WireFormat::kLogFmt10:
+      for (std::int64_t c = 0; c < hidden; c += 128)
+        through_logfmt(row.data() + c, std::min<std::int64_t>(128, hidden - c), back.data() + c);
+      break;
+    case WireFormat::kFp8: {
+      Array x(DType::kFp32, {1, hidden}), scales(DType::kFp32, {1, fp8_words({}, hidden)});
+      std::vector<std::byte> codes(row.size());
+      std::memcpy(x.bytes.data(), row.data(), x.bytes.size());
+      quantize({}, x, 0, codes.data(), scales.bytes.data());
+      for (std::int64_t c = 0; c < hidden; ++c)
+        back[c] = decode(DType::kFp8E4m3, &codes[c]) * scales.get<float>(c / 128);
+      break;
+    }
+  }
+  for (float& value : back) value = rounded(dtype, value);
+  return back;
 }
 
 }  // namespace deep_ep::oracle

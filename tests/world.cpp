@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <sstream>
 
@@ -131,6 +132,17 @@ void spread_magnitudes(Array& x, Random& random) {
         oracle::encode(x.dtype, oracle::decode(x.dtype, at) * factor, at);
       }
     }
+  }
+}
+
+void strew_odd_values(Array& x, Random& random) {
+  const std::size_t item = item_bytes(x.dtype);
+  using Limits = std::numeric_limits<float>;
+  for (std::size_t at = 0; at < x.bytes.size(); at += item) {
+    if (!random.one_in(40)) continue;
+    const float odd = random.pick(
+        {0.0f, -0.0f, 1e-40f, -3e-6f, 65504.0f, -3e38f, Limits::infinity(), -Limits::infinity(), Limits::quiet_NaN()});
+    oracle::encode(x.dtype, odd, x.bytes.data() + at);
   }
 }
 
@@ -511,6 +523,7 @@ Homeward homeward(const World& world, const HomewardShape& shape) {
     std::vector<std::int64_t> rows = e.x.shape;
     rows.back() = shape.hidden;
     if (shape.rows) in.x = random_array(random, shape.dtype, rows);
+    if (shape.odd_rows) strew_odd_values(in.x, random);
     if (shape.weights) in.weights = random_array(random, DType::kFp32, {e.num_tokens, world.shape.topk});
     if (shape.topk_weights) {
       rows.pop_back();
@@ -518,6 +531,7 @@ Homeward homeward(const World& world, const HomewardShape& shape) {
       in.topk_weights = random_array(random, DType::kFp32, rows);
     }
     for (int b = 0; b < shape.biases; ++b) in.bias[b] = random_array(random, shape.dtype, {e.num_tokens, shape.hidden});
+    in.wire = shape.wire;
     result.out.emplace_back(shape.dtype, std::vector<std::int64_t>{e.num_tokens, shape.hidden});
     result.ranks.push_back(std::move(in));
   }
@@ -534,6 +548,7 @@ CombineInput combine_input(const Homeward& homeward, int rank, std::shared_ptr<c
   in.weights = mine.weights.view();
   in.bias = {mine.bias[0].view(), mine.bias[1].view()};
   in.order = order;
+  in.wire = mine.wire;
   return in;
 }
 

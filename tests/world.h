@@ -117,6 +117,8 @@ struct HomewardShape {
   bool weights = false;       // factors of a weighted sum
   bool topk_weights = false;  // that travel home
   int biases = 0;
+  WireFormat wire = WireFormat::kAsIs;
+  bool odd_rows = false;  // with zeros, infinities, NaNs, subnormal and huge values strewn in, and blocks far apart
   std::uint64_t seed = 7;
 };
 Homeward homeward(const World& world, const HomewardShape& shape);

@@ -172,6 +172,23 @@ enum class WeightsHome : std::uint8_t {
   kFromOwner,     // entry k of the rank that took selection k
 };
 
+/// How rows cross in a low-latency combine. The home reads what came as rows of their own type again and sums these, so
+/// the result is that of a plain combine of the rows as they come back. Blocks of 128 channels; the last may be
+/// shorter. The same bits on every backend and instruction set.
+enum class WireFormat : std::uint8_t {
+  kAsIs,
+  kLogFmt10,  // 10 bits a channel, 4 bytes a block: 64 % of BF16. A value comes back within 1.6 % (0.0985 % for each
+              // octave from the smallest to the largest of its block), and is then rounded to the rows' type; what is
+              // less than 2^-16 of the largest may come back as 0, subnormal numbers within 1.6 % of 2^-126. Zeros,
+              // infinities and NaNs come back as such; a BF16 block that spans less than 3.9 octaves as it was
+  kFp8,       // E4M3, 8 bits a channel, a scale of 4 bytes a block, as Fp8Options{}: 52 % of BF16. A value comes back
+              // within 1/16, and is then rounded; what is less than 2^-14 of a block's largest within 2^-18 of that (of
+              // 1e-4, where that is more). A block that holds an infinity comes back as NaNs
+};
+
+/// "as is", "LogFMT-10", "fp8": as error messages print it.
+const char* name(WireFormat format) noexcept;
+
 /// Arguments of combine() and low_latency_combine(). Every tensor is read until the call returns; for low latency,
 /// weights, bias and out are used until receive() returns.
 struct CombineInput {
@@ -196,6 +213,9 @@ struct CombineInput {
   /// `weights`, where given, must be the topk_weights that the dispatch carried. Equal on all ranks. The same bits come
   /// out as without; only CUDA buffers save the traffic.
   bool pre_reduce = false;
+  /// Low latency, BF16 and FP16, not with pre_reduce: how the rows cross. topk_weights cross as they are. Equal on all
+  /// ranks.
+  WireFormat wire = WireFormat::kAsIs;
 
   std::chrono::milliseconds timeout{0};
   int num_workers = 0;

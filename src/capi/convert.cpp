@@ -20,6 +20,9 @@ static_assert(static_cast<int>(SumOrder::Key::kRank) == DEEP_EP_SUM_BY_RANK);
 static_assert(static_cast<int>(SumOrder::Key::kTopK) == DEEP_EP_SUM_BY_TOPK);
 static_assert(static_cast<int>(WeightsHome::kSumOverRanks) == DEEP_EP_SUM_OVER_RANKS);
 static_assert(static_cast<int>(WeightsHome::kFromOwner) == DEEP_EP_FROM_OWNER);
+static_assert(static_cast<int>(WireFormat::kAsIs) == DEEP_EP_WIRE_AS_IS);
+static_assert(static_cast<int>(WireFormat::kLogFmt10) == DEEP_EP_WIRE_LOGFMT10);
+static_assert(static_cast<int>(WireFormat::kFp8) == DEEP_EP_WIRE_FP8);
 
 void make_contiguous(TensorView& view) {
   std::int64_t stride = 1;
@@ -165,6 +168,7 @@ CombineInput input_of(const deep_ep_combine_input* input) {
   made.order.round_per_node = in.round_per_node != 0;
   made.order.bias_first = in.bias_last == 0;
   made.out = view_of(in.out, "out");
+  made.wire = static_cast<WireFormat>(checked_enum(in.wire, DEEP_EP_WIRE_FP8, "wire"));
   made.stream = in.stream;
   made.timeout = timeout_of(in.timeout_ms);
   made.num_workers = workers_of(in.num_workers);

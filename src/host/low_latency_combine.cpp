@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT
-// Low-latency combine: every row goes back to its token's home, into the slot of its selection; receive() adds a
-// token's slots in the plan's order. Phases: send | receive, sum.
+// Low-latency combine: every row goes back to its token's home, into the slot of its selection, encoded if the caller
+// wants it; receive() adds a token's slots in the plan's order. Phases: send | receive, sum.
 #include <algorithm>
 
 #include "host/operations.h"
 #include "host/row_sum.h"
 #include "host/rows_of_token.h"
 #include "host/weights_home.h"
+#include "host/wire_rows.h"
 #include "plan/message.h"
 
 namespace deep_ep::host {
@@ -22,7 +23,7 @@ struct Slots {
 
   Slots(const Context& context, const Epoch& epoch, const CombineCall& call, int owner)
       : base(context.low_latency(owner, epoch.ticket)),
-        row_stride(plan::align_up(call.row_bytes, plan::MessageLayout::kAlignment)),
+        row_stride(plan::align_up(call.wire_bytes, plan::MessageLayout::kAlignment)),
         weights_stride(plan::combine_weights_stride(call.in.handle->num_topk)),
         num_slots(static_cast<std::size_t>(call.in.handle->max_tokens_per_rank) * call.in.handle->num_topk) {}
 
@@ -70,7 +71,7 @@ class Sender {
     for (int k = topk - 1; k >= 0; --k) {
       if (row[k] < 0) continue;
       if (call_.hidden > 0)
-        ops.copy(slots.row(first + k), call_.in.x.as<const std::byte>() + row[k] * call_.row_bytes, call_.row_bytes);
+        write_wire_row(call_, ops, slots.row(first + k), call_.in.x.as<const std::byte>() + row[k] * call_.row_bytes);
       if (weights != nullptr && !by_rank) slots.weights(first + k)[k] = weights[row[k]];
       if (weights != nullptr && by_rank) std::copy_n(weights + arrival * topk, topk, slots.weights(first + k));
       if (by_rank) return;
@@ -155,11 +156,12 @@ class Receiver final : public Ticket<CombineOutput>::Receiver {
     context_->workers().for_range(
         handle.num_tokens, kTokensPerPiece, call_.num_workers, [&](std::int64_t begin, std::int64_t end) {
           RowSum rows(call_, context_->topology, ops);
+          const WireReader wire(call_, ops);
           std::vector<std::int32_t> dst_rank(handle.num_topk);
           for (std::int64_t token = begin; token < end; ++token) {
             const std::size_t first = static_cast<std::size_t>(token) * handle.num_topk;
             routes_of(token, dst_rank.data());
-            const auto row_of = [&](int k, int) { return slots.row(first + k); };
+            const auto row_of = [&](int k, int) { return wire.read(slots.row(first + k), k); };
             if (call_.hidden > 0)
               rows.sum(static_cast<int>(token), dst_rank.data(), row_of,
                        out.x.as<std::byte>() + token * static_cast<std::int64_t>(call_.row_bytes));

@@ -35,6 +35,25 @@ struct DequantizeRow {
   DType dtype = DType::kFp32;
 };
 
+// In LogFMT-10 (plan/logfmt.h), placed as plan::EncodedRow says. hidden is a multiple of 8.
+struct LogEncodeRow {
+  const void* src = nullptr;  // [hidden], a number type
+  DType dtype = DType::kBf16;
+  std::int64_t hidden = 0;
+  std::uint8_t* low = nullptr;     // [hidden]
+  std::uint8_t* high = nullptr;    // [hidden / 4]
+  std::uint32_t* words = nullptr;  // one for each block
+};
+
+struct LogDecodeRow {
+  const std::uint8_t* low = nullptr;  // as in LogEncodeRow
+  const std::uint8_t* high = nullptr;
+  const std::uint32_t* words = nullptr;
+  std::int64_t hidden = 0;
+  void* dst = nullptr;  // [hidden], a number type
+  DType dtype = DType::kBf16;
+};
+
 struct SumRows {
   const void* const* rows = nullptr;  // [count], each [n] of a number type
   const float* weights = nullptr;     // [count]; null: all rows count once
@@ -57,6 +76,8 @@ struct RowOps {
 
   void (*quantize)(const QuantizeRow& row);
   void (*dequantize)(const DequantizeRow& row);
+  void (*log_encode)(const LogEncodeRow& row);
+  void (*log_decode)(const LogDecodeRow& row);
 
   /// acc[i] = acc[i] + row[i]
   void (*add)(float* acc, const void* row, DType dtype, std::int64_t n);

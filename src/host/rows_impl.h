@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The row operations, written once. rows_baseline.cpp and rows_v3.cpp include this file and are compiled for different
-// instruction sets.
+// The row operations, written once (those of LogFMT in rows_logfmt.h). rows_baseline.cpp and rows_v3.cpp include these
+// files by way of rows_table.h and are compiled for different instruction sets.
 //
 // Everything here has internal linkage or is EP_ALWAYS_INLINE, and no inline function of the standard library is
 // called: an object file for AVX2 must define no weak function, because the linker may keep that copy for the whole
@@ -391,10 +391,6 @@ void dequantize(const DequantizeRow& row) {
       for (; i < channels; ++i) dst[i] = Number::store(plan::fp8_decode(codes[i], scale));
     }
   });
-}
-
-constexpr RowOps row_ops_named(const char* isa) {
-  return {isa, copy, flush, zero, quantize, dequantize, add, fma, sum, round, cast, dot};
 }
 
 }  // namespace

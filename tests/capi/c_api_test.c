@@ -20,6 +20,7 @@ static void long_calls(const struct rank* me) {
   dispatch_by_expert_and_back(me, buffer, &t);
   low_latency_and_back(me, buffer, &t);
   fp8_rows_are_close(me, buffer, &t);
+  wire_formats_are_close(me, buffer, &t);
   refused_together(me, buffer, &t);
   statistics_count(me, buffer);
   deep_ep_buffer_close(buffer);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The low-latency calls of one rank, and FP8 rows.
+// The low-latency calls of one rank, FP8 rows, and wire formats.
 #pragma once
 
 #include "capi/input.h"
@@ -92,4 +92,75 @@ static void fp8_rows_are_close(const struct rank* me, deep_ep_buffer* buffer, co
   deep_ep_dispatch_result_free(result);
   input.fp8 = (deep_ep_fp8_mode)4;
   CHECK_FAILS(deep_ep_dispatch(buffer, &input, &result), DEEP_EP_INVALID_ARGUMENT, "fp8");
+}
+
+static float from_bf16(uint16_t code) {
+  const uint32_t bits = (uint32_t)code << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+static uint16_t to_bf16(float value) {  // towards 0
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return (uint16_t)(bits >> 16);
+}
+
+// Rows that come home in a wire format are as close as that format promises.
+static void wire_formats_are_close(const struct rank* me, deep_ep_buffer* buffer, const struct tokens* t) {
+  enum { kWide = 32 };
+  const float within[] = {0.0f, 0.016f, 1.0f / 16};
+  uint16_t narrow[kTokens * kWide];
+  for (int i = 0; i < t->num_tokens; ++i)
+    for (int c = 0; c < kWide; ++c) narrow[i * kWide + c] = to_bf16(t->x[i * kHidden + c]);
+  const deep_ep_tensor x = deep_ep_make_tensor(narrow, DEEP_EP_BF16, 2, t->num_tokens, kWide, 0);
+  const deep_ep_tensor idx = deep_ep_make_tensor(t->idx, DEEP_EP_I64, 2, t->num_tokens, kTopk, 0);
+  const deep_ep_tensor weights = deep_ep_make_tensor(t->weights, DEEP_EP_FP32, 2, t->num_tokens, kTopk, 0);
+  const deep_ep_dispatch_input input = {.size = sizeof(input),
+                                        .x = &x,
+                                        .topk_idx = &idx,
+                                        .num_experts = kExperts,
+                                        .layout = DEEP_EP_PADDED,
+                                        .max_tokens_per_rank = kTokens};
+  deep_ep_dispatch_ticket* ticket = NULL;
+  deep_ep_dispatch_result* result = NULL;
+  REQUIRE_OK(deep_ep_low_latency_dispatch(buffer, &input, &ticket));
+  CHECK_OK(deep_ep_low_latency_dispatch_receive(ticket, &result));
+  deep_ep_dispatch_ticket_free(ticket);
+  if (result == NULL) return;
+  deep_ep_tensor rows = any_tensor();
+  CHECK_OK(deep_ep_dispatch_result_tensor(result, DEEP_EP_DISPATCH_X, &rows));
+  deep_ep_combine_input back = {.size = sizeof(back),
+                                .handle = deep_ep_dispatch_result_handle(result),
+                                .x = &rows,
+                                .weights = &weights,
+                                .sum_key = DEEP_EP_SUM_BY_TOPK};
+  for (int wire = DEEP_EP_WIRE_AS_IS; wire <= DEEP_EP_WIRE_FP8; ++wire) {
+    back.wire = (deep_ep_wire_format)wire;
+    deep_ep_combine_ticket* returning = NULL;
+    deep_ep_combine_result* sum = NULL;
+    if (CHECK_OK(deep_ep_low_latency_combine(buffer, &back, &returning))) {
+      CHECK_OK(deep_ep_low_latency_combine_receive(returning, &sum));
+      deep_ep_tensor home = any_tensor();
+      CHECK_OK(deep_ep_combine_result_tensor(sum, DEEP_EP_COMBINE_X, &home));
+      int close = home.data != NULL;
+      for (int i = 0; close && i < t->num_tokens; ++i) {
+        float factor = 0;
+        for (int k = 0; k < kTopk; ++k) factor += expert_of(me->rank, i, k) >= 0 ? weight_of(i, k) : 0.0f;
+        for (int c = 0; c < kWide; ++c) {
+          const float want = factor * from_bf16(narrow[i * kWide + c]);
+          const float got = from_bf16(((const uint16_t*)home.data)[i * kWide + c]);
+          close = close && magnitude_of(got - want) <= want * (within[wire] + power2(-7));  // rounded twice to bf16
+        }
+      }
+      CHECK(close);
+    }
+    deep_ep_combine_result_free(sum);
+    deep_ep_combine_ticket_free(returning);
+  }
+  back.wire = (deep_ep_wire_format)3;
+  deep_ep_combine_ticket* never = NULL;
+  CHECK_FAILS(deep_ep_low_latency_combine(buffer, &back, &never), DEEP_EP_INVALID_ARGUMENT, "wire");
+  deep_ep_dispatch_result_free(result);
 }
