@@ -60,15 +60,19 @@ def check_case(buffer: Any, group: Any, data: Any, args: argparse.Namespace, for
             begin, rows_here = int(handle[1][slot, src]) >> 32, int(handle[1][slot, src]) & 0xFFFFFFFF
             # Channel 0 of every row is its rank.
             assert bool(((rows[begin : begin + rows_here, 0].float() - (src - 128)).abs() <= 16 * form[0]).all())
-    out = torch.empty_like(x)
-    combined, _, receive = buffer.low_latency_combine(y, topk_idx, weights, handle, return_recv_hook=hook, out=out)
-    if hook:
-        receive()
     wanted = x.float() * torch.where(topk_idx >= 0, weights, 0.0).sum(dim=1, keepdim=True)
-    assert combined is out and not bool(combined.isnan().any())
-    if not form[1]:
-        assert calc_diff(wanted, combined) < (9e-4 if form[0] else 1e-5)
-    return digest ^ hash_tensor(combined)
+    for use_logfmt in (False, True):
+        out = torch.empty_like(x)
+        combined, _, receive = buffer.low_latency_combine(
+            y, topk_idx, weights, handle, use_logfmt=use_logfmt, return_recv_hook=hook, out=out
+        )
+        if hook:
+            receive()
+        assert combined is out and not bool(combined.isnan().any())
+        if not form[1]:
+            assert calc_diff(wanted, combined) < (9e-4 if form[0] else 1e-5)
+        digest = digest * 3 ^ hash_tensor(combined)
+    return digest
 
 
 def measure(buffer: Any, data: Any, args: argparse.Namespace) -> None:
@@ -83,9 +87,13 @@ def measure(buffer: Any, data: Any, args: argparse.Namespace) -> None:
     def returns() -> None:
         buffer.low_latency_combine(y, topk_idx, weights, handle)
 
+    def returns_encoded() -> None:
+        buffer.low_latency_combine(y, topk_idx, weights, handle, use_logfmt=True)
+
     for name, call, size in (
         ("dispatch FP8", sends, args.hidden + args.hidden // 128 * 4 + 16),
         ("combine BF16", returns, 2 * args.hidden),
+        ("combine LogFMT", returns_encoded, args.hidden * 10 // 8 + args.hidden // 128 * 4),
     ):
         mean, shortest, _ = bench(call, args.num_warmups, args.num_tests)
         if buffer.rank == 0:

@@ -4,11 +4,14 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string_view.h>
 
+#include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
+#include "deep_ep/error.h"
 #include "handles.h"
 #include "torch_tensor.h"
 
@@ -105,6 +108,14 @@ bool set_tensor(CombineInput& in, std::string_view key, nb::handle value, Device
   return true;
 }
 
+WireFormat wire_format(nb::handle value) {
+  if (value.is_none()) return WireFormat::kAsIs;
+  const std::string_view name = nb::cast<std::string_view>(value);
+  if (name == "logfmt10") return WireFormat::kLogFmt10;
+  if (name == "fp8") return WireFormat::kFp8;
+  throw Error(ErrorCode::kInvalidArgument, "wire: '" + std::string(name) + "' vs 'logfmt10' or 'fp8'");
+}
+
 bool set_choice(CombineInput& in, std::string_view key, nb::handle value) {
   if (key == "handle") {
     in.handle = shared<Handle>(value);
@@ -112,6 +123,8 @@ bool set_choice(CombineInput& in, std::string_view key, nb::handle value) {
     in.weights_home = nb::cast<bool>(value) ? WeightsHome::kFromOwner : WeightsHome::kSumOverRanks;
   } else if (key == "order") {
     in.order = nb::cast<SumOrder>(value);
+  } else if (key == "wire") {
+    in.wire = wire_format(value);
   } else if (key == "timeout_secs") {
     in.timeout = milliseconds(value);
   } else if (key == "num_workers") {

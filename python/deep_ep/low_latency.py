@@ -93,13 +93,16 @@ class LowLatencyMode(Session):
         return_recv_hook: bool = False,
         out: Optional[torch.Tensor] = None,
         combine_wait_recv_cost_stats: Optional[torch.Tensor] = None,
+        *,
+        wire: Optional[str] = None,
     ) -> Tuple[torch.Tensor, EventOverlap, Hook]:
-        """`use_logfmt` names a lossy wire format of upstream; rows travel unchanged here, which is at least as exact."""
+        """`wire`: how rows cross, "logfmt10" (as `use_logfmt` asks for), "fp8", or as they are; equal on all ranks."""
 
         self._use(x)
 
         def check() -> Any:
             require(not (use_logfmt and zero_copy), "use_logfmt and zero_copy exclude each other")
+            require(not (use_logfmt and wire), f"use_logfmt and wire exclude each other: wire is {wire!r}")
             require(not (async_finish and return_recv_hook), "async_finish and return_recv_hook exclude each other")
             require(
                 topk_idx.shape == topk_weights.shape,
@@ -118,6 +121,8 @@ class LowLatencyMode(Session):
 
         core_handle, rows = self._checked("low_latency_combine", check)
         keywords: Dict[str, Any] = dict(x=rows, weights=topk_weights, order=_BY_TOPK, mask_silent=self.enable_shrink)
+        if wire or (use_logfmt and not self._on_gpu):
+            keywords["wire"] = wire or "logfmt10"
         if self._on_gpu:
             return self._combine_on_gpu(keywords, core_handle, topk_idx, out, async_finish, return_recv_hook)
         keywords["handle"] = core_handle

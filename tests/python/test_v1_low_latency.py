@@ -128,6 +128,88 @@ def test_1_11_combine_is_one_weighted_sum_in_order_of_k(hook, zero_copy, with_ou
         assert torch.equal(combined, total.to(torch.float32).to(torch.bfloat16))
 
 
+def through_logfmt(rows):
+    """Rows after LogFMT-10, written from its definition (src/plan/logfmt.h); finite values only."""
+    blocks = rows.float().contiguous().view(-1, 128)
+    bits = blocks.abs().view(torch.int32).long()
+    largest = bits.amax(dim=1, keepdim=True)
+    smallest = torch.where(bits > 0, bits, 1 << 40).amin(dim=1, keepdim=True).clamp(max=largest)
+    lowest = torch.maximum(smallest, largest - (16 << 23)) // 65536 * 65536
+    step = (largest - lowest) // 508 // 8 * 8
+    inverse = torch.where(step > 0, 1.0 / step.float(), 0.0)
+    code = ((bits - lowest).float() * inverse).round().clamp(max=508).long()
+    magnitude = torch.where(bits >= lowest, lowest + code * step, 0).int().view(torch.float32)
+    return torch.copysign(magnitude, blocks).view(rows.shape).to(rows.dtype)
+
+
+def through_fp8(rows):
+    blocks = rows.float().contiguous().view(-1, 128)
+    largest = blocks.abs().amax(dim=1, keepdim=True).clamp(min=1e-4)
+    factor = torch.full_like(largest, 448.0) / largest  # "448.0 / largest" would round twice
+    codes = (blocks * factor).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return (codes.float() * (largest * torch.tensor(1.0 / 448.0))).view(rows.shape).to(rows.dtype)
+
+
+WIRES = [({"use_logfmt": True}, through_logfmt), ({"wire": "logfmt10"}, through_logfmt), ({"wire": "fp8"}, through_fp8)]
+
+
+@pytest.mark.parametrize("hook", [False, True], ids=["direct", "hook"])
+@pytest.mark.parametrize("keywords, through", WIRES, ids=["use_logfmt", "logfmt10", "fp8"])
+def test_1_11_a_wire_format_gives_the_sum_of_the_rows_as_they_come_back(keywords, through, hook):
+    def body(buffer, tokens):
+        recv, count, handle, *_ = buffer.low_latency_dispatch(
+            tokens.x, tokens.topk_idx, MAX_TOKENS, EXPERTS, use_fp8=False
+        )
+        torch.manual_seed(buffer.rank)
+        rows = recv * torch.exp(torch.randn(recv.shape)).to(recv.dtype)
+        rows[:, :, ::7] = 0
+
+        def combined(rows, **more):
+            out, _, receive = buffer.low_latency_combine(
+                rows, tokens.topk_idx, tokens.topk_weights, handle, return_recv_hook=hook, **more
+            )
+            if hook:
+                receive()
+            return out
+
+        return combined(rows, **keywords), combined(through(rows)), combined(rows)
+
+    for got, wanted, plain in with_buffer(body)[0]:
+        assert torch.equal(got, wanted)
+        assert not torch.equal(got, plain)
+
+
+@pytest.mark.parametrize("use_fp8", [False, True])
+def test_1_11_logfmt_is_as_exact_as_upstream_asks(use_fp8):
+    def body(buffer, tokens):
+        x = (torch.randn(tokens.x.shape, generator=torch.Generator().manual_seed(buffer.rank)) * 0.1).bfloat16()
+        recv, count, handle, *_ = buffer.low_latency_dispatch(x, tokens.topk_idx, MAX_TOKENS, EXPERTS, use_fp8=use_fp8)
+        rows = torch.zeros(handle[0].shape + (HIDDEN,), dtype=torch.bfloat16)
+        for slot in range(LOCAL):
+            rows[slot, : int(count[slot])] = dequantised(recv, slot, int(count[slot]))
+        combined, _, _ = buffer.low_latency_combine(rows, tokens.topk_idx, tokens.topk_weights, handle, use_logfmt=True)
+        weights = torch.where(tokens.topk_idx >= 0, tokens.topk_weights, 0.0).sum(dim=1, keepdim=True)
+        return float(calc_diff(x.float() * weights, combined))
+
+    for difference in with_buffer(body)[0]:
+        assert difference < (9e-4 if use_fp8 else 1e-5)
+
+
+def test_1_11_wire_formats_that_cannot_be_are_refused():
+    def body(buffer, tokens):
+        recv, _, handle, *_ = buffer.low_latency_dispatch(tokens.x, tokens.topk_idx, MAX_TOKENS, EXPERTS, use_fp8=False)
+        for keywords, text in (
+            ({"wire": "fp4"}, "wire: 'fp4' vs 'logfmt10' or 'fp8'"),
+            ({"wire": "fp8", "use_logfmt": True}, "use_logfmt and wire exclude each other"),
+            ({"use_logfmt": True, "zero_copy": True}, "use_logfmt and zero_copy exclude each other"),
+            ({"wire": "fp8" if buffer.rank == 0 else "logfmt10"}, "ranks differ in wire"),
+        ):
+            with pytest.raises(Error, match=text):
+                buffer.low_latency_combine(recv, tokens.topk_idx, tokens.topk_weights, handle, **keywords)
+
+    with_buffer(body)
+
+
 def test_1_11_handles_may_be_repacked_and_serve_after_other_dispatches():
     def body(buffer, tokens):
         made = [
