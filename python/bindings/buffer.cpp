@@ -23,8 +23,8 @@ std::chrono::milliseconds milliseconds(double seconds) {
   return std::chrono::milliseconds(static_cast<std::int64_t>(seconds * 1000));
 }
 
-// Only objects of Python have it, so whoever drops it holds the interpreter's lock. Closing waits for work on a GPU, which
-// other threads of Python may have to enqueue.
+// Only objects of Python have it, so whoever drops it holds the interpreter's lock. Closing waits for work on a GPU,
+// which other threads of Python may have to enqueue.
 BufferPtr shared(std::unique_ptr<Buffer> buffer) {
   return {buffer.release(), [](Buffer* dropped) {
             nb::gil_scoped_release unlocked;

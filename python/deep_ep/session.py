@@ -81,8 +81,7 @@ class Session:
     def _reopen(self) -> None:
         """Opens the buffer anew, as `_config` now is; tickets and tensors of the old one keep it alive. Collective."""
         if self._on_gpu:
-            # The old one goes first: it gives memory back, for which CUDA waits until the GPU's kernels have ended. Opened
-            # already, a rank on this GPU could be in a kernel of the new one, which waits for us.
+            # The old one goes first: a GPU may have no room for both.
             self._core = None
             self._cores.pop(self._device.type, None)
         self._open()
