@@ -13,6 +13,8 @@
 #include "cuda/failure.h"
 #include "cuda/graph_memory.h"
 #include "cuda/low_latency.h"
+#include "cuda/own_memory.h"
+#include "plan/align.h"
 
 namespace deep_ep::cuda {
 
@@ -22,15 +24,6 @@ using Bytes = Bootstrap::Blob;
 
 constexpr std::size_t kFirstArenaPages = std::size_t{64} << 20;
 constexpr std::size_t kMaxDefaultArena = std::size_t{16} << 30;
-
-// Pinned memory that kernels write and the host reads, and its address for kernels.
-template <typename T>
-void allocate_mapped(T*& host, T*& device, std::size_t bytes) {
-  cuda::check(cudaHostAlloc(reinterpret_cast<void**>(&host), bytes, cudaHostAllocMapped | cudaHostAllocPortable),
-              "cudaHostAlloc");
-  std::memset(static_cast<void*>(host), 0, bytes);
-  cuda::check(cudaHostGetDevicePointer(reinterpret_cast<void**>(&device), host, 0), "cudaHostGetDevicePointer");
-}
 
 int device_of(const Options& options) {
   int device = options.cuda_device;
@@ -114,27 +107,47 @@ Context::Context(const BackendInput& input)
   cuda::check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
   cuda::check(cudaStreamCreateWithFlags(&copies_, cudaStreamNonBlocking), "cudaStreamCreate");
   cuda::check(cudaEventCreateWithFlags(&last_done_, cudaEventDisableTiming), "cudaEventCreate");
-  allocate_mapped(mailbox_, device_mailbox_, sizeof(Mailbox));
-  allocate_mapped(first_row_, device_first_row_, sizeof(std::int32_t) * (config.max_experts + 1));
   returns_ = std::make_shared<Returns>(device);
-  cuda::check(cudaMalloc(reinterpret_cast<void**>(&state_), sizeof(State)), "cudaMalloc");
-  cuda::check(cudaMemset(state_, 0, sizeof(State)), "cudaMemset");
-  cuda::check(cudaMalloc(reinterpret_cast<void**>(&counters_.peers), counters_bytes()), "cudaMalloc");
-  cuda::check(cudaMemset(counters_.peers, 0, counters_bytes()), "cudaMemset");
-  counters_.rows_per_slot = reinterpret_cast<std::uint64_t*>(counters_.peers + num_ranks);
-  cuda::check(cudaMalloc(reinterpret_cast<void**>(&device_peers_), sizeof(Peer) * num_ranks), "cudaMalloc");
-  cuda::check(cudaMalloc(reinterpret_cast<void**>(&nodes_), sizeof(std::int32_t) * num_ranks), "cudaMalloc");
-  copy(nodes_, topology.node_of_rank.data(), sizeof(std::int32_t) * num_ranks, cudaMemcpyHostToDevice);
+  sharing_ = choose_sharing(device, neighbours.machines);
+  place_own_memory();
   local(1);  // the first slab
   graph_memory_ = std::make_shared<GraphMemory>();
   prepare_kernels();
   statistics_.peers.resize(num_ranks);
-  open_windows(*input.group, choose_sharing(device, neighbours.machines));
+  open_windows(*input.group);
 }
 
-void Context::open_windows(Bootstrap& group, Sharing sharing) {
+// What only this rank's kernels and its host thread use.
+void Context::place_own_memory() {
+  std::size_t end = 0;
+  const std::size_t state_at = plan::take(end, sizeof(State)), counters_at = plan::take(end, counters_bytes()),
+                    peers_at = plan::take(end, sizeof(Peer) * num_ranks),
+                    nodes_at = plan::take(end, sizeof(std::int32_t) * num_ranks);
+  on_device_ = own_device_memory(device, sharing_, end);
+  cuda::check(cudaMemsetAsync(on_device_.get(), 0, end, copies_), "cudaMemsetAsync");
+  state_ = reinterpret_cast<State*>(on_device_.get() + state_at);
+  counters_.peers = reinterpret_cast<Statistics::Peer*>(on_device_.get() + counters_at);
+  counters_.rows_per_slot = reinterpret_cast<std::uint64_t*>(counters_.peers + num_ranks);
+  device_peers_ = reinterpret_cast<Peer*>(on_device_.get() + peers_at);
+  nodes_ = reinterpret_cast<std::int32_t*>(on_device_.get() + nodes_at);
+  copy(nodes_, topology.node_of_rank.data(), sizeof(std::int32_t) * num_ranks, cudaMemcpyHostToDevice);
+
+  end = 0;
+  const std::size_t mailbox_at = plan::take(end, sizeof(Mailbox)),
+                    first_row_at = plan::take(end, sizeof(std::int32_t) * (config.max_experts + 1));
+  pinned_ = own_pinned_memory(end);
+  std::byte* seen_by_kernels = nullptr;
+  cuda::check(cudaHostGetDevicePointer(reinterpret_cast<void**>(&seen_by_kernels), pinned_.get(), 0),
+              "cudaHostGetDevicePointer");
+  mailbox_ = reinterpret_cast<Mailbox*>(pinned_.get() + mailbox_at);
+  device_mailbox_ = reinterpret_cast<Mailbox*>(seen_by_kernels + mailbox_at);
+  first_row_ = reinterpret_cast<std::int32_t*>(pinned_.get() + first_row_at);
+  device_first_row_ = reinterpret_cast<std::int32_t*>(seen_by_kernels + first_row_at);
+}
+
+void Context::open_windows(Bootstrap& group) {
   const std::size_t first = layout_.arena_at + std::min(layout_.arena_bytes, kFirstArenaPages);
-  auto own = Window::create({device, sharing, layout_.total_bytes, first});
+  auto own = Window::create({device, sharing_, layout_.total_bytes, first});
   // Everything before the arena; on the device before any peer is told of it.
   cuda::check(cudaMemset(own->base(), 0, layout_.arena_at), "cudaMemset of a window");
   cuda::check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
@@ -203,12 +216,6 @@ Context::~Context() {
   for (cudaStream_t stream : {stream_, copies_})
     if (stream != nullptr) cudaStreamSynchronize(stream), cudaStreamDestroy(stream);
   if (last_done_ != nullptr) cudaEventDestroy(last_done_);
-  cudaFree(state_);
-  cudaFree(counters_.peers);
-  cudaFree(device_peers_);
-  cudaFree(nodes_);
-  cudaFreeHost(mailbox_);
-  cudaFreeHost(first_row_);
 }
 
 void Context::copy(void* dst, const void* src, std::size_t bytes, cudaMemcpyKind kind) const {

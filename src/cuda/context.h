@@ -133,7 +133,8 @@ class Context {
     std::uint64_t serial;
     std::shared_ptr<void> block;
   };
-  void open_windows(Bootstrap& group, Sharing sharing);
+  void place_own_memory();
+  void open_windows(Bootstrap& group);
   bool grow_arena(std::size_t upto);
   void prepare_kernels();
   void upload_peers();
@@ -159,14 +160,16 @@ class Context {
   std::vector<std::shared_ptr<void>> captured_;      // which then keeps all memory that the call took
   std::map<const Placement*, DevicePlacement> placements_;
   std::vector<Peer> peers_;
+  Sharing sharing_ = Sharing::kDescriptor;
+  std::shared_ptr<std::byte> on_device_, pinned_;  // where the next ones lie
   Peer* device_peers_ = nullptr;
   std::int32_t* nodes_ = nullptr;
   State* state_ = nullptr;
-  Mailbox* mailbox_ = nullptr;         // pinned
+  Mailbox* mailbox_ = nullptr;
   Mailbox* device_mailbox_ = nullptr;  // the same, as kernels see it
-  std::int32_t* first_row_ = nullptr;  // pinned likewise: counts that the host reads
+  std::int32_t* first_row_ = nullptr;  // counts that the host reads
   std::int32_t* device_first_row_ = nullptr;
-  Counters counters_{};            // device memory, one piece that begins with the peers
+  Counters counters_{};            // one piece that begins with the peers
   cudaStream_t stream_ = nullptr;  // of calls that bring none
   cudaStream_t copies_ = nullptr;  // set-up copies, never part of a capture
   cudaEvent_t last_done_ = nullptr;

@@ -11,6 +11,7 @@
 #include "cuda/context.h"
 #include "cuda/failure.h"
 #include "cuda/graph_memory.h"
+#include "cuda/own_memory.h"
 
 namespace deep_ep::cuda {
 namespace {
@@ -90,10 +91,9 @@ std::shared_ptr<void> Context::local(std::size_t bytes) {
   for (const auto& slab : slabs_)
     if (plan::Arena::Block block = slab->allocate(bytes, true); block.owner) return kept(std::move(block.owner));
   const std::size_t size = std::max(kFirstSlab << slabs_.size(), 2 * bytes);
-  void* memory = nullptr;
-  cuda::check(cudaMalloc(&memory, size), fmt::format("cudaMalloc of {} bytes", size));
-  std::shared_ptr<void> owner(memory, [](void* p) { cudaFree(p); });
-  slabs_.push_back(std::make_shared<plan::Arena>(std::move(owner), static_cast<std::byte*>(memory), 0, size));
+  std::shared_ptr<std::byte> memory = own_device_memory(device, sharing_, size);
+  std::byte* const base = memory.get();
+  slabs_.push_back(std::make_shared<plan::Arena>(std::move(memory), base, 0, size));
   return kept(slabs_.back()->allocate(bytes, true).owner);
 }
 

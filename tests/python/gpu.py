@@ -36,10 +36,16 @@ def run_on(device: str, num_ranks: int, body: Callable[[Any], Any]) -> List[Any]
 
 def to_cpu(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
+        settled()  # a copy that waits for a kernel may hold up other ranks' launches, for which the kernel waits
         return value.cpu()
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
         return type(value)(to_cpu(each) for each in value) if type(value) in (tuple, list) else to_cpu(tuple(value))
     return Tokens(*map(to_cpu, value)) if isinstance(value, Tokens) else value
+
+
+def settled() -> None:
+    """All that is enqueued on the current stream is done."""
+    torch.cuda.current_stream().synchronize()
 
 
 def moved(tokens: Tokens, device: str) -> Tokens:

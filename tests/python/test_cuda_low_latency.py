@@ -5,7 +5,7 @@ import pytest
 import torch
 from deep_ep import Buffer, Error
 
-from gpu import SMALL, moved, needs_gpu, on_both, run_on, same, to_cpu
+from gpu import SMALL, moved, needs_gpu, on_both, run_on, same, settled, to_cpu
 from ranks import make_tokens
 from test_cuda_streams import captured
 
@@ -158,7 +158,7 @@ def test_graphs_replay_with_hooks_and_other_ids():
         tokens, made = opened(group, "cuda")
         with made as buffer:
             step(buffer, tokens)
-            torch.cuda.current_stream().synchronize()
+            settled()
             group.barrier()
             graph = torch.cuda.CUDAGraph()
             outputs = captured(graph, lambda: step(buffer, tokens))
@@ -172,7 +172,7 @@ def test_graphs_replay_with_hooks_and_other_ids():
                 graph.replay()
                 got = [each.clone() for each in outputs]
                 right.append(same(to_cpu(got), to_cpu(list(step(buffer, tokens)))))
-            torch.cuda.current_stream().synchronize()
+            settled()
             group.barrier()
             del graph
             return right

@@ -8,7 +8,7 @@ import pytest
 import torch
 from deep_ep import Buffer, Config, ElasticBuffer, Error, ErrorCode
 
-from gpu import SMALL, moved, needs_gpu, run_on, same, to_cpu
+from gpu import SMALL, moved, needs_gpu, run_on, same, settled, to_cpu
 from ranks import dispatch_v1, make_tokens
 
 pytestmark = needs_gpu
@@ -66,10 +66,12 @@ def test_1_4_without_an_event_an_operation_waits_for_the_current_stream():
         late.copy_(tokens.x)  # the dispatch must see this
         made = bounded(buffer, tokens._replace(x=late), layout, async_finish=True)
         made[5].event._event.synchronize()
+        settled()
         rows = int((wanted >= 0).any(dim=1).sum())
         with made[5]:
             pass
         combined = buffer.combine(made[0], made[4])[0]
+        settled()
         count = layout["is_token_in_rank"].sum(dim=1, keepdim=True)
         return rows, torch.allclose(combined.float(), tokens.x.float() * count, rtol=2e-2)
 
@@ -105,6 +107,7 @@ def test_1_4_inputs_may_go_at_once_and_outputs_while_they_are_still_read():
         for turn in range(12):
             exact = bounded(buffer, tokens._replace(x=tokens.x + turn), layout)
             wanted.append((exact[0].clone(), exact[1].clone()))
+        settled()
         here = (copies[0][1] >= 0).any(dim=1)
         return all(
             torch.equal(got[0][here], right[0][here]) and torch.equal(got[1], right[1])
@@ -119,7 +122,7 @@ def test_operations_run_on_the_communication_stream_with_as_many_sms_as_allowed(
         layout = layout_of(buffer, tokens)
         assert isinstance(buffer.get_comm_stream(), torch.cuda.Stream)
         assert buffer.get_comm_stream() != torch.cuda.current_stream()
-        torch.cuda.current_stream().synchronize()
+        settled()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             received = buffer.dispatch(
                 tokens.x, topk_idx=tokens.topk_idx, topk_weights=tokens.topk_weights, config=Config(6), **layout
@@ -176,7 +179,7 @@ def test_graphs_replay_with_other_ids_weights_and_rows(expand):
         with made as buffer:
             layout = layout_of(buffer, tokens) if expand is None else None
             step(buffer, tokens, layout)
-            torch.cuda.current_stream().synchronize()
+            settled()
             group.barrier()
             graph = torch.cuda.CUDAGraph()
             outputs = captured(graph, lambda: step(buffer, tokens, layout))
@@ -192,7 +195,7 @@ def test_graphs_replay_with_other_ids_weights_and_rows(expand):
                 got = [each.clone() for each in outputs]
                 wanted = step(buffer, tokens, layout)
                 right.append(same(to_cpu(got), to_cpu(list(wanted))))
-            torch.cuda.current_stream().synchronize()
+            settled()
             group.barrier()
             del graph
             return right
@@ -206,7 +209,7 @@ def test_an_exact_dispatch_in_a_capture_says_what_to_do():
         tokens = moved(make_tokens(0, 8, HIDDEN, TOPK, EXPERTS), "cuda")
         with Buffer(group, 1 << 20, **SMALL) as buffer:
             layout = layout_of(buffer, tokens)
-            torch.cuda.current_stream().synchronize()
+            settled()
             with pytest.raises(Error, match="max_rows"):
                 captured(
                     torch.cuda.CUDAGraph(),
@@ -281,7 +284,7 @@ def test_one_buffer_serves_cpu_and_cuda_tensors():
         gpu = dispatch_v1(buffer, tokens, EXPERTS)
         cpu = dispatch_v1(buffer, moved(tokens, "cpu"), EXPERTS)
         again = dispatch_v1(buffer, tokens, EXPERTS)
-        sums = [buffer.combine(each[0], each[4])[0].cpu() for each in (gpu, cpu, again)]
+        sums = [to_cpu(buffer.combine(each[0], each[4])[0]) for each in (gpu, cpu, again)]
         return all(torch.equal(each[0].cpu(), cpu[0]) for each in (gpu, again)) and same(sums[:2], sums[1:])
 
     assert all(on_gpu(body))
@@ -295,7 +298,9 @@ def test_allocated_rows_are_combined_without_a_copy():
         buffer.reset_statistics()
         first = buffer.combine(ready, handle)[0]
         staged = buffer.statistics()["staged_bytes"]
-        return staged, torch.equal(first, buffer.combine(recv_x.clone(), handle)[0])
+        second = buffer.combine(recv_x.clone(), handle)[0]
+        settled()
+        return staged, torch.equal(first, second)
 
     assert on_gpu(body) == [(0, True)] * RANKS
 
@@ -305,6 +310,7 @@ def test_buffers_come_and_go_and_outputs_outlive_them():
         kept = dispatch_v1(buffer, tokens, EXPERTS)[0]
         before = kept.clone()
         buffer.close()
+        settled()
         return torch.equal(kept, before)
 
     for _ in range(10):
