@@ -459,8 +459,11 @@ typedef struct deep_ep_dispatch_input {
   int reserved;            // 0
   int64_t max_rows;        // 0: outputs have exactly the rows that came, else so many; high throughput only
   int64_t timeout_ms;      // 0: the buffer's
-  void* stream;  // CUDA: a cudaStream_t in whose order the call runs, see deep_ep_check(); NULL: the buffer's own,
-                 // complete when the call returns
+  void* stream;     // CUDA: a cudaStream_t in whose order the call runs, see deep_ep_check(); NULL: the buffer's own,
+                    // complete when the call returns
+  int at_once;      // low latency, 1: the ticket is received right after the call; CUDA then needs one kernel, not two
+  int mask_silent;  // low latency on the host, 1: a rank that is silent until the deadline is masked, and the operation
+                    // goes on without it
 } deep_ep_dispatch_input;
 
 /// What came: tensors and a handle.
@@ -549,7 +552,9 @@ typedef struct deep_ep_combine_input {
   int64_t timeout_ms;        // 0: the buffer's
   void* stream;              // as in deep_ep_dispatch_input
   deep_ep_wire_format wire;  // low latency, BF16 and FP16 only; equal on all ranks
-  int reserved;              // 0
+  int pre_reduce;            // low latency, with round_per_rank, 1: a rank adds a token's rows up and sends one
+  int at_once;               // as in deep_ep_dispatch_input
+  int mask_silent;           // likewise
 } deep_ep_combine_input;
 
 typedef struct deep_ep_combine_result deep_ep_combine_result;

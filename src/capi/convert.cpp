@@ -147,6 +147,8 @@ DispatchInput input_of(const deep_ep_dispatch_input* input) {
   made.scale_order = static_cast<ScaleOrder>(checked_enum(in.scale_order, DEEP_EP_COLUMN_MAJOR, "scale_order"));
   made.mask_topk_weights = in.keep_other_weights == 0;
   made.max_rows = in.max_rows;
+  made.at_once = in.at_once != 0;
+  made.mask_silent = in.mask_silent != 0;
   if (in.handle != nullptr) made.handle = in.handle->handle;
   made.stream = in.stream;
   made.timeout = timeout_of(in.timeout_ms);
@@ -169,6 +171,9 @@ CombineInput input_of(const deep_ep_combine_input* input) {
   made.order.bias_first = in.bias_last == 0;
   made.out = view_of(in.out, "out");
   made.wire = static_cast<WireFormat>(checked_enum(in.wire, DEEP_EP_WIRE_FP8, "wire"));
+  made.pre_reduce = in.pre_reduce != 0;
+  made.at_once = in.at_once != 0;
+  made.mask_silent = in.mask_silent != 0;
   made.stream = in.stream;
   made.timeout = timeout_of(in.timeout_ms);
   made.num_workers = workers_of(in.num_workers);

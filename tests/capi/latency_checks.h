@@ -4,16 +4,28 @@
 
 #include "capi/input.h"
 
+static deep_ep_dispatch_input padded_input(const deep_ep_tensor* x, const deep_ep_tensor* idx) {
+  const deep_ep_dispatch_input input = {.size = sizeof(input),
+                                        .x = x,
+                                        .topk_idx = idx,
+                                        .num_experts = kExperts,
+                                        .layout = DEEP_EP_PADDED,
+                                        .max_tokens_per_rank = kTokens};
+  return input;
+}
+
+// What a token's rows are multiplied with when they come home, in all.
+static float factor_of(int rank, int token) {
+  float factor = 0;
+  for (int k = 0; k < kTopk; ++k) factor += expert_of(rank, token, k) >= 0 ? weight_of(token, k) : 0.0f;
+  return factor;
+}
+
 static void low_latency_and_back(const struct rank* me, deep_ep_buffer* buffer, const struct tokens* t) {
   const deep_ep_tensor x = deep_ep_make_tensor(t->x, DEEP_EP_FP32, 2, t->num_tokens, kHidden, 0);
   const deep_ep_tensor idx = deep_ep_make_tensor(t->idx, DEEP_EP_I64, 2, t->num_tokens, kTopk, 0);
   const deep_ep_tensor weights = deep_ep_make_tensor(t->weights, DEEP_EP_FP32, 2, t->num_tokens, kTopk, 0);
-  const deep_ep_dispatch_input input = {.size = sizeof(input),
-                                        .x = &x,
-                                        .topk_idx = &idx,
-                                        .num_experts = kExperts,
-                                        .layout = DEEP_EP_PADDED,
-                                        .max_tokens_per_rank = kTokens};
+  const deep_ep_dispatch_input input = padded_input(&x, &idx);
   deep_ep_dispatch_ticket *ticket = NULL, *dropped = NULL;
   deep_ep_dispatch_result* result = NULL;
   REQUIRE_OK(deep_ep_low_latency_dispatch(buffer, &input, &ticket));
@@ -40,9 +52,7 @@ static void low_latency_and_back(const struct rank* me, deep_ep_buffer* buffer, 
     deep_ep_tensor home = any_tensor();
     CHECK_OK(deep_ep_combine_result_tensor(sum, DEEP_EP_COMBINE_X, &home));
     for (int i = 0; i < t->num_tokens && home.data != NULL; ++i) {
-      float factor = 0;
-      for (int k = 0; k < kTopk; ++k) factor += expert_of(me->rank, i, k) >= 0 ? weight_of(i, k) : 0.0f;
-      CHECK(((const float*)home.data)[i * kHidden + 5] == factor * value_of(me->rank, i, 5));
+      CHECK(((const float*)home.data)[i * kHidden + 5] == factor_of(me->rank, i) * value_of(me->rank, i, 5));
     }
   }
   deep_ep_combine_result_free(sum);
@@ -117,12 +127,7 @@ static void wire_formats_are_close(const struct rank* me, deep_ep_buffer* buffer
   const deep_ep_tensor x = deep_ep_make_tensor(narrow, DEEP_EP_BF16, 2, t->num_tokens, kWide, 0);
   const deep_ep_tensor idx = deep_ep_make_tensor(t->idx, DEEP_EP_I64, 2, t->num_tokens, kTopk, 0);
   const deep_ep_tensor weights = deep_ep_make_tensor(t->weights, DEEP_EP_FP32, 2, t->num_tokens, kTopk, 0);
-  const deep_ep_dispatch_input input = {.size = sizeof(input),
-                                        .x = &x,
-                                        .topk_idx = &idx,
-                                        .num_experts = kExperts,
-                                        .layout = DEEP_EP_PADDED,
-                                        .max_tokens_per_rank = kTokens};
+  const deep_ep_dispatch_input input = padded_input(&x, &idx);
   deep_ep_dispatch_ticket* ticket = NULL;
   deep_ep_dispatch_result* result = NULL;
   REQUIRE_OK(deep_ep_low_latency_dispatch(buffer, &input, &ticket));
@@ -146,10 +151,8 @@ static void wire_formats_are_close(const struct rank* me, deep_ep_buffer* buffer
       CHECK_OK(deep_ep_combine_result_tensor(sum, DEEP_EP_COMBINE_X, &home));
       int close = home.data != NULL;
       for (int i = 0; close && i < t->num_tokens; ++i) {
-        float factor = 0;
-        for (int k = 0; k < kTopk; ++k) factor += expert_of(me->rank, i, k) >= 0 ? weight_of(i, k) : 0.0f;
         for (int c = 0; c < kWide; ++c) {
-          const float want = factor * from_bf16(narrow[i * kWide + c]);
+          const float want = factor_of(me->rank, i) * from_bf16(narrow[i * kWide + c]);
           const float got = from_bf16(((const uint16_t*)home.data)[i * kWide + c]);
           close = close && magnitude_of(got - want) <= want * (within[wire] + power2(-7));  // rounded twice to bf16
         }
@@ -159,8 +162,11 @@ static void wire_formats_are_close(const struct rank* me, deep_ep_buffer* buffer
     deep_ep_combine_result_free(sum);
     deep_ep_combine_ticket_free(returning);
   }
-  back.wire = (deep_ep_wire_format)3;
   deep_ep_combine_ticket* never = NULL;
+  back.wire = (deep_ep_wire_format)3;
   CHECK_FAILS(deep_ep_low_latency_combine(buffer, &back, &never), DEEP_EP_INVALID_ARGUMENT, "wire");
+  back.wire = DEEP_EP_WIRE_AS_IS;
+  back.pre_reduce = 1;
+  CHECK_FAILS(deep_ep_low_latency_combine(buffer, &back, &never), DEEP_EP_INVALID_ARGUMENT, "round_per_rank");
   deep_ep_dispatch_result_free(result);
 }
