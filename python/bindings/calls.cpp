@@ -28,6 +28,25 @@ std::shared_ptr<const T> shared(nb::handle object) {
   return object.is_none() ? nullptr : std::shared_ptr<const T>(nb::cast<std::shared_ptr<T>>(object));
 }
 
+// How a call runs, dispatch or combine.
+template <typename Input>
+bool set_way(Input& in, std::string_view key, nb::handle value) {
+  if (key == "handle") {
+    in.handle = shared<Handle>(value);
+  } else if (key == "timeout_secs") {
+    in.timeout = milliseconds(value);
+  } else if (key == "num_workers") {
+    in.num_workers = nb::cast<int>(value);
+  } else if (key == "at_once") {
+    in.at_once = nb::cast<bool>(value);
+  } else if (key == "mask_silent") {
+    in.mask_silent = nb::cast<bool>(value);
+  } else {
+    return false;
+  }
+  return true;
+}
+
 bool set_tensor(DispatchInput& in, std::string_view key, nb::handle value, Device device) {
   if (key == "x") {
     in.x = view_of(value, "x", device);
@@ -54,14 +73,6 @@ bool set_number(DispatchInput& in, std::string_view key, nb::handle value) {
     in.max_tokens_per_rank = nb::cast<int>(value);
   } else if (key == "max_rows") {
     in.max_rows = nb::cast<std::int64_t>(value);
-  } else if (key == "timeout_secs") {
-    in.timeout = milliseconds(value);
-  } else if (key == "num_workers") {
-    in.num_workers = nb::cast<int>(value);
-  } else if (key == "at_once") {
-    in.at_once = nb::cast<bool>(value);
-  } else if (key == "mask_silent") {
-    in.mask_silent = nb::cast<bool>(value);
   } else {
     return false;
   }
@@ -71,8 +82,6 @@ bool set_number(DispatchInput& in, std::string_view key, nb::handle value) {
 bool set_choice(DispatchInput& in, std::string_view key, nb::handle value) {
   if (key == "placement") {
     in.placement = shared<Placement>(value);
-  } else if (key == "handle") {
-    in.handle = shared<Handle>(value);
   } else if (key == "layout") {
     in.layout = nb::cast<OutputLayout>(value);
   } else if (key == "column_major_scales") {
@@ -117,22 +126,12 @@ WireFormat wire_format(nb::handle value) {
 }
 
 bool set_choice(CombineInput& in, std::string_view key, nb::handle value) {
-  if (key == "handle") {
-    in.handle = shared<Handle>(value);
-  } else if (key == "weights_from_owner") {
+  if (key == "weights_from_owner") {
     in.weights_home = nb::cast<bool>(value) ? WeightsHome::kFromOwner : WeightsHome::kSumOverRanks;
   } else if (key == "order") {
     in.order = nb::cast<SumOrder>(value);
   } else if (key == "wire") {
     in.wire = wire_format(value);
-  } else if (key == "timeout_secs") {
-    in.timeout = milliseconds(value);
-  } else if (key == "num_workers") {
-    in.num_workers = nb::cast<int>(value);
-  } else if (key == "at_once") {
-    in.at_once = nb::cast<bool>(value);
-  } else if (key == "mask_silent") {
-    in.mask_silent = nb::cast<bool>(value);
   } else {
     return false;
   }
@@ -150,7 +149,8 @@ DispatchInput dispatch_input(const Seat& seat, const nb::kwargs& keywords) {
   in.stream = seat.calls;
   for (auto [name, value] : keywords) {
     const std::string_view key = nb::borrow<nb::str>(name).c_str();
-    if (!set_tensor(in, key, value, seat.device) && !set_number(in, key, value) && !set_choice(in, key, value))
+    if (!set_tensor(in, key, value, seat.device) && !set_number(in, key, value) && !set_choice(in, key, value) &&
+        !set_way(in, key, value))
       unknown(key);
   }
   return in;
@@ -161,7 +161,8 @@ CombineInput combine_input(const Seat& seat, const nb::kwargs& keywords) {
   in.stream = seat.calls;
   for (auto [name, value] : keywords) {
     const std::string_view key = nb::borrow<nb::str>(name).c_str();
-    if (!set_tensor(in, key, value, seat.device) && !set_choice(in, key, value)) unknown(key);
+    if (!set_tensor(in, key, value, seat.device) && !set_choice(in, key, value) && !set_way(in, key, value))
+      unknown(key);
   }
   return in;
 }
