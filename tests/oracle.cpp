@@ -2,20 +2,18 @@
 // The tensors of the oracle.
 #include "oracle.h"
 
-#include "oracle_numbers.h"
-
 namespace deep_ep::oracle {
 
 Array::Array(DType dtype, std::vector<std::int64_t> shape) : dtype(dtype), shape(std::move(shape)) {
   std::size_t items = 1;
   for (const std::int64_t n : this->shape) items *= static_cast<std::size_t>(n);
-  bytes.resize(items * item_size(dtype));
+  bytes.resize(items * item_bytes(dtype));
 }
 
 std::size_t Array::row_bytes() const {
   std::size_t items = 1;
   for (std::size_t d = 1; d < shape.size(); ++d) items *= static_cast<std::size_t>(shape[d]);
-  return items * item_size(dtype);
+  return items * item_bytes(dtype);
 }
 
 TensorView Array::view() const {

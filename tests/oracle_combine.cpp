@@ -59,7 +59,7 @@ class HomeSum {
   Array rows() const {
     const Array& like = ranks_[home_].x;
     const std::int64_t hidden = like.shape.back();
-    const std::size_t item = item_size(like.dtype);
+    const std::size_t item = item_bytes(like.dtype);
     const std::int64_t tokens = dispatched_[home_].num_tokens;
     Array out(like.dtype, {tokens, hidden});
     for (std::int64_t t = 0; t < tokens; ++t) {
@@ -97,7 +97,7 @@ class HomeSum {
   std::vector<float> row_values(int rank, std::int64_t row) const {
     const Array& x = ranks_[rank].x;
     const std::int64_t hidden = x.shape.back();
-    const std::size_t item = item_size(x.dtype);
+    const std::size_t item = item_bytes(x.dtype);
     std::vector<float> values(hidden);
     for (std::int64_t c = 0; c < hidden; ++c) values[c] = decode(x.dtype, x.bytes.data() + (row * hidden + c) * item);
     return after_crossing(ranks_[home_].wire, x.dtype, values);
@@ -123,7 +123,7 @@ class HomeSum {
     for (const Array& bias : ranks_[home_].bias) {
       if (!bias.given()) continue;
       for (std::size_t c = 0; c < sum.size(); ++c) {
-        sum[c] += decode(bias.dtype, bias.row(t) + c * item_size(bias.dtype));
+        sum[c] += decode(bias.dtype, bias.row(t) + c * item_bytes(bias.dtype));
       }
     }
   }

@@ -183,7 +183,7 @@ class Receiver {
 
   void write_row(std::int64_t row, const Arrival& from) {
     const DispatchRank& src = ranks_[from.src];
-    const std::size_t x_bytes = out_.x.shape.back() * item_size(out_.x.dtype);
+    const std::size_t x_bytes = out_.x.shape.back() * item_bytes(out_.x.dtype);
     const std::size_t scale_bytes = out_.scales.given() ? out_.scales.shape.back() * 4 : 0;
     std::byte* x = out_.x.bytes.data() + row * x_bytes;
     std::byte* scales = out_.scales.bytes.data() + row * scale_bytes;

@@ -95,20 +95,6 @@ void through_logfmt(const float* block, std::int64_t channels, float* back) {
 
 }  // namespace
 
-std::size_t item_size(DType dtype) {
-  switch (dtype) {
-    case DType::kU8:
-    case DType::kFp8E4m3:
-    case DType::kBool: return 1;
-    case DType::kBf16:
-    case DType::kFp16: return 2;
-    case DType::kFp32:
-    case DType::kI32: return 4;
-    case DType::kI64: return 8;
-  }
-  return 0;
-}
-
 float decode(DType dtype, const std::byte* item) {
   std::uint16_t two = 0;
   float four = 0.0f;
@@ -143,7 +129,7 @@ void encode(DType dtype, float value, std::byte* item) {
 // FP8 of one row: codes and one stored word per 128 channels, or per 512 with four exponents in a word.
 void quantize(const Fp8Options& options, const Array& x, std::int64_t row, std::byte* codes, std::byte* scales) {
   const std::int64_t hidden = x.shape[1];
-  const std::size_t item = item_size(x.dtype);
+  const std::size_t item = item_bytes(x.dtype);
   for (std::int64_t first = 0, group = 0; first < hidden; first += 128, ++group) {
     const std::int64_t last = std::min<std::int64_t>(first + 128, hidden);
     float largest = 1e-4f;

@@ -10,8 +10,6 @@
 
 namespace deep_ep::oracle {
 
-std::size_t item_size(DType dtype);
-
 // FP8 of one row: codes and one stored word per 128 channels, or per 512 with four exponents in a word.
 void quantize(const Fp8Options& options, const Array& x, std::int64_t row, std::byte* codes, std::byte* scales);
 std::int64_t fp8_words(const Fp8Options& options, std::int64_t hidden);

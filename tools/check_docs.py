@@ -95,7 +95,7 @@ def wrong_code(text):
 
 
 def main():
-    docs = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((ROOT / "docs").glob("*.md"))
+    docs = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((ROOT / "docs").rglob("*.md"))
     docs = [doc for doc in docs if doc.is_file()]
     problems = []
     for doc in docs:

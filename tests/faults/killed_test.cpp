@@ -86,8 +86,9 @@ TEST_P(KilledAfter, is_noticed_by_the_survivors_who_open_again_without_it) {
   EXPECT_EQ(shared_memory(), before);
 }
 
-TEST(KilledRank, is_named_with_the_reason_that_it_ended) {
-  const Scene scene;
+// One exchange, after which the victim is killed; then every survivor does `then(buffer, rank)`.
+template <typename Then>
+void after_the_victims_end(const Scene& scene, const Then& then) {
   Processes processes(kRanks, [&](int rank, std::shared_ptr<Bootstrap> group, Blackboard& board) {
     Config config = scene.world.config();
     config.timeout = 3000ms;  // on a GPU it is noticed at the deadline only
@@ -98,11 +99,7 @@ TEST(KilledRank, is_named_with_the_reason_that_it_ended) {
       for (;;) std::this_thread::sleep_for(1s);
     }
     if (!Blackboard::wait_for(board.go, 1)) throw std::runtime_error("nobody was killed");
-    const Outcome outcome = outcome_of([&] { buffer->dispatch(scene.world.input(rank)); });
-    EXPECT_EQ(outcome.code, ErrorCode::kTimeout) << outcome.message;
-    ASSERT_TRUE(outcome.wait.has_value());
-    EXPECT_EQ(outcome.wait->peer, kVictim);
-    EXPECT_TRUE(outcome.wait->peer_gone) << outcome.message;
+    then(*buffer, rank);
   });
   for (int rank = 0; rank < kRanks; ++rank) ASSERT_TRUE(Blackboard::wait_for(processes.board().progress[rank], 1));
   processes.kill_rank(kVictim);
@@ -111,29 +108,26 @@ TEST(KilledRank, is_named_with_the_reason_that_it_ended) {
   EXPECT_EQ(processes.wait(), (std::vector<int>{0, 0, 128 + SIGKILL, 0}));
 }
 
+TEST(KilledRank, is_named_with_the_reason_that_it_ended) {
+  const Scene scene;
+  after_the_victims_end(scene, [&](AnyBuffer& buffer, int rank) {
+    const Outcome outcome = outcome_of([&] { buffer.dispatch(scene.world.input(rank)); });
+    EXPECT_EQ(outcome.code, ErrorCode::kTimeout) << outcome.message;
+    ASSERT_TRUE(outcome.wait.has_value());
+    EXPECT_EQ(outcome.wait->peer, kVictim);
+    EXPECT_TRUE(outcome.wait->peer_gone) << outcome.message;
+  });
+}
+
 TEST(KilledRank, may_be_masked_and_the_others_go_on) {
-  Scene scene;
+  const Scene scene;
   World without = scene.world;
   without.exchange.masked = {false, false, true, false};
   without.expect_again();
-  Processes processes(kRanks, [&](int rank, std::shared_ptr<Bootstrap> group, Blackboard& board) {
-    Config config = scene.world.config();
-    config.timeout = 3000ms;  // on a GPU it is noticed at the deadline only
-    auto buffer = AnyBuffer::open(std::move(group), config);
-    buffer->dispatch(scene.world.input(rank));
-    ++board.progress[rank];
-    if (rank == kVictim) {
-      for (;;) std::this_thread::sleep_for(1s);
-    }
-    if (!Blackboard::wait_for(board.go, 1)) throw std::runtime_error("nobody was killed");
-    buffer->set_masked(kVictim, true);
-    for (int i = 0; i < 10; ++i) EXPECT_EQ(difference(without, rank, buffer->dispatch(without.input(rank))), "");
+  after_the_victims_end(scene, [&](AnyBuffer& buffer, int rank) {
+    buffer.set_masked(kVictim, true);
+    for (int i = 0; i < 10; ++i) EXPECT_EQ(difference(without, rank, buffer.dispatch(without.input(rank))), "");
   });
-  for (int rank = 0; rank < kRanks; ++rank) ASSERT_TRUE(Blackboard::wait_for(processes.board().progress[rank], 1));
-  processes.kill_rank(kVictim);
-  std::this_thread::sleep_for(50ms);
-  processes.board().go = 1;
-  EXPECT_EQ(processes.wait(), (std::vector<int>{0, 0, 128 + SIGKILL, 0}));
 }
 
 TEST(KilledRank, all_of_them_at_once_leave_no_shared_memory) {
