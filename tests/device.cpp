@@ -8,6 +8,8 @@
 
 #include <array>
 #include <mutex>
+
+#include "plan/arena.h"
 #endif
 
 namespace deep_ep::test::device {
@@ -35,33 +37,33 @@ int current() {
   return device;
 }
 
-cudaStream_t make_stream(int device) {
-  cudaStream_t made = nullptr;
-  gpu(cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking), "cudaStreamCreate");
-  cudaMemPool_t pool = nullptr;
-  gpu(cudaDeviceGetDefaultMemPool(&pool, device), "cudaDeviceGetDefaultMemPool");
-  // All that tests need is taken now, and kept: a pool that grows later may wait for kernels too.
-  std::uint64_t keep = UINT64_MAX;
-  gpu(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep), "cudaMemPoolSetAttribute");
+// What tests need of one GPU, taken before any rank waits for another, and kept to the end of the process.
+struct Supply {
+  cudaStream_t stream = nullptr;
+  std::shared_ptr<plan::Arena> memory;
+};
+
+Supply make_supply(int device) {
+  constexpr std::size_t kBytes = std::size_t{1} << 30;
+  const int before = current();
+  gpu(cudaSetDevice(device), "cudaSetDevice");
+  Supply made;
+  gpu(cudaStreamCreateWithFlags(&made.stream, cudaStreamNonBlocking), "cudaStreamCreate");
   void* all = nullptr;
-  gpu(cudaMallocAsync(&all, std::size_t{1} << 30, made), "cudaMallocAsync");
-  gpu(cudaFreeAsync(all, made), "cudaFreeAsync");
-  gpu(cudaStreamSynchronize(made), "cudaStreamSynchronize");
+  gpu(cudaMalloc(&all, kBytes), "cudaMalloc");
+  gpu(cudaSetDevice(before), "cudaSetDevice");
+  made.memory =
+      std::make_shared<plan::Arena>(std::shared_ptr<void>(all, [](void*) {}), static_cast<std::byte*>(all), 0, kBytes);
   return made;
 }
 
-cudaStream_t stream_of(int device) {
+const Supply& supply_of(int device) {
   static std::mutex mutex;
-  static std::array<cudaStream_t, 64> streams = {};
+  static std::array<Supply, 64> supplies = {};
   const std::lock_guard lock(mutex);
-  cudaStream_t& stream = streams.at(static_cast<std::size_t>(device));
-  if (stream == nullptr) {
-    const int before = current();
-    gpu(cudaSetDevice(device), "cudaSetDevice");
-    stream = make_stream(device);
-    gpu(cudaSetDevice(before), "cudaSetDevice");
-  }
-  return stream;
+  Supply& supply = supplies.at(static_cast<std::size_t>(device));
+  if (supply.stream == nullptr) supply = make_supply(device);
+  return supply;
 }
 
 // -1: not a GPU's.
@@ -84,24 +86,22 @@ int of_rank(int rank) { return rank % count(); }
 
 void use_for(int rank) {
   gpu(cudaSetDevice(of_rank(rank)), "cudaSetDevice");
-  stream_of(of_rank(rank));
+  supply_of(of_rank(rank));
 }
 
 bool holds(const void* data) { return device_of(data) >= 0; }
 
 void copy(void* to, const void* from, std::size_t bytes) {
   const int there = device_of(to) >= 0 ? device_of(to) : device_of(from);
-  const cudaStream_t stream = stream_of(there >= 0 ? there : current());
+  const cudaStream_t stream = supply_of(there >= 0 ? there : current()).stream;
   gpu(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream), "cudaMemcpyAsync");
   gpu(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
 }
 
 std::shared_ptr<void> allocate(std::size_t bytes) {
-  const cudaStream_t stream = stream_of(current());
-  void* memory = nullptr;
-  gpu(cudaMallocAsync(&memory, bytes + 16, stream), "cudaMallocAsync");
-  gpu(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
-  return {memory, [stream](void* p) { cudaFreeAsync(p, stream); }};
+  auto block = supply_of(current()).memory->allocate(bytes + 16, true);
+  if (!block.owner) throw std::runtime_error("the tests' own memory on a GPU is used up");
+  return block.owner;
 }
 
 #else

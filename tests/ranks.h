@@ -27,7 +27,8 @@ inline constexpr bool kSanitized = false;
 /// Fewer random cases where every memory access is checked; never none.
 constexpr int cases(int plain) { return kSanitized ? (plain + 3) / 4 : plain; }
 
-/// A small arena, one node, and a deadline that an overloaded machine keeps.
+/// A small arena, one node, and a deadline that an overloaded machine keeps; the environment variable
+/// EP_TEST_TIMEOUT_MS names another.
 Config small_config();
 
 /// How one rank's body ended.

@@ -2,6 +2,8 @@
 // Ranks as processes that share memory: the same results, bit for bit, as the oracle has and ranks as threads give.
 #include <gtest/gtest.h>
 
+#include <cstdlib>
+
 #include "exchange.h"
 
 namespace deep_ep::test {
@@ -71,6 +73,34 @@ TEST(ProcessRanks, hold_more_outputs_than_an_arena_has_pages_at_first) {
     EXPECT_GT(buffer->statistics().arena_bytes_high_water, std::size_t{64} << 20);
   });
   EXPECT_EQ(processes.wait(), std::vector<int>(s.ranks, 0));
+}
+
+// A GPU's memory can be shared in several ways; where one is not to be had, every rank says so, naming it.
+class ProcessRanksBy : public testing::TestWithParam<const char*> {};
+INSTANTIATE_TEST_SUITE_P(Sharing, ProcessRanksBy, testing::Values("descriptor", "ipc", "fabric"));
+
+TEST_P(ProcessRanksBy, give_the_same_results_or_say_why_not) {
+  std::vector<Case> all;
+  for (const bool low_latency : {false, true}) {
+    Shape s;
+    s.ranks = 2;
+    s.layout = OutputLayout::kByExpert;
+    s.low_latency = low_latency;
+    all.emplace_back(s);
+  }
+  ::setenv("DEEP_EP_CUDA_SHARING", GetParam(), 1);
+  Processes processes(2, [&](int, std::shared_ptr<Bootstrap> group, Blackboard&) {
+    std::unique_ptr<AnyBuffer> buffer;
+    const Outcome opened = outcome_of([&] { buffer = AnyBuffer::open(std::move(group), all[1].world.config()); });
+    if (opened.failed) {
+      EXPECT_STREQ(GetParam(), "fabric");
+      EXPECT_NE(opened.message.find("fabric"), std::string::npos) << opened.message;
+      return;
+    }
+    for (const Case& c : all) exchange(*buffer, c);
+  });
+  ::unsetenv("DEEP_EP_CUDA_SHARING");
+  EXPECT_EQ(processes.wait(), std::vector<int>(2, 0));
 }
 
 TEST(ProcessRanks, meet_over_tcp_in_any_order) {

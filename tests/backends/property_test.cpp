@@ -220,38 +220,60 @@ TEST(Properties, results_are_bit_identical_for_every_number_of_workers_and_acros
 }
 
 // One buffer, many different calls: nothing of one call may leak into the next.
-TEST(Properties, one_buffer_serves_any_sequence_of_shapes) {
-  constexpr int kRanks = 4;
-  std::vector<World> worlds;
-  std::vector<Homeward> homes;
-  std::vector<std::vector<oracle::Combined>> sums;
-  for (std::uint64_t seed = 5000; seed < 5000 + static_cast<std::uint64_t>(cases(80)); ++seed) {
-    Shape s = random_shape(seed);
-    s.ranks = kRanks;
-    s.ranks_per_node = {2};
-    s.topk = std::min(s.topk, 16);
-    worlds.emplace_back(s);
-    HomewardShape home;
-    home.dtype = s.dtype;
-    home.hidden = s.hidden;
-    homes.push_back(homeward(worlds.back(), home));
-    sums.push_back(
-        oracle::combine(worlds.back().exchange, worlds.back().expected, homes.back().ranks, SumOrder::by_topk()));
-  }
-  Config config = small_config();
-  config.ranks_per_node = {2};
-  config.max_experts = 1024;
-  config.low_latency = {.max_tokens_per_rank = 20, .row_bytes = 4 * 800, .num_topk = 16, .side_bytes = 256};
-  run_ranks(kRanks, config, [&](AnyBuffer& buffer) {
-    const int rank = buffer.rank();
-    for (std::size_t i = 0; i < worlds.size(); ++i) {
-      const Shape& s = worlds[i].shape;
-      const auto sent = dispatch(buffer, worlds[i].input(rank), s.low_latency);
-      EXPECT_EQ(difference(worlds[i], rank, sent), "") << "rank " << rank << " call " << i << " " << s.to_string();
-      const auto got = combine(buffer, combine_input(homes[i], rank, sent.handle, SumOrder::by_topk()), s.low_latency);
-      EXPECT_EQ(difference(sums[i][rank], got), "") << "rank " << rank << " call " << i << " " << s.to_string();
+class Sequence {
+ public:
+  Sequence(std::uint64_t first_seed, int calls) {
+    for (int i = 0; i < calls; ++i) {
+      Shape s = random_shape(first_seed + static_cast<std::uint64_t>(i));
+      s.ranks = kRanks;
+      s.ranks_per_node = {2};
+      s.topk = std::min(s.topk, 16);
+      worlds_.emplace_back(s);
+      HomewardShape home;
+      home.dtype = s.dtype;
+      home.hidden = s.hidden;
+      homes_.push_back(homeward(worlds_.back(), home));
+      sums_.push_back(
+          oracle::combine(worlds_.back().exchange, worlds_.back().expected, homes_.back().ranks, SumOrder::by_topk()));
     }
+  }
+
+  static constexpr int kRanks = 4;
+  static Config config() {
+    Config config = small_config();
+    config.ranks_per_node = {2};
+    config.max_experts = 1024;
+    config.low_latency = {.max_tokens_per_rank = 20, .row_bytes = 4 * 800, .num_topk = 16, .side_bytes = 256};
+    return config;
+  }
+  void run(AnyBuffer& buffer) const {
+    const int rank = buffer.rank();
+    for (std::size_t i = 0; i < worlds_.size(); ++i) {
+      const Shape& s = worlds_[i].shape;
+      const auto sent = dispatch(buffer, worlds_[i].input(rank), s.low_latency);
+      EXPECT_EQ(difference(worlds_[i], rank, sent), "") << "rank " << rank << " call " << i << " " << s.to_string();
+      const auto got = combine(buffer, combine_input(homes_[i], rank, sent.handle, SumOrder::by_topk()), s.low_latency);
+      EXPECT_EQ(difference(sums_[i][rank], got), "") << "rank " << rank << " call " << i << " " << s.to_string();
+    }
+  }
+
+ private:
+  std::vector<World> worlds_;
+  std::vector<Homeward> homes_;
+  std::vector<std::vector<oracle::Combined>> sums_;
+};
+
+TEST(Properties, one_buffer_serves_any_sequence_of_shapes) {
+  const Sequence sequence(5000, cases(80));
+  run_ranks(Sequence::kRanks, Sequence::config(), [&](AnyBuffer& buffer) { sequence.run(buffer); });
+}
+
+TEST(ProcessRanks, are_served_any_sequence_of_shapes_by_one_buffer) {
+  const Sequence sequence(6000, cases(80));
+  Processes processes(Sequence::kRanks, [&](int, std::shared_ptr<Bootstrap> group, Blackboard&) {
+    sequence.run(*AnyBuffer::open(std::move(group), Sequence::config()));
   });
+  EXPECT_EQ(processes.wait(), std::vector<int>(Sequence::kRanks, 0));
 }
 
 }  // namespace

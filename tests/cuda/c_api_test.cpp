@@ -36,6 +36,8 @@ deep_ep_buffer* open_on_gpu(const CRank& me) {
   config.size = sizeof config;
   config.arena_bytes = std::size_t{32} << 20;
   config.timeout_ms = 10000;
+  config.low_latency_max_tokens_per_rank = kTokens;
+  config.low_latency_row_bytes = kHidden * sizeof(float);
   const int device = device::of_rank(me.rank);
   deep_ep_options options{};
   options.size = sizeof options;
@@ -125,6 +127,46 @@ TEST(CudaCApi, takes_device_pointers_there_and_back_also_on_a_stream) {
   });
 }
 
+TEST(CudaCApi, sends_and_receives_low_latency_tickets_on_device_pointers) {
+  EP_NEEDS_GPU();
+  run_c_ranks(2, [](const CRank& me) {
+    deep_ep_buffer* buffer = open_on_gpu(me);
+    ASSERT_NE(buffer, nullptr);
+    const Tokens tokens(me.rank, me.num_ranks, kTokens);
+    const deep_ep_tensor x = c_tensor(tokens.x), ids = c_tensor(tokens.ids), out = c_tensor(tokens.out);
+    deep_ep_dispatch_input in = c_dispatch(x, ids);
+    in.layout = DEEP_EP_PADDED;
+    in.max_tokens_per_rank = kTokens;
+    deep_ep_dispatch_ticket *ticket = nullptr, *dropped = nullptr;
+    deep_ep_dispatch_result* came = nullptr;
+    ASSERT_EQ(deep_ep_low_latency_dispatch(buffer, &in, &ticket), DEEP_EP_OK) << deep_ep_last_error();
+    ASSERT_EQ(deep_ep_low_latency_dispatch(buffer, &in, &dropped), DEEP_EP_OK) << deep_ep_last_error();
+    deep_ep_dispatch_ticket_free(dropped);
+    ASSERT_EQ(deep_ep_low_latency_dispatch_receive(ticket, &came), DEEP_EP_OK) << deep_ep_last_error();
+    deep_ep_dispatch_ticket_free(ticket);
+    deep_ep_tensor rows{};
+    rows.size = sizeof rows;
+    ASSERT_EQ(deep_ep_dispatch_result_tensor(came, DEEP_EP_DISPATCH_X, &rows), DEEP_EP_OK);
+    deep_ep_combine_input back{};
+    back.size = sizeof back;
+    back.handle = deep_ep_dispatch_result_handle(came);
+    back.x = &rows;
+    back.out = &out;
+    deep_ep_combine_ticket* returning = nullptr;
+    deep_ep_combine_result* home = nullptr;
+    ASSERT_EQ(deep_ep_low_latency_combine(buffer, &back, &returning), DEEP_EP_OK) << deep_ep_last_error();
+    ASSERT_EQ(deep_ep_low_latency_combine_receive(returning, &home), DEEP_EP_OK) << deep_ep_last_error();
+    const auto sums = bytes_of(tokens.out);
+    for (int t = 0; t < kTokens; ++t)  // a row for each selection
+      for (int c = 0; c < kHidden; ++c)
+        EXPECT_EQ(reinterpret_cast<const float*>(sums.data())[t * kHidden + c], value(me.rank, t, c) * kTopk);
+    deep_ep_combine_result_free(home);
+    deep_ep_combine_ticket_free(returning);
+    deep_ep_dispatch_result_free(came);
+    deep_ep_buffer_close(buffer);
+  });
+}
+
 unsigned widest_grid(cudaGraph_t graph) {
   std::size_t count = 0;
   gpu(cudaGraphGetNodes(graph, nullptr, &count));
@@ -201,6 +243,23 @@ void check_all_to_all(const CRank& me, int chunk, deep_ep_dtype wire) {
     }
 }
 
+// Block r of the rows goes to rank r.
+void check_low_latency_all_to_all(const CRank& me, int rows_each, int hidden) {
+  const int block = rows_each * hidden;
+  std::vector<float> query(static_cast<std::size_t>(block * me.num_ranks));
+  for (int to = 0; to < me.num_ranks; ++to)
+    for (int i = 0; i < block; ++i) query[static_cast<std::size_t>(to * block + i)] = sent(me.rank, to, i);
+  const Tensor there = to_gpu(TensorView(query.data(), DType::kFp32, {static_cast<std::int64_t>(query.size())}));
+  const Tensor came = to_gpu(there);
+  ASSERT_EQ(deep_ep_low_latency_all_to_all(there.as<float>(), came.as<float>(), rows_each * me.num_ranks), DEEP_EP_OK)
+      << deep_ep_last_error();
+  const auto bytes = bytes_of(came);
+  for (int from = 0; from < me.num_ranks; ++from)
+    for (int i = 0; i < block; ++i)
+      ASSERT_EQ(reinterpret_cast<const float*>(bytes.data())[from * block + i], sent(from, me.rank, i))
+          << rows_each << " rows, from " << from << ", " << i;
+}
+
 TEST(CudaCApi, the_short_calls_take_device_pointers) {
   EP_NEEDS_GPU();
   run_c_ranks(4, [](const CRank& me) {
@@ -216,6 +275,7 @@ TEST(CudaCApi, the_short_calls_take_device_pointers) {
     ASSERT_EQ(deep_ep_init(&config), DEEP_EP_OK) << deep_ep_last_error();
     for (const int chunk : {1, 3, 4, 127, 128, 300, 5000})
       for (const deep_ep_dtype wire : {DEEP_EP_FP32, DEEP_EP_BF16, DEEP_EP_FP8}) check_all_to_all(me, chunk, wire);
+    for (const int rows_each : {0, 1, 4, 2}) check_low_latency_all_to_all(me, rows_each, config.hidden);
     EXPECT_EQ(deep_ep_finalize(), DEEP_EP_OK);
   });
 }

@@ -161,7 +161,7 @@ inline void keep_rows(Result& result, const std::string& name, const TensorView&
   } else if (tensor.ndim == 2 && tensor.strides[1] != 1 && tensor.shape[1] > 1) {
     std::vector<std::byte> dense;  // column-major: only what the view shows, the alignment's gap is nobody's
     std::vector<std::byte> all(4 * static_cast<std::size_t>(tensor.strides[1] * tensor.shape[1]));
-    if (!all.empty()) gpu(cudaMemcpy(all.data(), tensor.data, all.size(), cudaMemcpyDefault));
+    if (!all.empty()) device::copy(all.data(), tensor.data, all.size());
     for (std::int64_t i = 0; i < valid; ++i)
       for (std::int64_t j = 0; j < tensor.shape[1]; ++j) {
         const std::byte* at = all.data() + 4 * (i * tensor.strides[0] + j * tensor.strides[1]);

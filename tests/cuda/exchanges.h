@@ -47,6 +47,7 @@ inline DispatchInput dispatch_of(const Shape& shape, const Placed& placed, std::
   in.expert_alignment = shape.alignment;
   in.fp8 = shape.fp8;
   in.max_rows = max_rows;
+  if (shape.low_latency) in.max_tokens_per_rank = shape.max_tokens_per_rank;
   in.stream = stream;
   return in;
 }

@@ -91,7 +91,7 @@ TEST(CudaFailure, an_id_out_of_range_is_named_on_every_rank_and_the_next_call_wo
     auto in = inputs_of(buffer.rank());
     auto wrong = inputs_of(buffer.rank());
     const std::int64_t id = kExperts + 5;
-    if (buffer.rank() == 1) gpu(cudaMemcpy(wrong->idx.as<std::int64_t>() + 17, &id, 8, cudaMemcpyHostToDevice));
+    if (buffer.rank() == 1) device::copy(wrong->idx.as<std::int64_t>() + 17, &id, 8);
     std::string text;
     EXPECT_EQ(code_of([&] { buffer.dispatch(wrong->call); }, &text), ErrorCode::kInvalidArgument);
     EXPECT_NE(text.find("rank 1 refused"), std::string::npos) << text;

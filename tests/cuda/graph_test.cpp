@@ -29,6 +29,7 @@ void leave_out(Sample& sample, int first, int topk) {
 void replay_with_other_inputs(const Shape& shape, int num_ranks, int replays) {
   Config config = small_config();
   const std::int64_t bound = std::int64_t{num_ranks} * kTokens * shape.topk + shape.experts * shape.alignment;
+  Barrier barrier(num_ranks);
   run_pairs(num_ranks, config, on_gpu(), [&](Buffer& host, Buffer& device) {
     const int rank = device.rank();
     Random random(static_cast<std::uint64_t>(rank) + 1);
@@ -51,6 +52,7 @@ void replay_with_other_inputs(const Shape& shape, int num_ranks, int replays) {
     enqueue(stream);
     gpu(cudaStreamEndCapture(stream, &graph));
     gpu(cudaGraphInstantiate(&replay, graph, 0));
+    barrier.wait();  // instantiating allocates: not while a peer waits on the device
     for (int turn = 0; turn < replays; ++turn) {
       Sample sample(shape, random, kTokens);
       leave_out(sample, static_cast<int>(random.between(0, kTokens)), shape.topk);
@@ -73,6 +75,7 @@ void replay_with_other_inputs(const Shape& shape, int num_ranks, int replays) {
       EXPECT_EQ(digests_of(sent, home, num_ranks), digests_of(want, want_home, num_ranks))
           << "rank " << rank << ", replay " << turn << " of " << shape.to_string();
     }
+    barrier.wait();  // so does destroying
     gpu(cudaGraphExecDestroy(replay));
     gpu(cudaGraphDestroy(graph));
     gpu(cudaStreamDestroy(stream));

@@ -536,7 +536,7 @@ TEST(CudaLowLatencyFailure, calls_that_differ_wrong_ids_and_wrong_arguments_are_
     EXPECT_EQ(code_of([&] { b.low_latency_dispatch(other).receive(); }, &text), ErrorCode::kInvalidArgument);
     EXPECT_NE(text.find("ranks differ in expert_alignment"), std::string::npos) << text;
     const std::int64_t id = series.c.experts + 5;
-    if (b.rank() == 1) gpu(cudaMemcpy(wrong.idx.as<std::int64_t>() + 7, &id, 8, cudaMemcpyHostToDevice));
+    if (b.rank() == 1) device::copy(wrong.idx.as<std::int64_t>() + 7, &id, 8);
     EXPECT_EQ(code_of([&] { b.low_latency_dispatch(wrong.call).receive(); }, &text), ErrorCode::kInvalidArgument);
     EXPECT_NE(text.find("selection 7 is expert 21"), std::string::npos) << text;
     other = in.call;
@@ -558,7 +558,7 @@ TEST(CudaLowLatencyFailure, a_slot_that_duplicate_ids_would_overfill_is_named) {
   run_ranks(2, config_of(series.c), on_gpu(), [&](Buffer& b) {
     const Placed in(series.c, series.inputs(b.rank(), 0), true);
     const std::vector<std::int64_t> same(in.idx.numel(), 3);
-    gpu(cudaMemcpy(in.idx.data, same.data(), in.idx.bytes(), cudaMemcpyHostToDevice));
+    device::copy(in.idx.data, same.data(), in.idx.bytes());
     std::string text;
     const ErrorCode code = code_of([&] { b.low_latency_dispatch(in.call).receive(); }, &text);
     EXPECT_EQ(code, b.rank() == 0 ? ErrorCode::kInvalidArgument : ErrorCode{}) << text;
