@@ -204,8 +204,8 @@ void Context::prepare_kernels() {
     prepare(combine_kernel(dtype, false));
     prepare(combine_kernel(dtype, true));
     prepare(low_latency_dispatch_kernel(true, dtype));
-    prepare(low_latency_combine_kernel(dtype, false));
-    prepare(low_latency_combine_kernel(dtype, true));
+    for (bool levels : {false, true})
+      for (bool lines : {false, true}) prepare(low_latency_combine_kernel(dtype, levels, lines));
   }
 }
 

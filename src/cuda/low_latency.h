@@ -71,6 +71,9 @@ struct LowLatencyCombineParams {
   bool pre_reduce;
   int max_tokens_per_rank, num_topk;
   std::int64_t row_bytes;  // 0: only weights travel
+  bool by_lines;           // plan/lines.h, else in parts
+  int pieces;              // of a row
+  std::size_t slot_lines;  // bytes from one slot to the next
   // As the rank that computed the rows.
   const std::byte* x;
   const float* x_weights;        // travel home beside the rows
@@ -100,7 +103,7 @@ void launch_abandon(const AbandonParams& params, cudaStream_t stream);
 std::size_t low_latency_shared_bytes(const LowLatencyDispatchParams& params);
 
 const void* low_latency_dispatch_kernel(bool quantize, DType dtype);
-const void* low_latency_combine_kernel(DType dtype, bool levels);
+const void* low_latency_combine_kernel(DType dtype, bool levels, bool lines);
 const void* abandon_kernel();
 
 }  // namespace deep_ep::cuda

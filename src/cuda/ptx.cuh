@@ -37,6 +37,25 @@ __device__ __forceinline__ std::uint32_t load_acquire_system(const std::uint32_t
   return value;
 }
 
+// Sixteen bytes as one: whoever loads them sees all of one store. Relaxed, as they publish nothing but themselves.
+__device__ __forceinline__ void store_whole_system(void* at, uint4 v) {
+  asm volatile(
+      "{ .reg .b64 low, high;\n .reg .b128 whole;\n mov.b64 low, {%1, %2};\n mov.b64 high, {%3, %4};\n"
+      " mov.b128 whole, {low, high};\n st.relaxed.sys.global.b128 [%0], whole; }" ::"l"(at),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+      : "memory");
+}
+__device__ __forceinline__ uint4 load_whole_system(const void* at) {
+  uint4 v;
+  asm volatile(
+      "{ .reg .b64 low, high;\n .reg .b128 whole;\n ld.relaxed.sys.global.b128 whole, [%4];\n"
+      " mov.b128 {low, high}, whole;\n mov.b64 {%0, %1}, low;\n mov.b64 {%2, %3}, high; }"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(at)
+      : "memory");
+  return v;
+}
+
 // Counters among the blocks of one kernel.
 __device__ __forceinline__ std::uint32_t add_acquire_release(std::uint32_t* word, std::uint32_t value) {
   std::uint32_t before;

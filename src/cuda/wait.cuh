@@ -104,7 +104,7 @@ __device__ inline std::uint64_t place_before(const Now& now, int depth) {
 }
 
 /// One thread: the peer has left that operation.
-__device__ inline bool await_room(const Now& now, int peer, int depth = plan::kOperationsInFlight) {
+__device__ __noinline__ inline bool await_room(const Now& now, int peer, int depth = plan::kOperationsInFlight) {
   const std::uint64_t needed = place_before(now, depth);
   std::uint64_t seen = 0;
   while ((seen = ptx::load_acquire_system(now.released(now.common.rank, peer))) < needed) {
@@ -117,7 +117,7 @@ __device__ inline bool await_room(const Now& now, int peer, int depth = plan::kO
 }
 
 /// One thread: the call that the peer has announced is ours.
-__device__ inline bool is_same_call(const Now& now, int peer, std::uint32_t value) {
+__device__ __noinline__ inline bool is_same_call(const Now& now, int peer, std::uint32_t value) {
   const Announcement& theirs = now.announcement(now.common.rank, peer);
   if (value == kBadExpert) {
     report(now, Fault::kBadId, peer, theirs.bad_selection, theirs.bad_expert);
@@ -188,7 +188,7 @@ __device__ inline bool everybody_sent(const Now& now, std::uint64_t epoch) {
 
 /// One thread: counts on over the operations that have ended, as far as `begun`, and gives what may be said released.
 /// One that ended without its data holds back those after it until nobody writes for it any more.
-__device__ inline std::uint64_t advance_released(const Now& now, std::uint64_t begun) {
+__device__ __noinline__ inline std::uint64_t advance_released(const Now& now, std::uint64_t begun) {
   State& state = *now.common.state;
   std::uint64_t released = state.released;
   for (; released < begun; ++released) {

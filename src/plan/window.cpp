@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "check.h"
+#include "plan/lines.h"
 #include "plan/message.h"
 #include "plan/topology.h"
 
@@ -46,6 +47,7 @@ WindowLayout WindowLayout::place(const Config& config, int num_ranks, std::size_
       config.low_latency.max_tokens_per_rank > 0 ? plan::low_latency_ticket_bytes(config.low_latency, num_ranks) : 0;
   w.flags_of_ticket =
       config.low_latency.max_tokens_per_rank > 0 ? align_up(low_latency_flags(config.low_latency, num_ranks), 32) : 0;
+  w.line_bytes_of_ticket = config.low_latency.max_tokens_per_rank > 0 ? line_bytes(config.low_latency, num_ranks) : 0;
   w.arena_bytes = align_up(arena_bytes, kPage);
   std::size_t end = 0;
   w.doorbell_at = take(end, 2 * kLine);
@@ -55,6 +57,7 @@ WindowLayout WindowLayout::place(const Config& config, int num_ranks, std::size_
   w.announcements_at = take(end, w.announcement_bytes * pairs);
   w.replies_at = take(end, w.reply_bytes * pairs);
   w.flags_at = take(end, 4 * w.flags_of_ticket * config.num_tickets);
+  w.lines_at = take(end, w.line_bytes_of_ticket * config.num_tickets);
   w.low_latency_at = take(end, w.low_latency_ticket_bytes * config.num_tickets, kPage);
   w.arena_at = take(end, w.arena_bytes, kPage);
   w.total_bytes = align_up(end, kPage);

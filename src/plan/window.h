@@ -27,7 +27,7 @@ struct Words {
 
 /// Offsets from the window's base.
 //   [ doorbell | per peer: released, excluded | per operation and peer: words | announcements | replies | per ticket:
-//   flags (GPUs only) | low-latency slots | arena ]
+//   flags, lines (GPUs only) | low-latency slots | arena ]
 struct WindowLayout {
   int num_ranks = 0;
   int num_tickets = 0;
@@ -40,6 +40,7 @@ struct WindowLayout {
   std::size_t announcements_at = 0;
   std::size_t replies_at = 0;
   std::size_t flags_at = 0;
+  std::size_t lines_at = 0;
   std::size_t low_latency_at = 0;
   std::size_t arena_at = 0;
   std::size_t total_bytes = 0;
@@ -48,6 +49,7 @@ struct WindowLayout {
   std::size_t reply_bytes = 0;
   std::size_t low_latency_ticket_bytes = 0;
   std::size_t flags_of_ticket = 0;
+  std::size_t line_bytes_of_ticket = 0;
   std::size_t arena_bytes = 0;
 
   static constexpr std::size_t kLine = 64;  // one cache line per word that one peer writes
@@ -72,6 +74,8 @@ struct WindowLayout {
   }
   /// u32 each: the operation whose part has arrived. Nothing else ever lies there.
   EP_HOST_DEVICE std::size_t flags(int ticket) const { return flags_at + 4 * flags_of_ticket * ticket; }
+  /// Small batches, plan/lines.h. Nothing else ever lies there.
+  EP_HOST_DEVICE std::size_t lines(int ticket) const { return lines_at + line_bytes_of_ticket * ticket; }
 
  private:
   EP_HOST_DEVICE std::size_t pair(std::uint64_t epoch, int peer) const {
