@@ -169,6 +169,8 @@ class Measurement {
                           {"round_trip", round_trip(combine_)},
                           {"round_trip_pre_reduced", round_trip(reduced_)}};
     run["dispatch"]["bf16"] = in_graph([&] { dispatch(at_once(bf16_))().receive(); }).median_us;
+    run["combine"]["logfmt10"] = in_format(WireFormat::kLogFmt10);
+    run["combine"]["fp8"] = in_format(WireFormat::kFp8);
     buffer_->check();
     add_floors(run, floor);
     return run;
@@ -200,6 +202,11 @@ class Measurement {
 
   Summary in_graph(const std::function<void()>& call) {
     return self_.time_in_graph({.reps = reps_, .warmup = 6, .calls = kInGraph}, call);
+  }
+  double in_format(WireFormat wire) {
+    CombineInput in = at_once(combine_);
+    in.wire = wire;
+    return in_graph([&] { buffer_->low_latency_combine(in).receive(); }).median_us;
   }
   double as_called(const std::function<void()>& call) {
     return self_.time_as_called({.reps = 8, .warmup = 1, .calls = kAsCalled}, call).median_us;

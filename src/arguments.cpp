@@ -333,7 +333,6 @@ CombineCall check_combine(Operation operation, const CombineInput& in, const Cal
           "pre_reduce: low latency only, and needs order.round_per_rank");
   if (in.wire != WireFormat::kAsIs) {
     require(is_low_latency(operation), "wire: {} is for low latency, here rows cross as they are", name(in.wire));
-    if (scope.on_device) throw Error(ErrorCode::kUnsupported, "wire: rows cross as they are between GPUs");
     require(!in.pre_reduce, "wire and pre_reduce exclude each other: {} is wanted", name(in.wire));
     require(!in.x.given() || call.dtype == DType::kBf16 || call.dtype == DType::kFp16,
             "wire: {} is for rows of bf16 and fp16: x is {}", name(in.wire), describe(in.x));

@@ -121,7 +121,7 @@ class LowLatencyMode(Session):
 
         core_handle, rows = self._checked("low_latency_combine", check)
         keywords: Dict[str, Any] = dict(x=rows, weights=topk_weights, order=_BY_TOPK, mask_silent=self.enable_shrink)
-        if wire or (use_logfmt and not self._on_gpu):
+        if wire or use_logfmt:
             keywords["wire"] = wire or "logfmt10"
         if self._on_gpu:
             return self._combine_on_gpu(keywords, core_handle, topk_idx, out, async_finish, return_recv_hook)

@@ -206,6 +206,10 @@ void Context::prepare_kernels() {
     prepare(low_latency_dispatch_kernel(true, dtype));
     for (bool levels : {false, true})
       for (bool lines : {false, true}) prepare(low_latency_combine_kernel(dtype, levels, lines));
+    if (dtype == DType::kFp32) continue;
+    for (bool levels : {false, true})
+      for (WireFormat wire : {WireFormat::kLogFmt10, WireFormat::kFp8})
+        prepare(low_latency_combine_encoded_kernel(dtype, levels, wire));
   }
 }
 

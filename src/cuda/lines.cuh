@@ -27,8 +27,7 @@ struct PieceOfRow {
 #pragma unroll
     for (int i = 0; i < plan::kPieceVectors; ++i)
       if (i < count) ptx::store_whole_system(at + 512 * i, {v[i].x, v[i].y, v[i].z, number});
-    if (count > 0)
-      ptx::store_whole_system(at + 512 * plan::kPieceVectors, {v[0].w, v[1].w, v[2].w, number});
+    if (count > 0) ptx::store_whole_system(at + 512 * plan::kPieceVectors, {v[0].w, v[1].w, v[2].w, number});
   }
 };
 

@@ -8,6 +8,7 @@
 #include "plan/fp8.h"
 #include "plan/message.h"
 #include "plan/placement.h"
+#include "plan/wire.h"
 
 namespace deep_ep::cuda {
 
@@ -74,6 +75,9 @@ struct LowLatencyCombineParams {
   bool by_lines;           // plan/lines.h, else in parts
   int pieces;              // of a row
   std::size_t slot_lines;  // bytes from one slot to the next
+  WireFormat wire;         // in parts
+  plan::EncodedRow encoded;
+  std::int64_t slot_bytes;  // from one row's slot to the next
   // As the rank that computed the rows.
   const std::byte* x;
   const float* x_weights;        // travel home beside the rows
@@ -104,6 +108,7 @@ std::size_t low_latency_shared_bytes(const LowLatencyDispatchParams& params);
 
 const void* low_latency_dispatch_kernel(bool quantize, DType dtype);
 const void* low_latency_combine_kernel(DType dtype, bool levels, bool lines);
+const void* low_latency_combine_encoded_kernel(DType dtype, bool levels, WireFormat wire);
 const void* abandon_kernel();
 
 }  // namespace deep_ep::cuda

@@ -86,7 +86,8 @@ struct Terms {
   unsigned leaders;  // lanes that are the first of their rank
 };
 
-// Where the order is not that of the selections, each lane finds the place of its own: k of Terms, and 256 times closes.
+// Where the order is not that of the selections, each lane finds the place of its own: k of Terms, and 256 times
+// closes.
 __device__ __noinline__ int sorted(const Params& p, int rank, bool stands, int count, int lane) {
   const int node = p.order.round_per_node && rank >= 0 ? p.node_of_rank[rank] : -1;
   const unsigned same_rank = __match_any_sync(kAllLanes, rank), same_node = __match_any_sync(kAllLanes, node);

@@ -58,9 +58,8 @@ __device__ void send_sum_by_lines(const Now& now, const Params& p, const LineSlo
   constexpr int kAtOnce = 4;
   const std::int64_t begin = std::int64_t{from.part} * plan::kPieceBytes;
   const int count = PieceOfRow::count(p.row_bytes - begin, lane);
-  const float weight = p.arrival_weights != nullptr && lane < p.num_topk
-                           ? p.arrival_weights[from.arrival * p.num_topk + lane]
-                           : 1;
+  const float weight =
+      p.arrival_weights != nullptr && lane < p.num_topk ? p.arrival_weights[from.arrival * p.num_topk + lane] : 1;
   Vector<Number> sum[plan::kPieceVectors];
   for (unsigned rest = selected; rest != 0;) {
     PieceOfRow rows[kAtOnce];

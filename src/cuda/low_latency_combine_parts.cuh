@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/low_latency_combine.cuh"
+#include "cuda/wire.cuh"
 
 namespace deep_ep::cuda {
 namespace {  // a part of one kernel, included by its file alone
@@ -17,7 +18,7 @@ struct Slots {
   const Params& p;
 
   __device__ Slots(const Now& now, const Params& params, std::byte* window)
-      : base(window + now.common.layout.low_latency(ticket_of(now))), stride(params.row_bytes), p(params) {}
+      : base(window + now.common.layout.low_latency(ticket_of(now))), stride(params.slot_bytes), p(params) {}
   __device__ std::byte* row(int token, int k) const { return base + (std::int64_t{token} * p.num_topk + k) * stride; }
   // All weights of the row in a slot: one for each selection.
   __device__ float* weights(int token, int k) const {
@@ -59,7 +60,32 @@ __device__ void send_rows(const Params& p, const Slots& home, int token, unsigne
   }
 }
 
-// The same rows added, weighed if there are weights, and rounded: one row into the slot of the highest selection.
+// The same, encoded.
+template <class Number, class Wire>
+__device__ void send_encoded(const Params& p, const Slots& home, int token, unsigned selected, std::int32_t row,
+                             std::int64_t begin, std::int64_t end, int lane) {
+  constexpr int kVectors = 4;
+  for (unsigned rest = selected; rest != 0; rest &= rest - 1) {
+    const int k = __ffs(rest) - 1;
+    std::byte* const to = home.row(token, k);
+    const std::byte* const from = p.x + std::int64_t{__shfl_sync(kAllLanes, row, k)} * p.row_bytes;
+    for (std::int64_t piece = begin; piece < end; piece += kVectors * 512) {
+      const std::int64_t byte = piece + 16 * lane;
+      uint4 v[kVectors];
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i)
+        v[i] = byte + 512 * i < end ? __ldg(reinterpret_cast<const uint4*>(from + byte + 512 * i)) : uint4{};
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        if (piece + 512 * i >= end) break;
+        const typename Wire::Raw raw = Wire::template encode<Number>(v[i]);
+        if (byte + 512 * i < end) Wire::store(p.encoded, to, byte + 512 * i, raw, lane);
+      }
+    }
+  }
+}
+
+// The rows themselves added, weighed if there are weights, and rounded: one row into the slot of the highest selection.
 template <class Number>
 __device__ void send_sum(const Params& p, const Slots& home, int token, unsigned selected, std::int32_t row,
                          float weight, std::int64_t begin, std::int64_t end, int lane) {
@@ -97,24 +123,27 @@ __device__ void send_weights(const Params& p, const Slots& home, int token, std:
   }
 }
 
-template <class Number>
+template <class Number, class Wire>
 __device__ void send_part(const Now& now, const Params& p, const Peers& peers, const std::int32_t* first_arrival,
                           const Flags& flags, const Arrival& from, int lane) {
   const auto [arrival, part, token, row] = from;
   const int home = home_of(first_arrival, arrival);
   if (!peers.active(home)) return;
-  const std::int64_t entry = arrival * p.num_topk + lane;
   const unsigned selected = __ballot_sync(kAllLanes, row >= 0);
   const Slots slots(now, p, peers.window(home));
   const std::int64_t begin = std::int64_t{part} * p.parts.bytes;
   const std::int64_t end = begin + p.parts.bytes < p.row_bytes ? begin + p.parts.bytes : p.row_bytes;
   if (selected == 0) return;
-  if (p.pre_reduce && p.layout != OutputLayout::kByRank) {
-    const float weight = p.arrival_weights != nullptr && lane < p.num_topk ? p.arrival_weights[entry] : 1;
+  const unsigned highest = 1u << (31 - __clz(selected));
+  const unsigned sent = one_row_per_rank(p) ? highest : selected;
+  if constexpr (Wire::kEncodes) {
+    send_encoded<Number, Wire>(p, slots, token, sent, row, begin, end, lane);
+  } else if (p.pre_reduce && p.layout != OutputLayout::kByRank) {
+    const float weight =
+        p.arrival_weights != nullptr && lane < p.num_topk ? p.arrival_weights[arrival * p.num_topk + lane] : 1;
     send_sum<Number>(p, slots, token, selected, row, weight, begin, end, lane);
   } else {
-    const unsigned highest = 1u << (31 - __clz(selected));
-    send_rows(p, slots, token, one_row_per_rank(p) ? highest : selected, row, begin, end, lane);
+    send_rows(p, slots, token, sent, row, begin, end, lane);
   }
   if (part == 0 && p.x_weights != nullptr) send_weights(p, slots, token, arrival, selected, row, lane);
   if (lane == 0) flags.add(flag_of(now, peers.window(home), flag_number(p, p.common.rank, token, part)));
@@ -130,31 +159,32 @@ __device__ bool await_part(const Now& now, const Params& p, const Terms& t, std:
 }
 
 // Sixteen bytes of a token's sum for each lane.
-template <class Number, bool kLevels>
+template <class Number, bool kLevels, class Wire>
 __device__ void sum_chunk(const Params& p, const Terms& t, const Slots& slots, int token, std::int64_t byte,
                           float weight, int lane) {
   const bool mine = byte < p.row_bytes;
   Sum<Number, kLevels> sum;
   if (p.order.bias_first) add_biases(p, sum.of_all, token, byte);
   for (int first = 0; first < t.count; first += kAhead) {
-    uint4 v[kAhead];
+    typename Wire::Raw v[kAhead];
     int k[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       k[i] = __shfl_sync(kAllLanes, t.k, first + i);
-      if (first + i < t.count && mine) v[i] = load16(slots.row(token, k[i]) + byte);
+      if (first + i < t.count && mine) v[i] = Wire::load(p.encoded, slots.row(token, k[i]), byte);
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i)
       if (first + i < t.count)
-        sum.add(p.order, v[i], __shfl_sync(kAllLanes, weight, k[i]), __shfl_sync(kAllLanes, t.closes, first + i));
+        sum.add(p.order, Wire::template decode<Number>(v[i]), __shfl_sync(kAllLanes, weight, k[i]),
+                __shfl_sync(kAllLanes, t.closes, first + i));
   }
   if (!p.order.bias_first) add_biases(p, sum.of_all, token, byte);
   if (mine) __stcs(reinterpret_cast<uint4*>(p.out + token * p.row_bytes + byte), sum.of_all.narrow());
 }
 
 // False: not all has come.
-template <class Number, bool kLevels>
+template <class Number, bool kLevels, class Wire>
 __device__ bool sum_parts(const Now& now, const Params& p, const Peers& peers, const Place& at) {
   bool good = true;
   // A token's chunks are shared by as many warps as there are for it.
@@ -175,7 +205,8 @@ __device__ bool sum_parts(const Now& now, const Params& p, const Peers& peers, c
       if (next_part != part) came = await_part(now, p, t, p.window, token, part = next_part, at.lane);
       if (!came) break;
       if (p.row_bytes > 0)
-        sum_chunk<Number, kLevels>(p, t, slots, token, std::int64_t{chunk} * kChunk + 16 * at.lane, weight, at.lane);
+        sum_chunk<Number, kLevels, Wire>(p, t, slots, token, std::int64_t{chunk} * kChunk + 16 * at.lane, weight,
+                                         at.lane);
       if (chunk == 0 && p.weights_out != nullptr) {
         const auto entry = [&](bool wanted_here, int row, int k) {
           return wanted_here ? __ldcg(slots.weights(token, row) + k) : 0.0f;

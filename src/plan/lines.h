@@ -36,7 +36,8 @@ EP_HOST_DEVICE constexpr std::size_t word_lines(int words) {
 
 /// Combine: a row and the weights that come home with it, in the slot of a selection.
 EP_HOST_DEVICE constexpr std::size_t combine_slot_lines(std::int64_t row_bytes, int num_topk) {
-  return align_up(static_cast<std::size_t>(pieces_of_row(row_bytes)) * kPieceLineBytes + word_lines(num_topk), kRegionAlignment);
+  return align_up(static_cast<std::size_t>(pieces_of_row(row_bytes)) * kPieceLineBytes + word_lines(num_topk),
+                  kRegionAlignment);
 }
 inline std::size_t combine_lines(int max_tokens, int num_topk, std::int64_t row_bytes) {
   return static_cast<std::size_t>(max_tokens) * num_topk * combine_slot_lines(row_bytes, num_topk);
@@ -46,7 +47,8 @@ inline std::size_t combine_lines(int max_tokens, int num_topk, std::int64_t row_
 inline std::size_t line_bytes(const LowLatencyCapacity& capacity, int num_ranks) {
   (void)num_ranks;
   const int tokens = std::min(capacity.max_tokens_per_rank, kFewTokens);
-  return align_up(combine_lines(tokens, capacity.num_topk, static_cast<std::int64_t>(capacity.row_bytes)), kRegionAlignment);
+  return align_up(combine_lines(tokens, capacity.num_topk, static_cast<std::int64_t>(capacity.row_bytes)),
+                  kRegionAlignment);
 }
 
 }  // namespace deep_ep::plan

@@ -105,6 +105,12 @@ void keep_combined(Result& result, const Case& c, Buffer& buffer, const Placed& 
     CombineOutput back = buffer.low_latency_combine(combine).receive();
     keep(result, "combine", back.x);
     keep(result, "combine weights", back.topk_weights);
+    if (c.dtype != DType::kFp32) {
+      combine.wire = order.round_per_node ? WireFormat::kFp8 : WireFormat::kLogFmt10;
+      back = buffer.low_latency_combine(combine).receive();
+      keep(result, std::string("combine in ") + name(combine.wire), back.x);
+      combine.wire = WireFormat::kAsIs;
+    }
     combine.weights_home = WeightsHome::kFromOwner;
     combine.bias[0] = {};
     if (order.round_per_rank) {

@@ -50,7 +50,7 @@ def test_1_10_and_1_11_dispatch_and_combine(form, hook):
         tokens, made = opened(group, device, MAX_TOKENS - group.rank())
         with made as buffer:
             results = []
-            for _ in range(3):
+            for wire in (None, "logfmt10", "fp8"):
                 stats = torch.full((EXPERTS // RANKS,), 5, dtype=torch.int32, device=device)
                 recv, count, handle, event, receive = buffer.low_latency_dispatch(
                     tokens.x,
@@ -66,7 +66,7 @@ def test_1_10_and_1_11_dispatch_and_combine(form, hook):
                     receive()
                 y = torch.nan_to_num(dequantised(recv)) * (1 + buffer.rank)
                 combined, _, receive = buffer.low_latency_combine(
-                    y, tokens.topk_idx, tokens.topk_weights, handle, return_recv_hook=hook
+                    y, tokens.topk_idx, tokens.topk_weights, handle, return_recv_hook=hook, wire=wire
                 )
                 if hook:
                     receive()
