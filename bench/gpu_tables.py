@@ -68,6 +68,8 @@ LATENCY_COLUMNS = {
     "floor": ("floor", lambda time: f"{time['floor']:.1f}"),
     "send": ("send + recv", lambda time: f"{time['send']:.1f} + {time['recv']:.1f}"),
     "called": ("called", lambda time: f"{time['called']:.1f}"),
+    "logfmt10": ("LogFMT-10", lambda time: f"{time['logfmt10']:.1f}"),
+    "fp8": ("FP8", lambda time: f"{time['fp8']:.1f}"),
 }
 
 
