@@ -68,11 +68,25 @@ def wrong_names(text, doc):
             yield f"{path} does not exist"
 
 
+def anchors(text):
+    """What a link may name behind #: each heading as GitHub writes it, with a number from its second time on."""
+    seen = {}
+    for heading in re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.M):
+        slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        yield slug if slug not in seen else f"{slug}-{seen[slug]}"
+        seen[slug] = seen.get(slug, 0) + 1
+
+
 def wrong_links(text, doc):
     for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", text)):
-        path = link.split("#")[0]
-        if path and not re.match(r"[a-z]+:", link) and not (doc.parent / path).exists():
+        path, _, anchor = link.partition("#")
+        if re.match(r"[a-z]+:", link):
+            continue
+        target = doc.parent / path if path else doc
+        if not target.exists():
             yield f"link to {link}, which does not exist"
+        elif anchor and target.suffix == ".md" and anchor not in anchors(target.read_text()):
+            yield f"link to {link}: {target.name} has no such heading"
 
 
 def wrong_targets(text):
