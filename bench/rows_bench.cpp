@@ -139,6 +139,7 @@ int main(int argc, char** argv) {
   }
   add_all(deep_ep::host::baseline_row_ops());
   if (const deep_ep::host::RowOps* v3 = deep_ep::host::v3_row_ops()) add_all(*v3);
+  if (const deep_ep::host::RowOps* v4 = deep_ep::host::v4_row_ops()) add_all(*v4);
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
   benchmark::RunSpecifiedBenchmarks();

@@ -10,16 +10,21 @@ find_package(Threads REQUIRED)
 file(GLOB_RECURSE ep_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/src/*.cpp")
 list(FILTER ep_sources EXCLUDE REGEX "/src/cuda/")
 
-# The row loops are compiled twice, and rows.cpp chooses at run time: for every CPU, and for x86-64 with AVX2, FMA and F16C.
+# The row loops are compiled three times, and rows.cpp chooses at run time: for every CPU, for x86-64 with AVX2, FMA and F16C, and with
+# AVX-512 as well.
 # Only the extensions that it asks the CPU for, and only in that file. -O3 because these loops must be vectorised.
 set(ep_rows_baseline "${PROJECT_SOURCE_DIR}/src/host/rows_baseline.cpp")
 set(ep_rows_v3 "${PROJECT_SOURCE_DIR}/src/host/rows_v3.cpp")
+set(ep_rows_v4 "${PROJECT_SOURCE_DIR}/src/host/rows_v4.cpp")
 set(ep_rows_flags "$<$<NOT:$<CONFIG:Debug>>:-O3>")
 set_source_files_properties("${ep_rows_baseline}" PROPERTIES COMPILE_OPTIONS "${ep_rows_flags}")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$" AND CMAKE_SIZEOF_VOID_P EQUAL 8)
   set_source_files_properties("${ep_rows_v3}" PROPERTIES COMPILE_OPTIONS "${ep_rows_flags};-mavx2;-mfma;-mf16c")
+  # g++ 12 takes the undefined registers inside its own AVX-512 intrinsics for a mistake of ours (GCC bug 105593).
+  set_source_files_properties(
+    "${ep_rows_v4}" PROPERTIES COMPILE_OPTIONS "${ep_rows_flags};-mavx2;-mfma;-mf16c;-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-Wno-maybe-uninitialized")
 else()
-  list(REMOVE_ITEM ep_sources "${ep_rows_v3}")
+  list(REMOVE_ITEM ep_sources "${ep_rows_v3}" "${ep_rows_v4}")
 endif()
 
 # libfabric, the network between nodes: its headers at build time, where they are; the library itself is opened at run time

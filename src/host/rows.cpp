@@ -17,6 +17,7 @@ namespace deep_ep::host {
 extern const RowOps kBaselineRowOps;  // rows_baseline.cpp
 #ifdef __x86_64__
 extern const RowOps kV3RowOps;  // rows_v3.cpp
+extern const RowOps kV4RowOps;  // rows_v4.cpp
 #endif
 
 [[noreturn]] void throw_not_a_number_type(DType dtype);  // declared for rows_impl.h, which this file does not need
@@ -38,17 +39,28 @@ const RowOps* v3_row_ops() {
   return nullptr;
 }
 
+const RowOps* v4_row_ops() {
+#ifdef __x86_64__
+  if (v3_row_ops() != nullptr && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return &kV4RowOps;
+#endif
+  return nullptr;
+}
+
 const RowOps& choose_row_ops(const char* wanted) {
-  const RowOps* v3 = v3_row_ops();
-  if (wanted == nullptr) return v3 != nullptr ? *v3 : kBaselineRowOps;
-  if (std::string_view(wanted) == kBaselineRowOps.isa) return kBaselineRowOps;
-  if (std::string_view(wanted) != "v3") {
-    throw Error(ErrorCode::kInvalidArgument, std::string("EP_HOST_ISA: '") + wanted + "' vs baseline or v3");
-  }
-  if (v3 == nullptr)
-    throw Error(ErrorCode::kUnsupported,
-                "EP_HOST_ISA: 'v3' vs a machine without AVX2, FMA and F16C, which has baseline");
-  return *v3;
+  const RowOps *v4 = v4_row_ops(), *v3 = v3_row_ops();
+  if (wanted == nullptr) return v4 != nullptr ? *v4 : v3 != nullptr ? *v3 : kBaselineRowOps;
+  const std::string_view name = wanted;
+  if (name == kBaselineRowOps.isa) return kBaselineRowOps;
+  if (name != "v3" && name != "v4")
+    throw Error(ErrorCode::kInvalidArgument, std::string("EP_HOST_ISA: '") + wanted + "' vs baseline, v3 or v4");
+  const RowOps* table = name == "v3" ? v3 : v4;
+  if (table == nullptr)
+    throw Error(ErrorCode::kUnsupported, std::string("EP_HOST_ISA: '") + wanted + "' vs a machine without " +
+                                             (name == "v3" ? "AVX2, FMA and F16C" : "AVX-512") + ", which has " +
+                                             (v3 != nullptr ? "v3" : "baseline"));
+  return *table;
 }
 
 const RowOps& row_ops() {

@@ -96,7 +96,7 @@ struct RowOps {
   float (*dot)(const void* a, const void* b, DType dtype, std::int64_t n);
 };
 
-/// The best table that this CPU can run, or the one that EP_HOST_ISA (baseline | v3) asks for. Chosen at the first
+/// The best table that this CPU can run, or the one that EP_HOST_ISA (baseline | v3 | v4) asks for. Chosen at the first
 /// call. Throws kInvalidArgument where EP_HOST_ISA has another value, kUnsupported where this machine cannot run what
 /// it asks for.
 const RowOps& row_ops();
@@ -104,8 +104,9 @@ const RowOps& row_ops();
 /// The choice itself; wanted may be null. For row_ops() and for tests.
 const RowOps& choose_row_ops(const char* wanted);
 
-/// The tables. v3 (x86-64 with AVX2, FMA and F16C) is null where the build or this CPU has none.
+/// The tables. v3 (x86-64 with AVX2, FMA and F16C) and v4 (AVX-512 too) are null where the build or this CPU has none.
 const RowOps& baseline_row_ops();
 const RowOps* v3_row_ops();
+const RowOps* v4_row_ops();
 
 }  // namespace deep_ep::host

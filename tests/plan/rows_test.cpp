@@ -13,6 +13,7 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "deep_ep/error.h"
@@ -34,6 +35,7 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 std::vector<const RowOps*> tables() {
   std::vector<const RowOps*> all{&baseline_row_ops()};
   if (v3_row_ops() != nullptr) all.push_back(v3_row_ops());
+  if (v4_row_ops() != nullptr) all.push_back(v4_row_ops());
   return all;
 }
 
@@ -412,7 +414,7 @@ TEST(Rows, a_type_that_is_no_number_is_refused) {
 TEST(Rows, the_wanted_table_is_the_one_that_runs) {
   EXPECT_STREQ(choose_row_ops("baseline").isa, "baseline");
   const RowOps& best = choose_row_ops(nullptr);
-  EXPECT_EQ(&best, v3_row_ops() != nullptr ? v3_row_ops() : &baseline_row_ops());
+  EXPECT_EQ(&best, tables().back());
   for (const char* wrong : {"", "V3", "avx512"}) {
     try {
       choose_row_ops(wrong);
@@ -422,10 +424,13 @@ TEST(Rows, the_wanted_table_is_the_one_that_runs) {
       EXPECT_NE(std::string(error.what()).find("EP_HOST_ISA"), std::string::npos);
     }
   }
-  if (v3_row_ops() != nullptr) {
-    EXPECT_STREQ(choose_row_ops("v3").isa, "v3");
-  } else {
-    EXPECT_THROW(choose_row_ops("v3"), Error);
+  for (const auto& [name, table] : {std::pair{"v3", v3_row_ops()}, std::pair{"v4", v4_row_ops()}}) {
+    if (table != nullptr) {
+      EXPECT_EQ(&choose_row_ops(name), table);
+      EXPECT_STREQ(table->isa, name);
+    } else {
+      EXPECT_THROW(choose_row_ops(name), Error);
+    }
   }
 }
 
