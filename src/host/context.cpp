@@ -138,7 +138,7 @@ Context::Context(const BackendInput& input)
   if (network_) link_ = std::make_unique<Link>(LinkInput{*input.group, config, topology, layout_, window(rank)});
   // Polling pays only where every rank has a core of its own.
   const bool own_core = num_ranks * count <= static_cast<int>(std::thread::hardware_concurrency());
-  spins_ = own_core ? 20000 : 100;
+  patience_ = own_core ? Patience{20000, {}} : Patience{100, std::chrono::microseconds(200)};
   statistics_.peers.resize(num_ranks);
 }
 
@@ -150,7 +150,6 @@ Epoch Context::begin(Operation operation, std::chrono::milliseconds timeout) {
   std::uint64_t needed = 0;  // every rank must have finished this operation, whose places we take
   {
     std::lock_guard lock(mutex_);
-    sweep_quarantine();
     epoch.number = ++last_epoch_;
     if (link_) link_->begin(epoch.number);
     ++statistics_.operations;
@@ -175,7 +174,31 @@ Epoch Context::begin(Operation operation, std::chrono::milliseconds timeout) {
     finish(epoch);
     throw;
   }
+  std::lock_guard lock(mutex_);
+  retire(needed);
+  sweep_kept_blocks();
   return epoch;
+}
+
+// All peers but the masked ones have left the operations up to this one: what we kept for them may be written over from
+// now on, and a masked rank can see it, in a word of ours that nobody waits for any more.
+void Context::retire(std::uint64_t up_to) {
+  for (; retired_ < up_to; ++retired_) {
+    const std::uint64_t number = retired_ + 1;
+    // Acquire: what we write over from now on comes after the reads of whoever looked at this word before
+    // (require_kept). Whoever looks later sees the number.
+    std::atomic_ref<std::uint64_t>(word(rank, Flag::kFinished, number, rank))
+        .exchange(number << 32, std::memory_order_acq_rel);
+  }
+}
+
+void Context::require_kept(const Epoch& epoch, int peer) {
+  if (peer == rank || is_far(peer)) return;
+  // Changes nothing, but as a write with release it puts our reads before the exchange in retire(), unless that came
+  // first; then we see it.
+  const std::uint64_t retired = std::atomic_ref<std::uint64_t>(word(peer, Flag::kFinished, epoch.number, peer))
+                                    .fetch_or(0, std::memory_order_acq_rel);
+  if (retired >> 32 >= epoch.number) throw_timeout(epoch, peer, 1, 0, false);
 }
 
 // Our own places are free once we have finished what used them. An open ticket is the caller's to receive: that is an
@@ -294,7 +317,7 @@ bool Context::wait(const Epoch& epoch, int peer, bool& peer_gone, const Ready& r
   if (ready()) return true;
   const auto start = Clock::now();
   const auto tick = [&] { return !(peer_gone = find_dead(peer) >= 0); };
-  const bool came = wait_until(doorbell(rank), epoch.deadline, spins_, ready, tick);
+  const bool came = wait_until(doorbell(rank), epoch.deadline, patience_, ready, tick);
   const auto waited = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
   count([&](Statistics& statistics) {
     Statistics::Peer& counters = statistics.peers[peer];
@@ -411,10 +434,23 @@ void Context::quarantine(const Epoch& epoch, std::shared_ptr<void> block) {
   quarantine_[epoch.number].push_back(std::move(block));
 }
 
-void Context::sweep_quarantine() {
-  std::erase_if(quarantine_, [this](const auto& entry) {
+void Context::keep_for_readers(const Epoch& epoch, std::shared_ptr<void> block) {
+  std::lock_guard lock(mutex_);
+  read_by_peers_[epoch.number].push_back(std::move(block));
+}
+
+void Context::sweep_kept_blocks() {
+  const auto has_left = [this](int peer, std::uint64_t epoch) {
+    return peer == rank || has_released(peer, epoch) || processes_[peer].ended();
+  };
+  std::erase_if(quarantine_, [&](const auto& entry) {
     for (int peer = 0; peer < num_ranks; ++peer)
-      if (peer != rank && !has_released(peer, entry.first) && !processes_[peer].ended()) return false;
+      if (!has_left(peer, entry.first)) return false;
+    return true;
+  });
+  std::erase_if(read_by_peers_, [&](const auto& entry) {
+    for (int peer = 0; peer < num_ranks; ++peer)
+      if (!is_far(peer) && !(masked_[peer] && entry.first <= retired_) && !has_left(peer, entry.first)) return false;
     return true;
   });
 }

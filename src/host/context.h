@@ -123,6 +123,9 @@ class Context {
   /// Throws where a peer of our node has given this operation up: what we read of its memory since may be something
   /// else. The error names whom it gave up on, where that is known.
   void require_there(const Epoch& epoch, int peer);
+  /// After reading what a peer of our node keeps in its window for this operation: a peer that has masked us does not
+  /// wait for us, and may have needed that memory for another. Throws then.
+  void require_kept(const Epoch& epoch, int peer);
   /// Writes our announcement to every active rank. Counts, where there are any, go first, by the caller.
   void announce(const Epoch& epoch, const Announcement& announcement, std::uint32_t value = 0);
   void announce_to(int peer, const Epoch& epoch, const Announcement& announcement, std::uint32_t value = 0);
@@ -141,6 +144,9 @@ class Context {
   plan::Arena& arena() { return *arena_; }
   /// Keeps a block until every peer has left the operation: after a timeout one may still write or read it.
   void quarantine(const Epoch& epoch, std::shared_ptr<void> block);
+  /// Keeps a block that peers read until they have left the operation. For a masked one no longer than until the
+  /// operation's places are needed again: see require_kept.
+  void keep_for_readers(const Epoch& epoch, std::shared_ptr<void> block);
 
   // Work
   // --------------------------------------------------------------------------------------------------------------------------
@@ -177,7 +183,8 @@ class Context {
   void advance_released();
   bool has_arrived_or_left(const Epoch& epoch, int peer) const;
   bool everybody_is_through(const Epoch& epoch) const;
-  void sweep_quarantine();
+  void retire(std::uint64_t up_to);
+  void sweep_kept_blocks();
   template <typename Ready>
   bool wait(const Epoch& epoch, int peer, bool& peer_gone, const Ready& ready);
   [[noreturn]] void throw_timeout(const Epoch& epoch, int peer, std::uint64_t expected, std::uint64_t seen, bool gone);
@@ -190,13 +197,15 @@ class Context {
   std::unique_ptr<Link> link_;
   std::shared_ptr<plan::Arena> arena_;
   std::unique_ptr<Workers> workers_;
-  int spins_ = 0;
+  Patience patience_;
 
   mutable std::mutex mutex_;  // guards everything below: tickets may be received on any thread
   std::uint64_t last_epoch_ = 0;
   std::uint64_t released_ = 0;                // every operation up to this one is finished here
+  std::uint64_t retired_ = 0;                 // what was kept for peers up to this one may be written over
   std::map<std::uint64_t, Pending> pending_;  // the others, by number
-  std::map<std::uint64_t, std::vector<std::shared_ptr<void>>> quarantine_;
+  using KeptBlocks = std::map<std::uint64_t, std::vector<std::shared_ptr<void>>>;  // by operation
+  KeptBlocks quarantine_, read_by_peers_;
   std::vector<char> masked_;
   std::uint64_t mask_changes_ = 0;
   std::vector<std::uint64_t> network_bytes_before_;  // the statistics were reset

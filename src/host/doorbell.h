@@ -3,6 +3,8 @@
 // doorbell, a futex in its window that every writer of a flag rings.
 #pragma once
 
+#include <sched.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -26,16 +28,28 @@ struct Doorbell {
   std::uint32_t count() const;
 };
 
-/// Polls `ready` until it holds or the deadline passes; returns its last answer. `spins` polls come before the first
-/// sleep: few where ranks share cores. `tick` is called about ten times a second while asleep; it may end the wait by
-/// returning false.
+/// What comes before the first sleep: many polls where every rank has a core of its own; where ranks share cores few,
+/// and then the core is offered to the others again and again, which costs less than to be woken.
+struct Patience {
+  int spins = 0;
+  std::chrono::microseconds yield_for{0};
+};
+
+/// Polls `ready` until it holds or the deadline passes; returns its last answer. `tick` is called about ten times a
+/// second while asleep; it may end the wait by returning false.
 template <typename Ready, typename Tick>
-bool wait_until(Doorbell& doorbell, Deadline deadline, int spins, const Ready& ready, const Tick& tick) {
-  for (int i = 0; i < spins; ++i) {
+bool wait_until(Doorbell& doorbell, Deadline deadline, const Patience& patience, const Ready& ready, const Tick& tick) {
+  for (int i = 0; i < patience.spins; ++i) {
     if (ready()) return true;
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
+  }
+  if (patience.yield_for.count() > 0) {
+    for (const Deadline end = std::min(deadline, Clock::now() + patience.yield_for); Clock::now() < end;) {
+      if (ready()) return true;
+      sched_yield();
+    }
   }
   for (;;) {
     // The order matters: count, look, sleep. A ring between the look and the sleep changes the count and so ends the

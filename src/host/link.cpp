@@ -103,7 +103,7 @@ void Link::say_goodbye() {
         return false;
     return true;
   };
-  wait_until(doorbell_, until, 0, ready, [] { return true; });
+  wait_until(doorbell_, until, {}, ready, [] { return true; });
 }
 
 void Link::exchange_regions(Bootstrap& group, const Config& config) {
@@ -283,7 +283,7 @@ int Link::silent_rank(int suspect, const std::vector<int>& ranks) {
            answered_[peer].load(std::memory_order_acquire) < call.value;
   };
   wait_until(
-      doorbell_, Clock::now() + kTimeToAnswer, 0, [&] { return std::none_of(ranks.begin(), ranks.end(), is_silent); },
+      doorbell_, Clock::now() + kTimeToAnswer, {}, [&] { return std::none_of(ranks.begin(), ranks.end(), is_silent); },
       [] { return true; });
   if (is_silent(suspect)) return suspect;
   const auto silent = std::find_if(ranks.begin(), ranks.end(), is_silent);

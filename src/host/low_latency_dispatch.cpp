@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
-// Low-latency dispatch: every (token, rank) pair is one message in a fixed slot of the destination's window, written
-// without asking. receive() counts what came and places it. Phases: send | receive, place.
+// Low-latency dispatch: every (token, rank) pair is one message in a fixed slot, written without asking. Its head lies
+// in the destination's window; its body, the row and what belongs to it, is written once by its source, in the source's
+// own window, and each rank of the node reads it there. A rank of another node gets whole messages. receive() counts
+// what came and places it. Phases: send | receive, place.
 #include <algorithm>
 #include <optional>
 
@@ -24,8 +26,17 @@ struct Sent {
   plan::MessageLayout message;
   std::vector<std::int32_t> dst_rank;
 
-  // A source's messages in an owner's window.
-  std::byte* messages(int owner, int source) const {
+  // A message of one source to one owner, as this rank, which is one of the two, writes or reads it: the head in the
+  // owner's slots, side by side where no bodies follow them there, and the body.
+  std::byte* head(int owner, int source, int number) const {
+    const bool alone = owner != source && !context->is_far(owner) && !context->is_far(source);
+    return slots(owner, source) + static_cast<std::size_t>(number) * (alone ? message.row_at : message.bytes);
+  }
+  // Bodies lie at their token's number in the source's slots for itself.
+  std::byte* body(int source, int token) const {
+    return slots(source, source) + static_cast<std::size_t>(token) * message.bytes;
+  }
+  std::byte* slots(int owner, int source) const {
     const std::size_t per_source = static_cast<std::size_t>(call.max_tokens_per_rank) * message.bytes;
     return context->low_latency(owner, epoch.ticket) + per_source * source;
   }
@@ -38,16 +49,15 @@ class Sender {
   void send() const {
     const DispatchCall& call = sent_.call;
     Context& context = *sent_.context;
-    const RowOps& ops = row_ops();
     Announcement mine;
     mine.signature = call.signature;
     context.announce(sent_.epoch, mine);
-    context.workers().for_range(
-        call.num_tokens, kTokensPerPiece, call.num_workers, [&](std::int64_t begin, std::int64_t end) {
-          TokenReader reader(call, ops);
-          for (std::int64_t token = begin; token < end; ++token) send_token(reader, static_cast<int>(token), ops);
-          ops.flush();  // streamed rows come before the flag that publish() stores after the loop
-        });
+    const TokenReader reader(call, row_ops());
+    context.workers().for_range(call.num_tokens, kTokensPerPiece, call.num_workers,
+                                [&](std::int64_t begin, std::int64_t end) {
+                                  for (std::int64_t token = begin; token < end; ++token)
+                                    send_token(reader, static_cast<int>(token));
+                                });
     std::uint64_t puts = 0;
     for (int dst : sent_.active) {
       const auto messages = static_cast<std::uint32_t>(routes_.tokens_to[dst]);
@@ -66,40 +76,40 @@ class Sender {
   // Messages to one rank lie one behind the other: a far one gets all of them at once.
   void put(int dst, std::size_t bytes) const {
     const Context& context = *sent_.context;
-    const auto at = sent_.messages(dst, context.rank) - context.low_latency(dst, sent_.epoch.ticket);
+    const auto at = sent_.slots(dst, context.rank) - context.low_latency(dst, sent_.epoch.ticket);
     context.link()->put_low_latency(dst, sent_.epoch.ticket,
                                     {sent_.epoch.number, static_cast<std::size_t>(at), bytes, sent_.epoch.deadline});
   }
 
-  void send_token(TokenReader& reader, int token, const RowOps& ops) const {
+  // Bodies are written through the caches, unlike rows of high throughput: they are read soon, and more than once.
+  void send_token(const TokenReader& reader, int token) const {
+    const Context& context = *sent_.context;
+    const plan::MessageLayout& at = sent_.message;
     const int topk = sent_.call.num_topk;
     const std::size_t first = static_cast<std::size_t>(token) * topk;
     const std::int32_t* rank = sent_.dst_rank.data() + first;
-    bool read = false;
+    std::byte* body = sent_.body(context.rank, token);
+    bool written = false;
     for (int k = 0; k < topk; ++k) {
       if (rank[k] < 0 || std::find(rank, rank + k, rank[k]) != rank + k) continue;
-      if (!std::exchange(read, true)) reader.read(token);
-      std::byte* message =
-          sent_.messages(rank[k], sent_.context->rank) + routes_.arrival[first + k] * sent_.message.bytes;
-      write(reader, token, rank[k], message, ops);
+      if (!std::exchange(written, true)) reader.write(token, body, at);
+      std::byte* head = sent_.head(rank[k], context.rank, routes_.arrival[first + k]);
+      write_head(token, rank[k], head);
+      if (context.is_far(rank[k])) std::memcpy(head + at.row_at, body + at.row_at, at.bytes - at.row_at);
     }
   }
 
-  void write(const TokenReader& reader, int token, int dst, std::byte* message, const RowOps& ops) const {
+  void write_head(int token, int dst, std::byte* head) const {
     const DispatchCall& call = sent_.call;
     const plan::MessageLayout& at = sent_.message;
     const std::size_t first = static_cast<std::size_t>(token) * call.num_topk;
-    *reinterpret_cast<std::int32_t*>(message + at.src_token_at) = token;
-    auto* slots = reinterpret_cast<std::int32_t*>(message + at.slots_at);
+    *reinterpret_cast<std::int32_t*>(head + at.src_token_at) = token;
+    auto* slots = reinterpret_cast<std::int32_t*>(head + at.slots_at);
     for (int k = 0; k < call.num_topk; ++k) slots[k] = sent_.dst_rank[first + k] == dst ? routes_.slot[first + k] : -1;
-    if (call.shape.topk_weights) {
-      auto* weights = reinterpret_cast<float*>(message + at.weights_at);
-      for (int k = 0; k < call.num_topk; ++k)
-        weights[k] = slots[k] >= 0 || !call.in.mask_topk_weights ? reader.weight(k) : 0.0f;
-    }
-    ops.copy(message + at.row_at, reader.row(), call.shape.row_bytes);
-    reader.write_scales(reinterpret_cast<std::int32_t*>(message + at.scales_at), 1);
-    for (int i = 0; i < call.shape.num_side; ++i) reader.write_side(i, message + at.side_at[i]);
+    if (!call.shape.topk_weights) return;
+    auto* weights = reinterpret_cast<float*>(head + at.weights_at);
+    const float* given = call.in.topk_weights.as<const float>() + first;
+    for (int k = 0; k < call.num_topk; ++k) weights[k] = slots[k] >= 0 || !call.in.mask_topk_weights ? given[k] : 0.0f;
   }
 
   const Sent& sent_;
@@ -150,7 +160,7 @@ class Placer {
           int src = 0;
           for (std::int64_t arrival = begin; arrival < end; ++arrival) {
             while (arrival >= rows_.first_arrival[src + 1]) ++src;
-            place_message(message(src, static_cast<int>(arrival - rows_.first_arrival[src])), arrival, block, ops);
+            place_message(src, static_cast<int>(arrival - rows_.first_arrival[src]), arrival, block, ops);
           }
           ops.flush();
         });
@@ -162,11 +172,15 @@ class Placer {
   }
 
  private:
-  const std::byte* message(int src, int number) const {
-    return sent_.messages(context_.rank, src) + static_cast<std::size_t>(number) * sent_.message.bytes;
+  const std::byte* head(int src, int number) const { return sent_.head(context_.rank, src, number); }
+  const std::byte* body(int src, int number) const {
+    return context_.is_far(src) ? head(src, number) : sent_.body(src, token_of(head(src, number)));
   }
-  const std::int32_t* slots_of(const std::byte* message) const {
-    return reinterpret_cast<const std::int32_t*>(message + sent_.message.slots_at);
+  std::int32_t token_of(const std::byte* head) const {
+    return *reinterpret_cast<const std::int32_t*>(head + sent_.message.src_token_at);
+  }
+  const std::int32_t* slots_of(const std::byte* head) const {
+    return reinterpret_cast<const std::int32_t*>(head + sent_.message.slots_at);
   }
 
   void count_rows() {
@@ -174,7 +188,7 @@ class Placer {
     for (int src = 0; src < context_.num_ranks; ++src)
       for (int i = 0; i < counts_.tokens_from[src]; ++i)
         for (int k = 0; k < call_.num_topk; ++k)
-          if (const std::int32_t slot = slots_of(message(src, i))[k]; slot >= 0)
+          if (const std::int32_t slot = slots_of(head(src, i))[k]; slot >= 0)
             ++counts_.rows_from[static_cast<std::size_t>(src) * num_slots_ + slot];
     rows_ = plan::make_row_plan(counts_);
     const std::int64_t room = std::int64_t{context_.num_ranks} * call_.max_tokens_per_rank;
@@ -192,7 +206,7 @@ class Placer {
     for (int src = 0; src < context_.num_ranks; ++src)
       for (int i = 0; i < counts_.tokens_from[src]; ++i, ++arrival)
         for (int k = 0; k < call_.num_topk; ++k) {
-          const std::int32_t slot = slots_of(message(src, i))[k];
+          const std::int32_t slot = slots_of(head(src, i))[k];
           std::int32_t row = -1;
           if (slot >= 0) row = by_rank ? arrival : next[static_cast<std::size_t>(src) * num_slots_ + slot]++;
           arrival_row_.push_back(row);
@@ -207,12 +221,13 @@ class Placer {
         clear_row(call_.shape, at_, block, row);
   }
 
-  void place_message(const std::byte* message, std::int64_t arrival, std::byte* block, const RowOps& ops) const {
+  void place_message(int src, int number, std::int64_t arrival, std::byte* block, const RowOps& ops) const {
+    const std::byte *head = this->head(src, number), *body = this->body(src, number);
     const plan::MessageLayout& from = sent_.message;
     const int topk = call_.num_topk;
     const bool by_rank = call_.layout == OutputLayout::kByRank;
-    const std::int32_t* slots = slots_of(message);
-    const auto* weights = reinterpret_cast<const float*>(message + from.weights_at);
+    const std::int32_t* slots = slots_of(head);
+    const auto* weights = reinterpret_cast<const float*>(head + from.weights_at);
     bool row_written = false;
     for (int k = 0; k < topk; ++k) {
       if (call_.shape.topk_idx_bytes == 8) {
@@ -224,14 +239,14 @@ class Placer {
         reinterpret_cast<float*>(block + at_.topk_weights_at)[arrival * topk + k] = weights[k];
       const std::int32_t row = arrival_row_[static_cast<std::size_t>(arrival) * topk + k];
       if (row < 0 || (by_rank && std::exchange(row_written, true))) continue;
-      ops.copy(block + at_.x_at + row * call_.shape.row_bytes, message + from.row_at, call_.shape.row_bytes);
-      const auto* scales = reinterpret_cast<const std::int32_t*>(message + from.scales_at);
+      ops.copy(block + at_.x_at + row * call_.shape.row_bytes, body + from.row_at, call_.shape.row_bytes);
+      const auto* scales = reinterpret_cast<const std::int32_t*>(body + from.scales_at);
       std::int32_t* to = reinterpret_cast<std::int32_t*>(block + at_.scales_at) + at_.first_scale(row);
       for (int i = 0; i < call_.shape.num_scales; ++i) to[i * at_.scale_column_stride] = scales[i];
       if (call_.shape.topk_weights && !by_rank) reinterpret_cast<float*>(block + at_.topk_weights_at)[row] = weights[k];
     }
     for (int i = 0; i < call_.shape.num_side; ++i)
-      std::memcpy(block + at_.side_at[i] + arrival * call_.shape.side_bytes[i], message + from.side_at[i],
+      std::memcpy(block + at_.side_at[i] + arrival * call_.shape.side_bytes[i], body + from.side_at[i],
                   call_.shape.side_bytes[i]);
   }
 
@@ -243,8 +258,7 @@ class Placer {
     std::vector<std::int32_t> src_token, between(static_cast<std::size_t>(context_.num_ranks) * context_.num_ranks, 0);
     for (int src = 0; src < context_.num_ranks; ++src) {
       between[static_cast<std::size_t>(src) * context_.num_ranks + context_.rank] = counts_.tokens_from[src];
-      for (int i = 0; i < counts_.tokens_from[src]; ++i)
-        src_token.push_back(*reinterpret_cast<const std::int32_t*>(message(src, i) + sent_.message.src_token_at));
+      for (int i = 0; i < counts_.tokens_from[src]; ++i) src_token.push_back(token_of(head(src, i)));
     }
     handle->src_token = tensor_of(std::move(src_token), {rows_.num_arrivals});
     handle->tokens_between = tensor_of(std::move(between), {context_.num_ranks, context_.num_ranks});
@@ -290,6 +304,8 @@ class Receiver final : public Ticket<DispatchOutput>::Receiver {
       });
     }
     DispatchOutput out = Placer(*sent_, messages_from, room_).place();
+    for (int src : sent_->active)
+      if (messages_from[src] > 0) context.require_kept(epoch, src);
     finished_ = true;
     context.finish(epoch);
     return out;

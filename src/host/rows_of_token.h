@@ -9,6 +9,7 @@
 #include "backend.h"
 #include "host/delivery.h"
 #include "host/rows.h"
+#include "plan/message.h"
 
 namespace deep_ep::host {
 
@@ -23,14 +24,14 @@ class TokenReader {
   }
 
   /// Turns to a token: what is read of it stays valid until the next call. Where it goes is the caller's to add.
-  TokenInTransit read(int token) {
-    token_ = token;
-    read_row();
+  TokenInTransit read(int token) const {
     TokenInTransit read;
     read.token = token;
-    read.row = row_;
+    read.row = source(token);
     const TensorView& given = call_.in.scales;
     if (call_.quantize) {
+      quantize(token, codes_.get(), scales_.get());
+      read.row = codes_.get();
       read.scales = scales_.get();
     } else if (given.given()) {
       read.scales = given.as<const std::int32_t>() + token * given.strides[0];
@@ -43,48 +44,41 @@ class TokenReader {
     return read;
   }
 
-  const void* row() const { return row_; }
-
-  void write_scales(std::int32_t* dst, std::int64_t stride) const {
-    const TensorView& given = call_.in.scales;
-    for (int i = 0; i < call_.shape.num_scales; ++i)
-      dst[i * stride] = call_.quantize
-                            ? scales_[i]
-                            : given.as<const std::int32_t>()[token_ * given.strides[0] + i * given.strides[1]];
-  }
-
-  float weight(int k) const {
-    return call_.in.topk_weights.as<const float>()[static_cast<std::int64_t>(token_) * call_.num_topk + k];
-  }
-
-  void write_side(int i, std::byte* dst) const {
-    const std::size_t bytes = call_.shape.side_bytes[i];
-    std::memcpy(dst, call_.in.side[i].as<const std::byte>() + token_ * bytes, bytes);
+  /// Writes a token's row, scales (row by row) and side tensors, each where the message has it.
+  void write(int token, std::byte* message, const plan::MessageLayout& at) const {
+    auto* scales = reinterpret_cast<std::int32_t*>(message + at.scales_at);
+    if (call_.quantize) {
+      quantize(token, reinterpret_cast<std::uint8_t*>(message + at.row_at), scales);
+    } else {
+      std::memcpy(message + at.row_at, source(token), call_.shape.row_bytes);
+      const TensorView& given = call_.in.scales;
+      for (int i = 0; i < call_.shape.num_scales; ++i)
+        scales[i] = given.as<const std::int32_t>()[token * given.strides[0] + i * given.strides[1]];
+    }
+    for (int i = 0; i < call_.shape.num_side; ++i) {
+      const std::size_t bytes = call_.shape.side_bytes[i];
+      std::memcpy(message + at.side_at[i], call_.in.side[i].as<const std::byte>() + token * bytes, bytes);
+    }
   }
 
  private:
-  void read_row() {
+  const std::byte* source(int token) const {
     const TensorView& x = call_.in.x;
-    const auto* source =
-        x.as<const std::byte>() + token_ * call_.hidden * static_cast<std::int64_t>(item_bytes(x.dtype));
-    if (!call_.quantize) {
-      row_ = source;
-      return;
-    }
-    ops_.quantize({.src = source,
-                   .dtype = x.dtype,
+    return x.as<const std::byte>() + token * call_.hidden * static_cast<std::int64_t>(item_bytes(x.dtype));
+  }
+
+  void quantize(int token, std::uint8_t* codes, std::int32_t* scales) const {
+    ops_.quantize({.src = source(token),
+                   .dtype = call_.in.x.dtype,
                    .hidden = call_.hidden,
-                   .codes = codes_.get(),
-                   .scales = scales_.get(),
+                   .codes = codes,
+                   .scales = scales,
                    .scale_stride = 1,
                    .kind = call_.scale_kind});
-    row_ = codes_.get();
   }
 
   const DispatchCall& call_;
   const RowOps& ops_;
-  int token_ = 0;
-  const void* row_ = nullptr;
   std::unique_ptr<std::uint8_t[]> codes_;
   std::unique_ptr<std::int32_t[]> scales_;  // words: float or packed exponents
 };
