@@ -123,7 +123,9 @@ class HostOperations {
     return all;
   }
 
-  std::vector<Operation> small() { return {ll_dispatch(false), ll_dispatch(true), ll_combine(), ll_round_trip()}; }
+  std::vector<Operation> small() {
+    return {ll_dispatch(false), ll_dispatch(true), ll_combine(false), ll_combine(true), ll_round_trip()};
+  }
 
  private:
   DispatchInput large_input() const {
@@ -199,15 +201,15 @@ class HostOperations {
     return op;
   }
 
-  // Low latency. A row is written to a slot of the receiver and placed from there, so it is read and written twice.
+  // Low latency. A token is written once by its source; each of its ranks reads it there and writes it at its experts.
   std::int64_t ll_dispatch_bytes(std::int64_t wire) const {
     const std::int64_t tokens = std::int64_t{work_.num_ranks} * work_.num_ll_tokens;
-    return tokens * work_.row_bytes() + 2 * ll_traffic_.all() * wire + ll_traffic_.num_selections * wire;
+    return tokens * (work_.row_bytes() + wire) + (ll_traffic_.all() + ll_traffic_.num_selections) * wire;
   }
 
-  std::int64_t ll_combine_bytes() const {
+  std::int64_t ll_combine_bytes(bool staged) const {
     const std::int64_t tokens = std::int64_t{work_.num_ranks} * work_.num_ll_tokens;
-    return (3 * ll_traffic_.num_selections + tokens) * work_.row_bytes();
+    return ((staged ? 3 : 1) * ll_traffic_.num_selections + tokens) * work_.row_bytes();
   }
 
   Operation ll_dispatch(bool fp8) {
@@ -225,9 +227,10 @@ class HostOperations {
     return op;
   }
 
-  CombineInput ll_combine_input() const {
+  CombineInput ll_combine_input(bool staged) const {
     CombineInput in;
     in.x = ll_received_.x;
+    in.zero_copy = !staged;
     in.handle = ll_received_.handle;
     in.weights = TensorView(static_cast<const void*>(ll_routing_.topk_weights.data()), DType::kFp32,
                             {work_.num_ll_tokens, work_.num_topk});
@@ -236,29 +239,29 @@ class HostOperations {
     return in;
   }
 
-  Operation ll_combine() {
+  Operation ll_combine(bool staged) {
     Operation op;
-    op.name = "ll_combine_bf16";
+    op.name = staged ? "ll_combine_bf16_staged" : "ll_combine_bf16_in_place";
     op.low_latency = true;
     op.before = [this] { ll_out_ = {}; };
-    op.run = [this, in = ll_combine_input()] { combined_ = buffer_->low_latency_combine(in).receive(); };
+    op.run = [this, in = ll_combine_input(staged)] { combined_ = buffer_->low_latency_combine(in).receive(); };
     op.digest = [this] { return digest_rows(combined_.x, {}, work_.num_ll_tokens); };
     op.copy = copy_shape(work_.num_ll_tokens * std::int64_t{work_.num_topk}, work_.row_bytes());
     op.copy_bytes = 2 * ll_traffic_.num_selections * work_.row_bytes();
-    op.must_bytes = ll_combine_bytes();
+    op.must_bytes = ll_combine_bytes(staged);
     op.bound_name = "one round of signals";
     return op;
   }
 
   Operation ll_round_trip() {
-    Operation op = ll_combine();
+    Operation op = ll_combine(false);
     op.name = "ll_round_trip_fp8_bf16";
-    op.run = [this, in = small_input(true), back = ll_combine_input()]() mutable {
+    op.run = [this, in = small_input(true), back = ll_combine_input(false)]() mutable {
       ll_out_ = buffer_->low_latency_dispatch(in).receive();
       back.handle = ll_out_.handle;
       combined_ = buffer_->low_latency_combine(back).receive();
     };
-    op.must_bytes = ll_dispatch_bytes(work_.fp8_row_bytes()) + ll_combine_bytes();
+    op.must_bytes = ll_dispatch_bytes(work_.fp8_row_bytes()) + ll_combine_bytes(false);
     return op;
   }
 

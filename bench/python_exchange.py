@@ -143,7 +143,7 @@ class Package:
             ("combine_bf16_staged", False, lambda: buffer.combine(self.staged, handle), first),
             ("ll_dispatch_bf16", True, lambda: self.ll_dispatch(False), padded),
             ("ll_dispatch_fp8", True, lambda: self.ll_dispatch(True), padded),
-            ("ll_combine_bf16", True, self.ll_combine, first),
+            ("ll_combine_bf16_staged", True, self.ll_combine, first),
         )
         return [
             Operation(name, small, self.forget, self._into_out(call), digest) for name, small, call, digest in calls

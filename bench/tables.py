@@ -3,6 +3,7 @@
 """Tables from the reports that bench/run.py wrote. As a program: writes them into docs/performance.md, between its markers."""
 import argparse
 import json
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,7 +19,8 @@ TITLES = {
     "combine_bf16_staged": "combine BF16, staged",
     "ll_dispatch_bf16": "low latency: dispatch BF16",
     "ll_dispatch_fp8": "low latency: dispatch FP8",
-    "ll_combine_bf16": "low latency: combine BF16",
+    "ll_combine_bf16_in_place": "low latency: combine BF16, in place",
+    "ll_combine_bf16_staged": "low latency: combine BF16, staged",
     "ll_round_trip_fp8_bf16": "low latency: FP8 there, BF16 back",
 }
 HEADER = ["operation", "n", "ours median", "p99", "limit", "limit / ours", "no protocol", "MPI median", "times faster"]
@@ -27,7 +29,7 @@ MEMORY_HEADER = ["rank", "plan", "window in use", "private", "together / plan", 
 
 def mpi_name(name):
     """MPI has one combine: it cannot read a peer's memory in place."""
-    return "combine_bf16" if name.startswith("combine_bf16") else name
+    return re.sub(r"(combine_bf16)_(in_place|staged)$", r"\1", name)
 
 
 def limit_us(op):

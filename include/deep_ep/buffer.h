@@ -193,8 +193,8 @@ const char* name(WireFormat format) noexcept;
 /// weights, bias and out are used until receive() returns.
 struct CombineInput {
   /// Rows in the arrangement that the dispatch gave: [num_rows, hidden], kPadded three dimensions. bf16, fp16 or fp32,
-  /// contiguous. Memory of Buffer::allocate, and dispatch outputs themselves, are read in place; other memory is staged
-  /// once. May be left out where only topk_weights travel.
+  /// contiguous. High throughput: memory of Buffer::allocate, and dispatch outputs themselves, are read in place; other
+  /// memory is staged once. Low latency: see zero_copy. May be left out where only topk_weights travel.
   TensorView x;
   std::shared_ptr<const Handle> handle;
   /// Travel home beside the rows: the gradient of the dispatched weights. Shape of DispatchOutput::topk_weights;
@@ -208,6 +208,10 @@ struct CombineInput {
   SumOrder order;
   TensorView out;  // [num_tokens, hidden], contiguous, dtype of x: written instead of a new tensor; optional
 
+  /// Low latency: x, where it is memory of Buffer::allocate or a dispatch output, stays unchanged until every rank has
+  /// received this operation. Then it is read in place; otherwise the send copies it. The tensor itself may be dropped
+  /// after the send: its memory is kept as long as a peer reads it. Only host buffers make use of it.
+  bool zero_copy = false;
   bool mask_silent = false;  // as in DispatchInput
   /// Low latency, with order.round_per_rank: the rank that computed a token's rows adds them up and sends one row.
   /// `weights`, where given, must be the topk_weights that the dispatch carried. Equal on all ranks. The same bits come

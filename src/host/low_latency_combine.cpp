@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Low-latency combine: every row goes back to its token's home, into the slot of its selection, encoded if the caller
-// wants it; receive() adds a token's slots in the plan's order. Phases: send | receive, sum.
+// wants it; or, where the caller leaves the rows alone until all have read them, only its number, and the home reads it
+// where it lies. receive() adds a token's rows in the plan's order. Phases: send | receive, sum.
 #include <algorithm>
 
 #include "host/operations.h"
@@ -14,7 +15,8 @@ namespace deep_ep::host {
 
 namespace {
 
-// Slots of one ticket in an owner's window:  [ rows: max_tokens x topk | weights: max_tokens x topk x (f32 x topk) ]
+// Slots of one ticket in an owner's window:
+//   [ rows: max_tokens x topk | weights: max_tokens x topk x (f32 x topk) | numbers: i32 x max_tokens x topk ]
 struct Slots {
   std::byte* base = nullptr;
   std::size_t row_stride = 0;
@@ -30,6 +32,10 @@ struct Slots {
   std::byte* row(std::size_t slot) const { return base + slot * row_stride; }
   // All weights of the row in a slot: one for each selection.
   float* weights(std::size_t slot) const { return reinterpret_cast<float*>(base + weights_at(slot)); }
+  // Of the selection's row among the rows of the rank that took it, where that rank leaves it in place.
+  std::int32_t& number(std::size_t slot) const {
+    return reinterpret_cast<std::int32_t*>(base + weights_at(num_slots))[slot];
+  }
   std::size_t row_at(std::size_t slot) const { return slot * row_stride; }
   std::size_t weights_at(std::size_t slot) const { return num_slots * row_stride + slot * weights_stride; }
 };
@@ -43,6 +49,8 @@ class Sender {
     const RowOps& ops = row_ops();
     Announcement mine;
     mine.signature = call_.signature;
+    mine.x_at = leave_in_place();
+    if (in_place_) mine.rows = static_cast<std::int64_t>(call_.in.x.bytes() / call_.row_bytes);
     context_.announce(epoch_, mine);
     context_.workers().for_range(
         handle_.num_arrivals, kTokensPerPiece, call_.num_workers, [&](std::int64_t begin, std::int64_t end) {
@@ -60,6 +68,19 @@ class Sender {
   }
 
  private:
+  // Where x lies in our window if homes may read it there; 0: they may not.
+  std::uint64_t leave_in_place() {
+    const plan::Arena& arena = context_.arena();
+    if (!call_.in.zero_copy || call_.in.wire != WireFormat::kAsIs || !call_.in.x.given() ||
+        !arena.contains(call_.in.x.data, call_.in.x.bytes()))
+      return 0;
+    std::shared_ptr<void> block = arena.share(call_.in.x.data);
+    in_place_ = block != nullptr;
+    if (!in_place_) return 0;
+    context_.keep_for_readers(epoch_, std::move(block));
+    return arena.offset_of(call_.in.x.data);
+  }
+
   // One row for each selection; where a rank's rows are joined already, one row in the slot of the highest selection.
   void send_arrival(std::int64_t arrival, int home, const RowOps& ops) const {
     const int topk = handle_.num_topk;
@@ -70,8 +91,11 @@ class Sender {
     const float* weights = call_.in.topk_weights.as<const float>();
     for (int k = topk - 1; k >= 0; --k) {
       if (row[k] < 0) continue;
-      if (call_.hidden > 0)
+      if (in_place_ && !context_.is_far(home)) {
+        slots.number(first + k) = row[k];
+      } else if (call_.hidden > 0) {
         write_wire_row(call_, ops, slots.row(first + k), call_.in.x.as<const std::byte>() + row[k] * call_.row_bytes);
+      }
       if (weights != nullptr && !by_rank) slots.weights(first + k)[k] = weights[row[k]];
       if (weights != nullptr && by_rank) std::copy_n(weights + arrival * topk, topk, slots.weights(first + k));
       if (by_rank) return;
@@ -114,6 +138,19 @@ class Sender {
   const Handle& handle_;
   const Epoch& epoch_;
   const std::vector<int> active_;
+  bool in_place_ = false;
+};
+
+// What a rank leaves in place.
+struct Rows {
+  const std::byte* base = nullptr;  // null: nothing, its rows come to the slots
+  std::uint32_t count = 0;
+
+  // A rank that is masked in mid-write may leave a wrong number behind: then the row is wrong, but one of these.
+  const std::byte* row(std::int32_t number, std::size_t row_bytes) const {
+    const auto wanted = static_cast<std::uint32_t>(number);
+    return base + (wanted < count ? wanted : 0) * row_bytes;
+  }
 };
 
 class Receiver final : public Ticket<CombineOutput>::Receiver {
@@ -136,13 +173,25 @@ class Receiver final : public Ticket<CombineOutput>::Receiver {
         context_->await(Flag::kArrived, epoch, peer, 1);
       });
     });
+    find_rows();
     CombineOutput out = sum();
+    for (int peer : active_)
+      if (in_place_[peer].base != nullptr) context_->require_kept(epoch, peer);
     finished_ = true;
     context_->finish(epoch);
     return out;
   }
 
  private:
+  void find_rows() {
+    in_place_.assign(context_->num_ranks, {});
+    for (int peer : active_) {
+      const Announcement& theirs = context_->announcement(context_->rank, epoch_.number, peer);
+      if (theirs.x_at != 0 && !context_->is_far(peer))
+        in_place_[peer] = {context_->window(peer) + theirs.x_at, static_cast<std::uint32_t>(theirs.rows)};
+    }
+  }
+
   CombineOutput sum() const {
     const Handle& handle = *call_.in.handle;
     CombineOutput out;
@@ -161,7 +210,11 @@ class Receiver final : public Ticket<CombineOutput>::Receiver {
           for (std::int64_t token = begin; token < end; ++token) {
             const std::size_t first = static_cast<std::size_t>(token) * handle.num_topk;
             routes_of(token, dst_rank.data());
-            const auto row_of = [&](int k, int) { return wire.read(slots.row(first + k), k); };
+            const auto row_of = [&](int k, int rank) {
+              const Rows& there = in_place_[rank];
+              if (there.base != nullptr) return there.row(slots.number(first + k), call_.row_bytes);
+              return wire.read(slots.row(first + k), k);
+            };
             if (call_.hidden > 0)
               rows.sum(static_cast<int>(token), dst_rank.data(), row_of,
                        out.x.as<std::byte>() + token * static_cast<std::int64_t>(call_.row_bytes));
@@ -185,7 +238,8 @@ class Receiver final : public Ticket<CombineOutput>::Receiver {
   const std::shared_ptr<Context> context_;
   const CombineCall call_;
   const Epoch epoch_;
-  std::vector<int> active_;  // whose rows come
+  std::vector<int> active_;     // whose rows come
+  std::vector<Rows> in_place_;  // [num_ranks]
   bool finished_ = false;
 };
 

@@ -122,7 +122,9 @@ void copy(void* dst, const void* src, std::size_t bytes) {
   std::memcpy(to, from, head);
   std::size_t at = head;
   for (; at + kLine <= bytes; at += kLine) {
-#ifdef __AVX__
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + at), _mm512_loadu_si512(from + at));
+#elif defined(__AVX__)
     const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + at));
     const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + at + 32));
     _mm256_stream_si256(reinterpret_cast<__m256i*>(to + at), a);

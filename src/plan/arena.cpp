@@ -48,7 +48,7 @@ void Arena::settle(Block& reservation, std::size_t wanted) {
   std::lock_guard lock(mutex_);
   high_water_ = std::max(high_water_, in_use_ - (reservation.bytes - bytes));
   if (bytes == reservation.bytes) return;
-  taken_[reservation.at] = bytes;
+  taken_[reservation.at].bytes = bytes;
   give_back(reservation.at + bytes, reservation.bytes - bytes);
   reservation.bytes = bytes;
 }
@@ -58,16 +58,17 @@ Arena::Block Arena::take(std::map<std::size_t, std::size_t>::iterator hole, std:
   const auto [at, size] = *hole;
   free_.erase(hole);
   if (size > bytes) free_[at + bytes] = size - bytes;
-  taken_[at] = bytes;
   in_use_ += bytes;
   auto release = [arena = shared_from_this(), at = at](void*) { arena->release(at); };
-  return {std::shared_ptr<void>(base_ + at, std::move(release)), at, bytes, at + bytes > landing_at_};
+  std::shared_ptr<void> owner(base_ + at, std::move(release));
+  taken_[at] = {bytes, owner};
+  return {std::move(owner), at, bytes, at + bytes > landing_at_};
 }
 
 void Arena::release(std::size_t at) {
   std::lock_guard lock(mutex_);
   const auto block = taken_.find(at);
-  const std::size_t bytes = block->second;
+  const std::size_t bytes = block->second.bytes;
   taken_.erase(block);
   give_back(at, bytes);
 }
@@ -93,6 +94,15 @@ bool Arena::contains(const void* data, std::size_t bytes) const {
   const auto* first = static_cast<const std::byte*>(data);
   const std::byte* begin = base_ + at_;
   return first >= begin && first + bytes <= begin + bytes_;
+}
+
+std::shared_ptr<void> Arena::share(const void* data) const {
+  std::lock_guard lock(mutex_);
+  const std::size_t at = offset_of(data);
+  const auto next = taken_.upper_bound(at);
+  if (next == taken_.begin()) return nullptr;
+  const auto& [begin, block] = *std::prev(next);
+  return at < begin + block.bytes ? block.owner.lock() : nullptr;
 }
 
 std::size_t Arena::largest_free() const {

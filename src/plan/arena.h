@@ -33,6 +33,8 @@ class Arena : public std::enable_shared_from_this<Arena> {
   void settle(Block& reservation, std::size_t bytes);
 
   bool contains(const void* data, std::size_t bytes) const;
+  /// One more owner of the block that `data` lies in; null where it lies in none.
+  std::shared_ptr<void> share(const void* data) const;
   std::size_t offset_of(const void* data) const {
     return static_cast<std::size_t>(static_cast<const std::byte*>(data) - base_);
   }
@@ -51,8 +53,12 @@ class Arena : public std::enable_shared_from_this<Arena> {
   std::byte* const base_;
   const std::size_t at_, bytes_, landing_at_;
   mutable std::mutex mutex_;
-  std::map<std::size_t, std::size_t> free_;   // offset -> bytes, neighbours joined
-  std::map<std::size_t, std::size_t> taken_;  // offset -> bytes
+  std::map<std::size_t, std::size_t> free_;  // offset -> bytes, neighbours joined
+  struct Taken {
+    std::size_t bytes;
+    std::weak_ptr<void> owner;
+  };
+  std::map<std::size_t, Taken> taken_;  // by offset
   std::size_t in_use_ = 0, high_water_ = 0;
 };
 

@@ -13,9 +13,10 @@ namespace deep_ep::plan {
 //   [ src_token: i32, slot of each selection: i32 x topk, rows: i32 x topk, weights: f32 x topk | row | scales | side 0
 //   |
 //   ... ]   each 16-byte aligned
-// On hosts a source's messages lie in order of arrival and say which token each is. On GPUs they lie at their token's
-// number, so that nobody has to count before writing, and say which arrival each is (-1: this token does not come), and
-// as the how-manieth of its source each selection comes to its slot.
+// On hosts a source's messages lie in order of arrival and say which token each is; inside a node the part up to the
+// row lies at the destination, and the rest, once for all destinations, at the source. On GPUs they lie at their
+// token's number, so that nobody has to count before writing, and say which arrival each is (-1: this token does not
+// come), and as the how-manieth of its source each selection comes to its slot.
 struct MessageLayout {
   static constexpr std::size_t kAlignment = 16;
 
@@ -54,11 +55,11 @@ inline std::size_t combine_weights_stride(int num_topk) {
   return align_up(4 * static_cast<std::size_t>(num_topk), MessageLayout::kAlignment);
 }
 
-/// Bytes of one ticket's slots for combine: a row for every selection, and beside it the weights that its rank sends
-/// home.
+/// Bytes of one ticket's slots for combine: a row for every selection, the weights that its rank sends home, and on
+/// hosts its number where it is read in place.
 inline std::size_t combine_slot_bytes(int max_tokens_per_rank, int num_topk, std::size_t row_bytes) {
   return static_cast<std::size_t>(max_tokens_per_rank) * num_topk *
-         (align_up(row_bytes, MessageLayout::kAlignment) + combine_weights_stride(num_topk));
+         (align_up(row_bytes, MessageLayout::kAlignment) + combine_weights_stride(num_topk) + sizeof(std::int32_t));
 }
 
 /// Bytes that one ticket needs to serve every call within `capacity`.

@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cstring>
+#include <optional>
 #include <thread>
 
 #include "exchange.h"
@@ -229,6 +231,69 @@ TEST_P(LowLatencyEveryLayout, writes_the_sum_where_it_is_told_and_reads_allocate
     const CombineOutput got = buffer.low_latency_combine(in).receive();
     EXPECT_EQ(difference(series.sums[0][rank], got), "");
     EXPECT_EQ(got.x.data, out.view().data);
+  });
+}
+
+// Without zero_copy the send has copied what it needs.
+TEST_P(LowLatencyEveryLayout, combines_rows_that_change_after_the_send) {
+  const Series series(GetParam(), 1);
+  run_ranks(4, series.worlds[0].config(), [&](AnyBuffer& buffer) {
+    const int rank = buffer.rank();
+    const auto sent = buffer.low_latency_dispatch(series.worlds[0].input(rank)).receive();
+    CombineInput in = combine_input(series.homes[0], rank, sent.handle, SumOrder::by_topk());
+    const TensorView rows = in.x;
+    const Tensor mine = buffer.allocate(DType::kU8, {static_cast<std::int64_t>(rows.bytes())});
+    in.x.data = mine.data;
+    for (int repeat = 0; repeat < 6; ++repeat) {
+      std::memcpy(mine.data, rows.data, rows.bytes());
+      auto ticket = buffer.low_latency_combine(in);
+      std::memset(mine.data, 0x55, rows.bytes());
+      EXPECT_EQ(difference(series.sums[0][rank], ticket.receive()), "") << "repeat " << repeat;
+    }
+  });
+}
+
+// The tensor is dropped right after the send: what is allocated next must not lie there. Ranks 1 and 3 copy.
+TEST_P(LowLatencyEveryLayout, reads_rows_in_place_and_keeps_them_until_all_have_read) {
+  const Series series(GetParam(), 1);
+  run_ranks(4, series.worlds[0].config(), [&](AnyBuffer& buffer) {
+    const int rank = buffer.rank();
+    const auto sent = buffer.low_latency_dispatch(series.worlds[0].input(rank)).receive();
+    CombineInput in = combine_input(series.homes[0], rank, sent.handle, SumOrder::by_topk());
+    const TensorView rows = in.x;
+    in.zero_copy = rank % 2 == 0;
+    for (int repeat = 0; repeat < 20; ++repeat) {
+      std::optional<Ticket<CombineOutput>> ticket;
+      {
+        const Tensor mine = buffer.allocate(DType::kU8, {static_cast<std::int64_t>(rows.bytes())});
+        std::memcpy(mine.data, rows.data, rows.bytes());
+        in.x.data = mine.data;
+        ticket = buffer.low_latency_combine(in);
+      }
+      const Tensor next = buffer.allocate(DType::kU8, {static_cast<std::int64_t>(rows.bytes())});
+      std::memset(next.data, 0x55, rows.bytes());
+      EXPECT_EQ(difference(series.sums[0][rank], ticket->receive()), "") << "repeat " << repeat;
+    }
+  });
+}
+
+TEST_P(LowLatencyEveryLayout, gives_kept_rows_back_once_all_have_left) {
+  const Series series(GetParam(), 1);
+  run_ranks(4, series.worlds[0].config(), [&](AnyBuffer& buffer) {
+    const int rank = buffer.rank();
+    const auto sent = buffer.low_latency_dispatch(series.worlds[0].input(rank)).receive();
+    CombineInput in = combine_input(series.homes[0], rank, sent.handle, SumOrder::by_topk());
+    const TensorView rows = in.x;
+    in.zero_copy = true;
+    std::size_t most = 0;
+    for (int repeat = 0; repeat < 40; ++repeat) {
+      const Tensor mine = buffer.allocate(DType::kU8, {static_cast<std::int64_t>(rows.bytes())});
+      std::memcpy(mine.data, rows.data, rows.bytes());
+      in.x.data = mine.data;
+      buffer.low_latency_combine(in).receive();
+      if (repeat == 20) most = buffer.statistics().arena_bytes_high_water;
+    }
+    EXPECT_EQ(buffer.statistics().arena_bytes_high_water, most);
   });
 }
 

@@ -88,5 +88,55 @@ TEST_P(MaskedRank, is_taken_back) {
   });
 }
 
+// What a rank reads in others' memory is theirs again once they have masked it and gone on.
+TEST(MaskedReader, notices_that_what_it_reads_may_have_been_written_over) {
+  Shape shape;
+  shape.low_latency = true;
+  shape.layout = OutputLayout::kPadded;
+  shape.tokens = 12;
+  const World all(shape);
+  const World without = with_masks(shape, {false, false, true, false});
+  const Homeward home = homeward(without, {});
+  const auto sums = oracle::combine(without.exchange, without.expected, home.ranks, SumOrder::by_rank());
+  Barrier barrier(kRanks);
+  run_ranks(kRanks, all.config(), [&](AnyBuffer& buffer) {
+    const int rank = buffer.rank();
+    auto ticket = buffer.low_latency_dispatch(all.input(rank));
+    if (rank != 2) {
+      EXPECT_EQ(difference(all, rank, ticket.receive()), "");
+      buffer.set_masked(2, true);
+      for (int i = 0; i < 3; ++i) expect_exchange(buffer, without, home, sums);
+    }
+    barrier.wait();
+    if (rank != 2) return;
+    const Outcome outcome = outcome_of([&] { ticket.receive(); });
+    EXPECT_EQ(outcome.code, ErrorCode::kTimeout);
+    EXPECT_NE(outcome.message.find("rank 2 waited for rank"), std::string::npos) << outcome.message;
+  });
+}
+
+// As long as the memory is not needed, a late rank still gets all of it.
+TEST(MaskedReader, still_gets_what_was_sent_before_it_was_masked) {
+  Shape shape;
+  shape.low_latency = true;
+  shape.layout = OutputLayout::kPadded;
+  shape.tokens = 12;
+  const World all(shape);
+  Barrier barrier(kRanks);
+  run_ranks(kRanks, all.config(), [&](AnyBuffer& buffer) {
+    const int rank = buffer.rank();
+    auto ticket = buffer.low_latency_dispatch(all.input(rank));
+    if (rank != 2) {
+      EXPECT_EQ(difference(all, rank, ticket.receive()), "");
+      buffer.set_masked(2, true);
+    }
+    barrier.wait();
+    if (rank == 2) {
+      EXPECT_EQ(difference(all, rank, ticket.receive()), "");
+    }
+    barrier.wait();
+  });
+}
+
 }  // namespace
 }  // namespace deep_ep::test

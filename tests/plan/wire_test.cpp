@@ -26,6 +26,7 @@ constexpr float kSmallestNormal = 0x1p-126f;
 std::vector<const RowOps*> tables() {
   std::vector<const RowOps*> all{&baseline_row_ops()};
   if (v3_row_ops() != nullptr) all.push_back(v3_row_ops());
+  if (v4_row_ops() != nullptr) all.push_back(v4_row_ops());
   return all;
 }
 
