@@ -337,6 +337,14 @@ std::uint32_t Context::await(Flag flag, const Epoch& epoch, int peer, std::uint6
   return static_cast<std::uint32_t>(load_acquire(flag_word));
 }
 
+void Context::await_count(Flag flag, const Epoch& epoch, int peer, std::uint32_t count) {
+  bool gone = false;
+  const std::uint64_t& flag_word = word(rank, flag, epoch.number, peer);
+  // Acquire: pairs with publish().
+  if (!wait(epoch, peer, gone, [&] { return load_acquire(flag_word) >= word_of(epoch, count); }))
+    throw_timeout(epoch, peer, count, static_cast<std::uint32_t>(load_acquire(flag_word)), gone);
+}
+
 void Context::await_any(const Epoch& epoch, const std::function<bool()>& ready, const std::function<int()>& blame) {
   if (ready()) return;
   const int peer = blame();

@@ -32,6 +32,8 @@ struct Announcement {
   std::int64_t units = kNotOnRail;                // that the sender will put into the reader's forwarding slots
   static constexpr std::int64_t kNotOnRail = -1;  // none: another rank of the reader's node takes them
   std::int64_t rows = 0;                          // combine: that lie at x_at and weights_at
+  std::int64_t tokens = 0;                        // combine: that the sender adds, as a home
+  bool in_pieces = false;                         // combine: its rows come to x_at piece by piece
   SumOrder order;                                 // combine: in which the sender, as a home, adds
   bool factors = false;                           // combine: it weighs the rows
   std::array<char, 320> refusal{};
@@ -116,6 +118,8 @@ class Context {
   void publish_arrived_for(int writer, int peer, const Epoch& epoch);
   /// Waits for a flag in our own window; returns its value. Throws kTimeout: `expected` is for its message.
   std::uint32_t await(Flag flag, const Epoch& epoch, int peer, std::uint64_t expected);
+  /// Likewise, until the value, which only grows in this operation, is at least `count`.
+  void await_count(Flag flag, const Epoch& epoch, int peer, std::uint32_t count);
   /// Waits until `ready` holds. Where it does not, the error names `blame()`, a rank that keeps us waiting.
   void await_any(const Epoch& epoch, const std::function<bool()>& ready, const std::function<int()>& blame);
   /// The peer has left this operation, in time or not.

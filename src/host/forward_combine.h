@@ -19,7 +19,8 @@ struct CombineSource {
   const std::byte* x = nullptr;
   const float* weights = nullptr;
   std::int64_t rows = 0;
-  bool present = false;  // takes part; far ranks too, whose rows are not here
+  bool in_pieces = false;  // staged piece by piece: host/staging_ring.h
+  bool present = false;    // takes part; far ranks too, whose rows are not here
 };
 
 class ForwardedCombine {

@@ -145,6 +145,37 @@ TEST_P(CombineEveryLayout, reads_rows_wherever_they_lie_and_writes_where_it_is_t
   }
 }
 
+// More rows than two pieces hold: they go through the same memory, whose size they do not have.
+TEST_P(CombineEveryLayout, stages_many_rows_piece_by_piece) {
+  Shape s = shape();
+  s.tokens = 480;
+  s.topk = 6;
+  s.duplicates = GetParam() != OutputLayout::kPadded;
+  const World world(s);
+  HomewardShape shape_home;
+  shape_home.dtype = DType::kFp32;
+  shape_home.hidden = by_rank() ? 5120 : GetParam() == OutputLayout::kByExpert ? 2560 : 640;
+  const Homeward home = homeward(world, shape_home);
+  const auto expected = oracle::combine(world.exchange, world.expected, home.ranks, SumOrder::by_rank());
+  run_ranks(4, world.config(), [&](AnyBuffer& buffer) {
+    const int rank = buffer.rank();
+    const auto sent = buffer.dispatch(world.input(rank));
+    CombineInput in = combine_input(home, rank, sent.handle, SumOrder::by_rank());
+    const std::size_t before = buffer.statistics().arena_bytes_high_water;
+    // Ranks 1 and 3 have their rows in the arena.
+    Tensor memory;
+    if (rank % 2 == 1) {
+      memory = buffer.allocate(DType::kU8, {static_cast<std::int64_t>(in.x.bytes())});
+      std::memcpy(memory.data, in.x.data, in.x.bytes());
+      in.x.data = memory.data;
+    }
+    for (int repeat = 0; repeat < 3; ++repeat) EXPECT_EQ(difference(expected[rank], buffer.combine(in)), "");
+    if (rank % 2 == 0) {
+      EXPECT_LT(buffer.statistics().arena_bytes_high_water, before + in.x.bytes());
+    }
+  });
+}
+
 TEST_P(CombineEveryLayout, gives_biases_or_zero_to_tokens_that_were_sent_nowhere) {
   for (int biases = 0; biases <= 2; ++biases) {
     Shape s = shape();
