@@ -99,8 +99,9 @@ step low_latency 80 40 "$build/bench/cuda_low_latency" --ranks "$ranks" $low_lat
 if [ "$gpus" -ge "$ranks" ]; then
   step nccl 45 12 "$python" -m torch.distributed.run --nproc-per-node "$ranks" bench/nccl_exchange.py --runs $reps --commit "$commit" --json "$out/nccl_exchange_$name.json"
 fi
-step tests 120 1 "$python" tools/run_gpu_tests.py --tests "$build/tests" --commit "$commit" --filter "$tests" --limit 110 --test-limit 40 --log "$out/cuda_tests_$name.log"
 step train_moe 60 3 "$python" examples/train_moe.py --num-processes "$ranks" --steps $steps --out "$out/train_moe"
+left=$((seconds - ($(date +%s) - begin)))
+step tests "$left" 1 "$python" tools/run_gpu_tests.py --tests "$build/tests" --commit "$commit" --filter "$tests" --limit $((left - 8)) --test-limit 40 --log "$out/cuda_tests_$name.log"
 
 [ -z "$failed" ] || echo "FAILED:$failed"
 [ -z "$failed" ]
