@@ -48,7 +48,11 @@ Supply make_supply(int device) {
   const int before = current();
   gpu(cudaSetDevice(device), "cudaSetDevice");
   Supply made;
-  gpu(cudaStreamCreateWithFlags(&made.stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  int least = 0, greatest = 0;
+  gpu(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
+  // Another priority, another queue: in one with a rank's kernels a copy may stand behind those that wait for its
+  // owner.
+  gpu(cudaStreamCreateWithPriority(&made.stream, cudaStreamNonBlocking, greatest), "cudaStreamCreateWithPriority");
   void* all = nullptr;
   gpu(cudaMalloc(&all, kBytes), "cudaMalloc");
   gpu(cudaSetDevice(before), "cudaSetDevice");

@@ -105,7 +105,10 @@ Context::Context(const BackendInput& input)
   layout_ = plan::WindowLayout::place(config, num_ranks, arena_bytes(config, ranks_here));
 
   cuda::check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
-  cuda::check(cudaStreamCreateWithFlags(&copies_, cudaStreamNonBlocking), "cudaStreamCreate");
+  // Another priority, another queue: a copy must not stand behind kernels of a rank of this process that wait for us.
+  int least = 0, greatest = 0;
+  cuda::check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
+  cuda::check(cudaStreamCreateWithPriority(&copies_, cudaStreamNonBlocking, greatest), "cudaStreamCreateWithPriority");
   cuda::check(cudaEventCreateWithFlags(&last_done_, cudaEventDisableTiming), "cudaEventCreate");
   returns_ = std::make_shared<Returns>(device);
   sharing_ = choose_sharing(device, neighbours.machines);
