@@ -19,6 +19,7 @@
 #include "deep_ep/error.h"
 #include "plan/fp8.h"
 #include "plan/number.h"
+#include "row_tables.h"
 
 namespace deep_ep::host {
 namespace {
@@ -31,13 +32,6 @@ constexpr std::int64_t kLengths[] = {0,  1,   3,   7,   8,   9,   15,  16,  17, 
                                      33, 100, 127, 128, 129, 264, 511, 512, 640, 7168};
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
-std::vector<const RowOps*> tables() {
-  std::vector<const RowOps*> all{&baseline_row_ops()};
-  if (v3_row_ops() != nullptr) all.push_back(v3_row_ops());
-  if (v4_row_ops() != nullptr) all.push_back(v4_row_ops());
-  return all;
-}
 
 float at(const void* row, DType dtype, std::int64_t i) {
   if (dtype == DType::kBf16) return plan::from_bf16(static_cast<const std::uint16_t*>(row)[i]);

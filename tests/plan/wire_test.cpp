@@ -13,6 +13,7 @@
 
 #include "host/wire_rows.h"
 #include "oracle_numbers.h"
+#include "row_tables.h"
 
 namespace deep_ep::host {
 namespace {
@@ -22,13 +23,6 @@ constexpr DType kTypes[] = {DType::kBf16, DType::kFp16};
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kSmallestNormal = 0x1p-126f;
-
-std::vector<const RowOps*> tables() {
-  std::vector<const RowOps*> all{&baseline_row_ops()};
-  if (v3_row_ops() != nullptr) all.push_back(v3_row_ops());
-  if (v4_row_ops() != nullptr) all.push_back(v4_row_ops());
-  return all;
-}
 
 // Rows by what is hard about them. Values still have to be rounded to the row's type.
 struct Kind {
