@@ -221,16 +221,18 @@ def measured(clock: Clock, work: Workload, operation: Operation) -> Dict[str, An
     return {"name": operation.name, "time": summary(times), "digest": clock.digests(operation.digest())}
 
 
-def run_rank(rank: int, work: Workload, board: str, port: int, out: str) -> None:
+def run_rank(rank: int, work: Workload, board: str, port: int, out: str, with_gloo: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=work.ranks)
     clock = Clock(board, rank, work.ranks)
     package = Package(work, dist.group.WORLD)
     ours = [measured(clock, work, each) for each in package.operations()]
     package.forget()
-    collectives = Collectives(package, dist.group.WORLD)
-    less = work._replace(reps=max(3, work.reps // 2), warmup=1)  # it takes ten times as long
-    gloo = [measured(clock, less, each) for each in collectives.operations()]
+    gloo = []
+    if with_gloo:
+        collectives = Collectives(package, dist.group.WORLD)
+        less = work._replace(reps=max(3, work.reps // 2), warmup=1)  # it takes ten times as long
+        gloo = [measured(clock, less, each) for each in collectives.operations()]
     if rank == 0:
         Path(out).write_text(json.dumps({"package": ours, "gloo": gloo}))
     dist.barrier()
@@ -245,13 +247,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def python_round(work: Workload, folder: str) -> Dict[str, Any]:
+def python_round(work: Workload, folder: str, with_gloo: bool) -> Dict[str, Any]:
     memory = shared_memory.SharedMemory(create=True, size=work.ranks * Clock.WORDS * 8)
     memory.buf[:] = bytes(memory.size)
     out = str(Path(folder) / "ranks.json")
     try:
         mp.start_processes(
-            run_rank, args=(work, memory.name, free_port(), out), nprocs=work.ranks, start_method="forkserver"
+            run_rank, args=(work, memory.name, free_port(), out, with_gloo), nprocs=work.ranks, start_method="forkserver"
         )
     finally:
         memory.close()
@@ -290,16 +292,17 @@ def differing(report: Dict[str, Any]) -> List[str]:
     ]
 
 
-def measure(program: Path, options: List[str], rounds: int) -> Dict[str, Any]:
-    """C++, Python and gloo in turn, `rounds` times."""
+def measure(program: Path, options: List[str], rounds: int, gloo_rounds: int) -> Dict[str, Any]:
+    """C++ and Python in turn, `rounds` times, and gloo in the first of them."""
     parts: Dict[str, List[Any]] = {"cpp": [], "package": [], "gloo": []}
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(rounds):
+        for turn in range(rounds):
             cpp = cpp_round(program, options, folder)
-            python = python_round(Workload.of(cpp["workload"]), folder)
+            python = python_round(Workload.of(cpp["workload"]), folder, turn < gloo_rounds)
             parts["cpp"].append(cpp["operations"])
             parts["package"].append(python["package"])
-            parts["gloo"].append(python["gloo"])
+            if turn < gloo_rounds:
+                parts["gloo"].append(python["gloo"])
     report: Dict[str, Any] = {kind: joined(each) for kind, each in parts.items()}
     report.update(workload=cpp["workload"], clock=CLOCK, rounds=rounds, torch=torch.__version__)
     report["differ"] = differing(report)
@@ -312,10 +315,11 @@ def main(arguments: Optional[List[str]] = None) -> int:
         "--program", type=Path, required=True, help="the C++ program, host_exchange of the preset release"
     )
     parser.add_argument("--rounds", type=int, default=3, help="how often C++ and Python take turns")
+    parser.add_argument("--gloo-rounds", type=int, default=1, help="in how many of them gloo, which takes long, has a turn")
     parser.add_argument("--out", type=Path, help="file for the JSON report; without it: standard output")
     parser.add_argument("more", nargs="*", help="options for the C++ program, after --; Python follows its workload")
     args = parser.parse_args(arguments)
-    report = measure(args.program, args.more, args.rounds)
+    report = measure(args.program, args.more, args.rounds, args.gloo_rounds)
     text = json.dumps(report, indent=1) + "\n"
     if args.out is None:
         print(text)

@@ -4,8 +4,11 @@
 import pytest
 import torch
 from deep_ep.utils.gate import get_unbalanced_scores
+from deep_ep.utils import testing
 from deep_ep.utils.math import (
+    align,
     calc_diff,
+    ceil_div,
     count_bytes,
     create_grouped_scores,
     hash_tensor,
@@ -15,6 +18,7 @@ from deep_ep.utils.math import (
     per_token_cast_to_fp8,
     safe_div,
 )
+from deep_ep.utils.semantic import value_or, weak_lru
 
 
 def test_calc_diff_is_zero_for_equal_tensors_only():
@@ -65,3 +69,44 @@ def test_unbalanced_scores_load_rank_0_as_asked(precise, ratio):
     chosen = scores.topk(2, dim=1).indices // 4
     tokens = torch.stack([(chosen == rank).any(dim=1).sum() for rank in range(4)]).double()
     assert float(tokens[0] / tokens[1:].mean()) == pytest.approx(ratio, rel=0.15)
+
+
+def test_small_helpers():
+    assert (ceil_div(7, 4), align(5, 4), align(8, 4)) == (2, 8, 8)
+    assert (value_or(None, 3), value_or(0, 3)) == (3, 0)
+
+    class Counting:
+        calls = 0
+
+        @weak_lru()
+        def square(self, number):
+            self.calls += 1
+            return number * number
+
+    first, second = Counting(), Counting()
+    assert [first.square(3), first.square(3), second.square(3)] == [9, 9, 9]
+    assert (first.calls, second.calls) == (1, 1)
+
+
+def test_bench_drops_the_first_sample_and_runs_what_comes_between():
+    calls, between = [], []
+    mean, shortest, longest = testing.bench(lambda: calls.append(0), 2, 5, lambda: between.append(0))
+    assert (len(calls), len(between)) == (2 + 1 + 5, 6)
+    assert 0 <= shortest <= mean <= longest
+
+
+def test_bench_kineto_returns_what_was_asked_for(monkeypatch):
+    met = []
+    one = testing.bench_kineto(lambda: None, "dispatch", num_tests=3, barrier=lambda: met.append(0))
+    assert one >= 0 and len(met) == 3
+    pair = testing.bench_kineto(lambda: None, ("dispatch", "notify"), num_tests=2)
+    assert len(pair) == 2
+    halves = testing.bench_kineto(lambda: None, "dispatch", num_tests=4, num_kernels_per_period=2)
+    assert len(halves) == 2
+    monkeypatch.setenv("EP_USE_NVIDIA_TOOLS", "1")
+    assert testing.bench_kineto(lambda: None, ("dispatch", "combine")) == (1, 1)
+
+
+def test_bench_kineto_tells_the_launches_of_a_period_apart():
+    assert testing._periods([1.0, 5.0, 3.0, 7.0], 2) == [2.0, 6.0]
+    assert testing._periods([1.0, 3.0], 1) == 2.0 and testing._periods([], 1) == 0.0

@@ -32,6 +32,31 @@ def test_2_every_name_is_where_users_import_it():
     assert compiled.is_sm90_compiled() and Buffer.is_sm90_compiled()
 
 
+def test_2_the_compiled_module_has_upstreams_names():
+    import deep_ep._C as compiled
+
+    for name in (
+        "Buffer Config ElasticBuffer EventHandle calculate_elastic_buffer_size create_cpu_handle create_nccl_comm destroy_nccl_comm "
+        "get_elastic_buffer_alignment get_local_nccl_unique_id get_logical_domain_size get_low_latency_rdma_size_hint "
+        "get_physical_domain_size init_jit is_sm90_compiled topk_idx_t"
+    ).split():
+        assert hasattr(compiled, name), name
+    assert compiled.get_elastic_buffer_alignment() == 2 << 20
+    group = deep_ep.in_process_group(1)[0]
+    assert compiled.calculate_elastic_buffer_size(group, 64, 256) == ElasticBuffer.get_buffer_size_hint(group, 64, 256)
+
+
+def test_q7_v1_captures_an_overlap_and_v2_an_event():
+    assert isinstance(Buffer.capture(), EventOverlap) and isinstance(Buffer.capture().event, EventHandle)
+    assert isinstance(ElasticBuffer.capture(), EventHandle)
+
+
+def test_1_2_one_bias_or_two():
+    one, two = torch.zeros(1), torch.ones(1)
+    assert Buffer._unpack_bias(None) == (None, None)
+    assert Buffer._unpack_bias(one) == (one, None) and Buffer._unpack_bias((one, two)) == (one, two)
+
+
 def test_2_event_overlap_waits_releases_and_runs_its_hook():
     ran = []
     event = EventOverlap(EventHandle(), (torch.zeros(1),))

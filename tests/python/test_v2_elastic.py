@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Contract section 3: ElasticBuffer and EPHandle."""
 
+import copy
+import pickle
+
+import deep_ep
 import pytest
 import torch
 from deep_ep import ElasticBuffer, EPHandle, Error, EventHandle, Placement
+from deep_ep.elastic_fields import Fields
 from deep_ep.utils import refs
 from deep_ep.utils.math import per_token_cast_to_fp8
 
@@ -327,6 +332,50 @@ def test_appendix_a_direct_sizes(tokens, topk, fp8, expected):
 
 def test_appendix_a_hybrid_size():
     assert ElasticBuffer.get_buffer_size_hint(_Group(16), 4096, 7168, 8) == 1218445312
+
+
+def test_3_2_hints_of_engram_and_pipeline_buffers():
+    page = 2 << 20
+    # An entry of 100 BF16 channels takes 224 bytes: 200, rounded up to 32.
+    assert ElasticBuffer.get_engram_storage_size_hint(20_000, 100, 1_000) == (page, 3 * page)
+    assert ElasticBuffer.get_pp_buffer_size_hint(1_000_000, 3) == 6 * page
+
+
+def test_3_3_queue_pairs_follow_the_sms():
+    with ElasticBuffer(deep_ep.in_process_group(1)[0], num_bytes=2 << 20) as buffer:
+        assert [buffer.get_theoretical_num_qps(sms) for sms in (4, 64)] == [4, 9]
+    with ElasticBuffer(deep_ep.in_process_group(1)[0], num_bytes=2 << 20, num_allocated_qps=2) as buffer:
+        assert buffer.get_theoretical_num_qps(64) == 2
+
+
+def test_3_5_a_handles_arguments_come_in_upstreams_order():
+    names = (
+        "do_expand num_experts expert_alignment num_max_tokens_per_rank num_sms topk_idx num_recv_tokens num_expanded_tokens "
+        "num_recv_tokens_per_expert_list psum_num_recv_tokens_per_scaleup_rank psum_num_recv_tokens_per_expert "
+        "num_unaligned_recv_tokens_per_expert recv_src_metadata dst_buffer_slot_idx token_metadata_at_forward channel_linked_list"
+    ).split()
+    handle = EPHandle(*range(len(names)))
+    assert [getattr(handle, name) for name in names] == list(range(len(names)))
+    assert handle.cached_recv_src_metadata_before_sort is None
+    with pytest.raises(AttributeError, match="no attribute nothing"):
+        _ = handle.nothing
+
+
+def test_3_5_a_handles_fields_are_made_when_they_are_read_and_do_not_keep_the_rows():
+    def run(group):
+        tokens = make_tokens(0, 12, 128, 2, 8)
+        with ElasticBuffer(group, num_max_tokens_per_rank=16, hidden=128) as buffer:
+            rows, _, _, handle, _ = buffer.dispatch(tokens.x, tokens.topk_idx, tokens.topk_weights, num_experts=8)
+            assert not set(vars(handle)) & set(Fields.MAKERS)
+            with_rows = buffer.statistics()["arena_bytes_in_use"]
+            del rows, _
+            assert buffer.statistics()["arena_bytes_in_use"] < with_rows
+            copied, saved = copy.deepcopy(handle), pickle.loads(pickle.dumps(handle))
+            for name in Fields.MAKERS:
+                assert torch.equal(getattr(copied, name), getattr(handle, name)), name
+                assert torch.equal(getattr(saved, name), getattr(handle, name)), name
+
+    run_ranks(1, run)
 
 
 @pytest.mark.parametrize("ranks, expected", [(2, 22), (4, 16), (8, 14)])
