@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
 """Trains a small mixture-of-experts language model on real text, with experts spread over several ranks and, from the
-same seed, on one rank; the two loss curves must agree. Text: --file, or this project's own documents and sources."""
+same seed, on one rank; the two loss curves must agree. Runs on GPUs where there are some, one for each rank or shared.
+Text: --file, or this project's own documents and sources."""
 
 import argparse
 import json
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 import deep_ep
-from deep_ep.utils.envs import launch
+from deep_ep.utils.envs import device, launch, take_device
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -49,7 +50,7 @@ class Experts(nn.Module):
         mine = slice(buffer.rank * local, (buffer.rank + 1) * local)
         self.up = nn.Parameter((torch.randn(args.experts, width, 2 * width) / width**0.5)[mine].clone())
         self.down = nn.Parameter((torch.randn(args.experts, 2 * width, width) / (2 * width) ** 0.5)[mine].clone())
-        self.load = torch.zeros(local, dtype=torch.int64)
+        self.register_buffer("load", torch.zeros(local, dtype=torch.int64), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights, ids = self.router(x).softmax(dim=-1).topk(self.num_topk, dim=-1)
@@ -112,11 +113,11 @@ def train(rank: int, ranks: int, args: argparse.Namespace) -> Dict[str, Any]:
     torch.manual_seed(args.seed)
     text = read_text(args)
     with deep_ep.Buffer(dist.group.WORLD) as buffer:
-        model = Model(args, buffer)
+        model = Model(args, buffer).to(device())
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
         losses: List[float] = []
         for step in range(args.steps):
-            ids = batch(text, step, args).chunk(ranks)[rank]
+            ids = batch(text, step, args).chunk(ranks)[rank].to(device())
             logits = model(ids[:, :-1])
             loss = nn.functional.cross_entropy(logits.reshape(-1, 256), ids[:, 1:].reshape(-1))
             optimizer.zero_grad()
@@ -135,7 +136,8 @@ def train(rank: int, ranks: int, args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def run(rank: int, ranks: int, port: int, args: argparse.Namespace) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    backend = take_device(rank, ranks)
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     result = train(rank, ranks, args)
     if rank == 0:
         (pathlib.Path(args.out) / f"{ranks}_ranks.json").write_text(json.dumps(result))

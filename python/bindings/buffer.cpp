@@ -23,12 +23,21 @@ std::chrono::milliseconds milliseconds(double seconds) {
   return std::chrono::milliseconds(static_cast<std::int64_t>(seconds * 1000));
 }
 
+// Only objects of Python have it, so whoever drops it holds the interpreter's lock. Closing waits for work on a GPU,
+// which other threads of Python may have to enqueue.
+BufferPtr shared(std::unique_ptr<Buffer> buffer) {
+  return {buffer.release(), [](Buffer* dropped) {
+            nb::gil_scoped_release unlocked;
+            delete dropped;
+          }};
+}
+
 Seat open(const std::shared_ptr<Bootstrap>& group, const Config& config, int num_workers, Device device) {
   Options options;
   options.num_workers = num_workers;
   if (device != kCpu) options.backend = BackendKind::kCuda, options.cuda_device = device;
   nb::gil_scoped_release unlocked;
-  return Seat{Buffer::open(group, config, options), device};
+  return Seat{shared(Buffer::open(group, config, options)), device};
 }
 
 // Where Python found the mistake: the peers' same call says so.

@@ -5,9 +5,10 @@ from typing import Any, Dict, Optional, Tuple
 
 import torch
 
-from . import _core, elastic_fields, elastic_sizes, row_order
+from . import _core, elastic_sizes, row_order
 from ._torch import as_carried
 from .config import align
+from .elastic_fields import Fields
 from .engram import EngramMixin
 from .errors import require, require_counters
 from .event import EventHandle, EventOverlap
@@ -257,33 +258,28 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
             keywords["max_rows"] = worst_expanded if expanded else max(1, bound)
         data, scales, idx, weights, _, core_handle = self._opened().dispatch(**keywords)
         arrivals = core_handle.num_arrivals if cpu_sync else min(bound, core_handle.num_arrivals)
-        fields = elastic_fields.fields_of(core_handle, idx, arrivals, max_tokens, self.num_scaleup_ranks)
-        per_rank, per_expert, unaligned, metadata, dst_row = fields.values()
+        fields = Fields(core_handle, idx, arrivals, max_tokens, self.num_scaleup_ranks)
         aligned = core_handle.aligned_counts() if cpu_sync else []
-        if not expanded and self.num_scaleout_ranks > 1 and not self.deterministic:
-            order = row_order.by_scaleup_rank(metadata, max_tokens, self.num_scaleup_ranks)
-            metadata = metadata[order]
-            data, scales, idx, weights = (row_order.taken(each, order) for each in (data, scales, idx, weights))
-        made = EPHandle(
-            expanded,
-            keywords["num_experts"],
-            alignment,
-            max_tokens,
-            num_sms,
-            topk_idx.clone() if do_handle_copy else topk_idx,
-            arrivals,
-            sum(aligned) if cpu_sync else worst_expanded,
-            aligned,
-            per_rank,
-            per_expert,
-            unaligned,
-            metadata,
-            dst_row,
+        made = EPHandle.of_dispatch(
+            fields,
+            do_expand=expanded,
+            num_experts=keywords["num_experts"],
+            expert_alignment=alignment,
+            num_max_tokens_per_rank=max_tokens,
+            num_sms=num_sms,
+            topk_idx=topk_idx.clone() if do_handle_copy else topk_idx,
+            num_recv_tokens=arrivals,
+            num_expanded_tokens=sum(aligned) if cpu_sync else worst_expanded,
+            num_recv_tokens_per_expert_list=aligned,
         )
         if keywords["placement"] is not None:
             made._routes = core_handle
-        if self.num_scaleout_ranks == 1 or self.deterministic:
-            made._metadata_in_order = metadata
+        if not expanded and self.num_scaleout_ranks > 1 and not self.deterministic:
+            order = row_order.by_scaleup_rank(made.recv_src_metadata, max_tokens, self.num_scaleup_ranks)
+            made.recv_src_metadata = made.recv_src_metadata[order]
+            data, scales, idx, weights = (row_order.taken(each, order) for each in (data, scales, idx, weights))
+        if self._on_gpu and torch.cuda.is_current_stream_capturing():
+            made.make_fields()  # by the graph, anew in each replay
         return data, scales, (None if expanded else idx), weights, made
 
     def _placement(self, placement: Any, num_experts: int) -> Any:

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional
 import torch
 
 from . import _core, row_order
-from .elastic_fields import handle_from_fields
+from .elastic_fields import Fields, handle_from_fields
 
 _TENSORS = (
     "topk_idx",
@@ -21,6 +21,13 @@ _TENSORS = (
 
 
 class EPHandle:
+    # Of a handle that a dispatch made these are not there until somebody asks for them, see `__getattr__`.
+    psum_num_recv_tokens_per_scaleup_rank: torch.Tensor
+    psum_num_recv_tokens_per_expert: torch.Tensor
+    num_unaligned_recv_tokens_per_expert: torch.Tensor
+    recv_src_metadata: torch.Tensor
+    dst_buffer_slot_idx: torch.Tensor
+
     def __init__(
         self,
         do_expand: bool,
@@ -61,6 +68,31 @@ class EPHandle:
         self._routes: Any = None
         # The metadata as the library made it, where its rows are in the library's order.
         self._metadata_in_order: Optional[torch.Tensor] = None
+        self._fields: Optional[Fields] = None
+
+    @classmethod
+    def of_dispatch(cls, fields: Fields, **known: Any) -> "EPHandle":
+        """With the constructor's arguments but those that `fields` makes when they are asked for."""
+        handle = cls(**known, **dict.fromkeys(Fields.MAKERS))  # type: ignore[arg-type]
+        for name in Fields.MAKERS:
+            del handle.__dict__[name]
+        handle._fields = fields
+        return handle
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        """What is not there yet."""
+        fields = self.__dict__.get("_fields")
+        if fields is None or name not in Fields.MAKERS:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name}")
+        value = self.__dict__[name] = fields.make(name)
+        if name == "recv_src_metadata":
+            self._metadata_in_order = value
+        return value
+
+    def make_fields(self) -> None:
+        """All of them, now."""
+        for name in Fields.MAKERS:
+            getattr(self, name)
 
     def deterministic_sort(
         self,
@@ -86,6 +118,8 @@ class EPHandle:
 
     def row_order(self, num_rows: Optional[int] = None) -> Optional[torch.Tensor]:
         """The library's row of each compact row; None where that is the row itself."""
+        if "recv_src_metadata" not in self.__dict__:
+            return None  # nobody has seen it, so nobody has changed it
         metadata = self.recv_src_metadata
         if metadata.is_cuda and metadata is self._metadata_in_order:
             return None  # what the GPU holds is not read for it: graphs cannot be captured through a read
@@ -97,7 +131,9 @@ class EPHandle:
         return _core.Placement.even(self.num_experts, num_ranks) if self._routes is None else self._routes.placement
 
     def tensors(self) -> List[torch.Tensor]:
-        return [self.__dict__[name] for name in _TENSORS if self.__dict__[name] is not None]
+        """Those that are there."""
+        there = [self.__dict__.get(name) for name in _TENSORS]
+        return [tensor for tensor in there if tensor is not None] + (self._fields.tensors() if self._fields else [])
 
     @property
     def num_rows(self) -> int:
@@ -105,7 +141,10 @@ class EPHandle:
 
     def core_handle(self, rank: int, num_ranks: int) -> Any:
         """The library's handle: found by the memory of one of its tensors, or made again from what they say."""
-        found = _core.handle_of(self.num_unaligned_recv_tokens_per_expert)
+        if self._fields is not None and "num_unaligned_recv_tokens_per_expert" not in self.__dict__:
+            found = self._fields.core_handle
+        else:
+            found = _core.handle_of(self.num_unaligned_recv_tokens_per_expert)
         if found is not None and found.num_rows == self.num_rows and found.num_experts == self.num_experts:
             return found
         if self._routes is not None:
@@ -116,13 +155,17 @@ class EPHandle:
 
     def state_dict(self) -> Dict[str, Any]:
         """Everything, as tensors and numbers, for `from_state_dict`: torch.save writes it."""
-        state = dict(self.__dict__, _metadata_in_order=None)
+        state = dict(self.__getstate__(), _metadata_in_order=None)
         for name in _TENSORS:
             if state[name] is not None:
                 state[name] = state[name].clone()
         if self._routes is not None:
             state["_routes"] = self._routes.save()
         return state
+
+    def __getstate__(self) -> Dict[str, Any]:
+        self.make_fields()
+        return dict(self.__dict__, _fields=None)
 
     @classmethod
     def from_state_dict(cls, state: Dict[str, Any]) -> "EPHandle":

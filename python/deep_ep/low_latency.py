@@ -254,7 +254,7 @@ class LowLatencyMode(Session):
             capacity.max_tokens_per_rank, capacity.num_topk, capacity.side_bytes = 1, 1, 0
             capacity.row_bytes = -(-per_ticket // self._num_ranks)
         self._config.low_latency = capacity
-        self._fitting: Set[Tuple[Any, Tuple[int, ...]]] = set()
+        self._fitting: Set[Tuple[str, Tuple[int, ...]]] = set()  # by type of device
         self._largest: Tuple[int, ...] = (0, 0, 0)
 
     def _core_for(self, hidden: int, max_tokens: int, num_topk: int, num_experts: int) -> Any:
@@ -264,19 +264,20 @@ class LowLatencyMode(Session):
         fitting = getattr(self, "_fitting", None)
         if fitting is None:
             raise invalid("low-latency calls need a buffer made with low_latency_mode=True")
-        if (core, shape) in fitting:
+        if (self._device.type, shape) in fitting:
             return core
         reason = core.supports_low_latency(*shape)
         if "Config::low_latency" in reason:
             # At least the largest of each that was ever asked for.
             self._largest = tuple(map(max, self._largest, (max_tokens, hidden, num_topk)))
             self._config.low_latency = low_latency_capacity(*self._largest)
-            self._open()  # the old one stays until the last ticket and tensor of it is gone
             fitting.clear()
+            del core
+            self._reopen()
             core = self._opened()
             reason = core.supports_low_latency(*shape)
         if not reason:
-            fitting.add((core, shape))
+            fitting.add((self._device.type, shape))
         return core  # where it does not fit at all, the library's own checks say why
 
     # Checks ---------------------------------------------------------------------------------------------------------

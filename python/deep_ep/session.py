@@ -2,9 +2,8 @@
 """The part that both buffers share: a C++ buffer that is opened by all ranks together and closed by each alone."""
 
 import atexit
-import contextlib
 import weakref
-from typing import Any, Callable, Dict, Iterator, List, Optional, TypeVar
+from typing import Any, Callable, Dict, List, Optional, TypeVar
 
 import torch
 
@@ -51,7 +50,8 @@ class Session:
         self._core: Optional[Any] = None  # the one of the last call
         self._cores: Dict[str, Any] = {}  # by type of device
         self._stream: Any = None  # of operations on CUDA tensors
-        self._device = _chosen_device(device)
+        self.in_call = False  # between the two ends of a CudaCall
+        self._be_on(_chosen_device(device))
         self._core_group = core_group_of(group)
         self._rank, self._num_ranks = rank_of(group), size_of(group)
         self._node_size = node_size(self._num_ranks, ranks_per_node)
@@ -64,9 +64,8 @@ class Session:
     def _num_nodes(self) -> int:
         return -(-self._num_ranks // self._node_size)
 
-    @property
-    def _on_gpu(self) -> bool:
-        return self._device.type == "cuda"
+    def _be_on(self, device: torch.device) -> None:
+        self._device, self._on_gpu = device, device.type == "cuda"
 
     def _open(self) -> None:
         """Opens the buffer for `_device`, anew where it was open. Collective."""
@@ -79,43 +78,44 @@ class Session:
         self._cores[self._device.type] = self._core
         _open_sessions.add(self)
 
+    def _reopen(self) -> None:
+        """Opens the buffer anew, as `_config` now is; tickets and tensors of the old one keep it alive. Collective."""
+        if self._on_gpu:
+            # The old one goes first: a GPU may have no room for both.
+            self._core = None
+            self._cores.pop(self._device.type, None)
+        self._open()
+
     def _opened(self) -> Any:
         """For calls that bring no tensors, or after `_use`. Operations then run on the current stream."""
         if self._core is None:
             raise invalid("the buffer is closed")
-        if self._on_gpu and not self._in_call:
+        if self._on_gpu and not self.in_call:
             current = torch.cuda.current_stream(self._device).cuda_stream
             self._core.use_streams(current, current)
         return self._core
 
+    def use_streams(self, calls: Any, user: Any) -> None:
+        """On a GPU: operations are enqueued on one stream, their results used on the other."""
+        self._core.use_streams(calls.cuda_stream, user.cuda_stream)  # type: ignore[union-attr]
+
     def _use(self, x: torch.Tensor) -> Any:
         """The C++ buffer for tensors that are where `x` is. Collective at the first call for its type of device."""
-        if x.device.type != self._device.type and x.device.type in ("cpu", "cuda"):
+        if x.is_cuda != self._on_gpu and (x.is_cpu or x.is_cuda):
             self._opened()
-            self._device = x.device
+            self._be_on(x.device)
             self._core = self._cores.get(x.device.type)
             if self._core is None:
                 self._open()
         return self._opened()
 
-    _in_call = False
-
-    @contextlib.contextmanager
-    def _call(self, operation: str, previous_event: Any, asynchronous: bool, *more_events: Any) -> Iterator[Any]:
-        """An operation's way through streams, see `streams`. `_use` comes first."""
+    def _call(self, operation: str, previous_event: Any, asynchronous: bool, *more_events: Any) -> Any:
+        """An operation's way through streams, for a `with` statement, see `streams`. `_use` comes first."""
         events = (previous_event, *more_events)
-        core = self._opened()
         if not self._on_gpu:
-            yield HostCall(events, asynchronous)
-            return
+            return HostCall(events, asynchronous)
         self._checked(operation, self._require_own_stream)
-        call = CudaCall(core, self._stream, events, asynchronous)
-        self._in_call = True
-        try:
-            with call:
-                yield call
-        finally:
-            self._in_call = False
+        return CudaCall(self, self._stream, events, asynchronous)
 
     def _sms(self, num_sms: int) -> Dict[str, int]:
         """On a GPU an operation takes as many SMs at most; on CPUs the buffer's threads, whatever number of SMs was named."""

@@ -36,22 +36,25 @@ class HostCall:
 class CudaCall:
     """An operation on CUDA tensors, enqueued. Inside its `with` block the communication stream is torch's current one."""
 
-    def __init__(self, core: Any, stream: Any, previous_events: Tuple[Any, ...], asynchronous: bool) -> None:
-        self._user, self._stream, self._asynchronous = torch.cuda.current_stream(stream.device), stream, asynchronous
-        first, *more = (event_of(event) for event in previous_events)
-        if first is None and self._user != stream:
-            stream.wait_stream(self._user)
-        for event in (first, *more):
-            if event is not None:
-                event.let_wait(stream)
-        core.use_streams(stream.cuda_stream, self._user.cuda_stream)
+    def __init__(self, session: Any, stream: Any, previous_events: Tuple[Any, ...], asynchronous: bool) -> None:
+        self._session, self._stream, self._asynchronous = session, stream, asynchronous
+        self._user = torch.cuda.current_stream(stream.device)
+        self._events = tuple(event_of(event) for event in previous_events)
         self._inside = torch.cuda.stream(stream)
 
     def __enter__(self) -> "CudaCall":
+        if self._events[0] is None and self._user != self._stream:
+            self._stream.wait_stream(self._user)
+        for event in self._events:
+            if event is not None:
+                event.let_wait(self._stream)
+        self._session.use_streams(self._stream, self._user)
         self._inside.__enter__()
+        self._session.in_call = True
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        self._session.in_call = False
         self._inside.__exit__(*exception)
 
     def finished(self, *tensors: Any) -> EventOverlap:

@@ -131,8 +131,8 @@ class Combine {
     const std::int64_t tokens = handle_.num_tokens;
     if (call_.hidden > 0)
       out.x =
-          call_.in.out.given() ? Tensor(call_.in.out, nullptr) : Tensor::allocate(call_.dtype, {tokens, call_.hidden});
-    if (call_.in.topk_weights.given()) out.topk_weights = Tensor::allocate(DType::kFp32, {tokens, handle_.num_topk});
+          call_.in.out.given() ? Tensor(call_.in.out, nullptr) : context_.output(call_.dtype, {tokens, call_.hidden});
+    if (call_.in.topk_weights.given()) out.topk_weights = context_.output(DType::kFp32, {tokens, handle_.num_topk});
     const auto sum = [&](std::int64_t begin, std::int64_t end) { sum_tokens(out, begin, end); };
     if (forwarded_) {
       forwarded_->run(sources_, sum);

@@ -437,6 +437,19 @@ std::vector<int> Context::active_ranks() const {
 // Memory
 // --------------------------------------------------------------------------------------------------------------------------
 
+std::shared_ptr<void> Context::output_memory(std::size_t bytes) {
+  if (arena_->in_use() + bytes <= arena_->capacity() / 2)
+    if (plan::Arena::Block block = arena_->allocate(bytes, false); block.owner) return std::move(block.owner);
+  return Tensor::allocate(DType::kU8, {static_cast<std::int64_t>(bytes)}).owner;
+}
+
+Tensor Context::output(DType dtype, std::initializer_list<std::int64_t> shape) {
+  TensorView view(static_cast<void*>(nullptr), dtype, shape);
+  std::shared_ptr<void> memory = output_memory(view.bytes());
+  view.data = memory.get();
+  return Tensor(view, std::move(memory));
+}
+
 void Context::quarantine(const Epoch& epoch, std::shared_ptr<void> block) {
   std::lock_guard lock(mutex_);
   quarantine_[epoch.number].push_back(std::move(block));

@@ -146,6 +146,10 @@ class Context {
   // Memory
   // ------------------------------------------------------------------------------------------------------------------------
   plan::Arena& arena() { return *arena_; }
+  /// Memory for a result that no peer writes: of the arena, whose pages are warm, until half of that is taken; the rest
+  /// is for rows that come from peers. Then ordinary memory.
+  std::shared_ptr<void> output_memory(std::size_t bytes);
+  Tensor output(DType dtype, std::initializer_list<std::int64_t> shape);
   /// Keeps a block until every peer has left the operation: after a timeout one may still write or read it.
   void quarantine(const Epoch& epoch, std::shared_ptr<void> block);
   /// Keeps a block that peers read until they have left the operation. For a masked one no longer than until the

@@ -197,9 +197,9 @@ class Receiver final : public Ticket<CombineOutput>::Receiver {
     CombineOutput out;
     if (call_.hidden > 0)
       out.x = call_.in.out.given() ? Tensor(call_.in.out, nullptr)
-                                   : Tensor::allocate(call_.dtype, {handle.num_tokens, call_.hidden});
+                                   : context_->output(call_.dtype, {handle.num_tokens, call_.hidden});
     if (call_.in.topk_weights.given())
-      out.topk_weights = Tensor::allocate(DType::kFp32, {handle.num_tokens, handle.num_topk});
+      out.topk_weights = context_->output(DType::kFp32, {handle.num_tokens, handle.num_topk});
     const RowOps& ops = row_ops();
     const Slots slots(*context_, epoch_, call_, context_->rank);
     context_->workers().for_range(

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from deep_ep import Buffer, ElasticBuffer, EPHandle, ops
-from deep_ep.elastic_fields import FIELDS
+from deep_ep.elastic_fields import Fields
 
 from gpu import SMALL, moved, needs_gpu, on_both
 from ranks import make_tokens
@@ -57,7 +57,7 @@ def test_3_4_dispatch_combine_and_handle(expand, cpu_sync, ranks_per_node):
         rows = last if expand else arrivals
         again = buffer.dispatch(tokens.x, topk_weights=tokens.topk_weights, handle=handle)
         assert again[3] is handle and event.event is None
-        fields = [getattr(handle, name) for name in FIELDS]
+        fields = [getattr(handle, name) for name in Fields.MAKERS]
         fields[3] = fields[3][:arrivals]
         combined = buffer.combine(x, handle, topk_weights=weights, bias=torch.ones_like(tokens.x))[:2]
         return (

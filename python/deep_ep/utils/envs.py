@@ -29,6 +29,7 @@ __all__ = [
     "init_seed",
     "launch",
     "settle",
+    "take_device",
 ]
 
 _seeds = {"global": 0, "local": 0}
@@ -60,19 +61,23 @@ def launch(run: Callable[..., None], num_processes: int, *arguments: Any) -> Non
     torch.multiprocessing.start_processes(run, args=arguments, nprocs=num_processes, start_method="forkserver")
 
 
+def take_device(local_rank: int, num_local_ranks: int) -> str:
+    """Chooses this process's GPU, where there are any, and says which backend torch.distributed should have: a GPU of its
+    own for each rank where there are enough, else ranks share them, slowly, because processes take turns on a GPU."""
+    if device().type != "cuda":
+        return "gloo"
+    torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    return "nccl" if num_local_ranks <= torch.cuda.device_count() else "gloo"
+
+
 def init_dist(local_rank: int, num_local_ranks: int, seed: int = 0) -> Tuple[int, int, Any]:
     """(rank, ranks, group). As torch.multiprocessing.spawn starts it: WORLD_SIZE counts nodes and RANK is this node.
-    bfloat16 becomes the default dtype. Each rank has a GPU of its own where there are enough, else ranks share them: slowly,
-    because processes take turns on a GPU."""
+    bfloat16 becomes the default dtype, and `device()` the default device, see `take_device`."""
     nodes, node = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "8361"))
-    on_gpu = device().type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
-    own_gpu = on_gpu and num_local_ranks <= torch.cuda.device_count()
     world = nodes * num_local_ranks
     dist.init_process_group(
-        "nccl" if own_gpu else "gloo",
+        take_device(local_rank, num_local_ranks),
         init_method=f"tcp://{address}:{port}",
         world_size=world,
         rank=node * num_local_ranks + local_rank,
