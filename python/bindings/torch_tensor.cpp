@@ -80,9 +80,12 @@ void forget_capsule(PyObject* capsule) {
   managed->deleter(managed);
 }
 
+// As str() says it. (nb::str of an attribute itself would take it for a string.)
+std::string text_of(const nb::object& object) { return nb::str(object).c_str(); }
+
 [[noreturn]] void throw_elsewhere(nb::handle tensor, const char* what, Device device) {
   const std::string wanted = device == kCpu ? "the CPU" : "cuda:" + std::to_string(device);
-  throw Error(ErrorCode::kUnsupported, std::string(what) + " is on " + nb::str(tensor.attr("device")).c_str() +
+  throw Error(ErrorCode::kUnsupported, std::string(what) + " is on " + text_of(tensor.attr("device")) +
                                            ", where this call's tensors must be on " + wanted);
 }
 
@@ -107,7 +110,7 @@ Device device_of(nb::handle tensor, const char* what) {
   if (nb::cast<bool>(tensor.attr("is_cpu"))) return kCpu;
   if (nb::cast<bool>(tensor.attr("is_cuda"))) return nb::cast<int>(tensor.attr("get_device")());
   throw Error(ErrorCode::kUnsupported,
-              std::string(what) + " is on " + nb::str(tensor.attr("device")).c_str() + ": CPU and CUDA are supported");
+              std::string(what) + " is on " + text_of(tensor.attr("device")) + ": CPU and CUDA are supported");
 }
 
 TensorView view_of(nb::handle tensor, const char* what, Device device) {
@@ -118,7 +121,7 @@ TensorView view_of(nb::handle tensor, const char* what, Device device) {
   const nb::object dtype = tensor.attr("dtype");
   const auto found = known.find(dtype.ptr());
   if (found == known.end())
-    throw Error(ErrorCode::kUnsupported, std::string(what) + " has dtype " + nb::str(dtype).c_str() +
+    throw Error(ErrorCode::kUnsupported, std::string(what) + " has dtype " + text_of(dtype) +
                                              ", supported are uint8, float8_e4m3fn, bfloat16, float16, float32, int32, "
                                              "int64, bool");
   const nb::object shape = tensor.attr("shape"), strides = tensor.attr("stride")();

@@ -28,7 +28,7 @@ def opened(group, device, num_tokens=MAX_TOKENS, **options):
 def valid(recv, count):
     """What was received, without what nobody wrote: rows behind each expert's last."""
     here = torch.arange(recv.size(1), device=recv.device) < count.unsqueeze(1)
-    rows = recv.contiguous().view(torch.uint8).view(*recv.shape[:2], -1)
+    rows = recv.contiguous().flatten().view(torch.uint8).view(*recv.shape[:2], -1)
     return torch.where(here.unsqueeze(2), rows, 0)
 
 
@@ -37,8 +37,8 @@ def dequantised(recv):
     if scales is None:
         return data
     if scales.dtype == torch.int32:
-        bytes_ = scales.contiguous().view(torch.uint8).to(torch.int32)
-        scales = (bytes_ << 23).view(torch.float32)
+        parts = torch.stack([(scales >> shift) & 0xFF for shift in (0, 8, 16, 24)], dim=-1)  # exponents, lowest byte first
+        scales = (parts << 23).view(torch.float32).flatten(-2)
     wide = scales.repeat_interleave(128, dim=2)[..., : data.size(2)]
     return (data.float() * wide).to(torch.bfloat16)
 

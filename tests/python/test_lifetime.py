@@ -73,6 +73,7 @@ def test_several_buffers_and_groups_work_side_by_side():
         (dict(x=torch.zeros(HIDDEN, 6, dtype=torch.bfloat16).t()), "contiguous"),
         (dict(topk_weights=torch.zeros(6, 3)), "topk_weights"),
         (dict(topk_weights=torch.zeros(6, TOPK, dtype=torch.float64)), "float64"),
+        (dict(topk_weights=torch.zeros(6, TOPK, device="meta")), "topk_weights is on meta"),
         (dict(topk_idx=torch.full((6, TOPK), EXPERTS)), "expert 8"),
         (dict(topk_idx=None), "together"),
         (dict(expert_alignment=0), "expert_alignment"),
