@@ -123,6 +123,13 @@ class HostOperations {
     return all;
   }
 
+  /// One row from each node, summed there.
+  Operation combine_by_node() {
+    Operation op = combine(false, nullptr, SumOrder::by_rank_and_node());
+    op.name = "combine_bf16_by_node";
+    return op;
+  }
+
   std::vector<Operation> small() {
     return {ll_dispatch(false), ll_dispatch(true), ll_combine(false), ll_combine(true), ll_round_trip()};
   }
@@ -182,13 +189,14 @@ class HostOperations {
     return op;
   }
 
-  Operation combine(bool staged, Limits* limits) {
+  Operation combine(bool staged, Limits* limits, const SumOrder& order = SumOrder::by_rank()) {
     const std::int64_t tokens = std::int64_t{work_.num_ranks} * work_.num_tokens;
     Operation op;
     op.name = staged ? "combine_bf16_staged" : "combine_bf16_in_place";
     CombineInput in;
     in.x = staged ? bf16_view(staged_, received_.x.size(0), work_.hidden) : TensorView(received_.x);
     in.handle = received_.handle;
+    in.order = order;
     in.out = bf16_view(result_, work_.num_tokens, work_.hidden);
     op.before = [this] { out_ = {}; };
     op.run = [this, in] { combined_ = buffer_->combine(in); };

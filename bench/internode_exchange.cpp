@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Exchanges between nodes, one process per rank, wherever they run: ranks meet as torchrun's do (RANK, WORLD_SIZE,
-// MASTER_ADDR, MASTER_PORT) and use the network of EP_NETWORK_PROVIDER. FP8 dispatch and BF16 combine in both forms,
-// and low latency; the bytes handed to the network are counted at the put and set beside what must cross at least.
-// fabric_raw measures the network alone, mpi_exchange the same exchange with MPI.
+// MASTER_ADDR, MASTER_PORT) and use the network of EP_NETWORK_PROVIDER. FP8 dispatch, BF16 combine in both forms, and
+// low latency; the bytes handed to the network are counted at the put and set beside what must cross at least.
+// bench/internode.py runs it across namespaces of one machine, beside iperf3, MPI and the network alone.
 #include <fmt/core.h>
 
 #include <CLI/CLI.hpp>
@@ -11,11 +11,14 @@
 #include <fstream>
 #include <functional>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
 
+#include "bench/host_operations.h"
 #include "bench/measure.h"
+#include "bench/shared_memory.h"
 #include "bench/workload.h"
 #include "deep_ep/buffer.h"
 
@@ -25,147 +28,43 @@ namespace {
 struct Command {
   Workload work;
   std::vector<int> ranks_per_node;
+  int num_workers = 0;
+  std::vector<std::string> only = {"dispatch_fp8", "combine_bf16_in_place", "combine_bf16_by_node",
+                                   "ll_round_trip_fp8_bf16"};
+  std::string board;  // a file, where all ranks are on one machine
   std::string out;
 };
 
-// What one operation moves across nodes, of this rank.
+// What crosses between nodes, of one rank's tokens.
 struct Crossing {
-  std::int64_t tokens = 0;  // (token, far node) pairs
-  std::int64_t rows = 0;    // (token, far rank) pairs
+  std::int64_t tokens = 0;      // (token, far node) pairs
+  std::int64_t rows = 0;        // (token, far rank) pairs
+  std::int64_t selections = 0;  // (token, expert on a far rank) pairs
 };
 
-struct Operation {
-  std::string name;
-  bool low_latency = false;
-  std::int64_t must_bytes = 0;  // of payload that this rank's tokens bring across nodes
-  std::function<void()> run;
-};
-
-class Exchange {
+// How ranks start together and learn how long the slowest took. On one machine by a board, whose barrier is quick and
+// whose clock is everybody's; else by the rendezvous, and each measures for itself.
+class Meeting {
  public:
-  Exchange(const Command& command, std::shared_ptr<Bootstrap> group)
-      : work_(command.work),
-        group_(std::move(group)),
-        rank_(group_->rank()),
-        x_(static_cast<std::size_t>(std::max(work_.num_tokens, work_.num_ll_tokens) * work_.hidden)),
-        routing_(make_routing(work_, rank_, work_.num_tokens)),
-        ll_routing_(make_routing(work_, rank_, work_.num_ll_tokens)) {
-    fill_rows(work_, rank_, std::max(work_.num_tokens, work_.num_ll_tokens), x_.data());
-    Config config;
-    config.ranks_per_node = command.ranks_per_node;
-    config.max_experts = work_.num_experts;
-    config.low_latency = {work_.num_ll_tokens, static_cast<std::size_t>(work_.row_bytes()), work_.num_topk, 1024};
-    buffer_ = Buffer::open(group_, config);
-    rows_ = buffer_->dispatch(input(routing_, work_.num_tokens, false));  // BF16 rows, the combines' input
-    ll_rows_ = buffer_->low_latency_dispatch(ll_input()).receive();
+  Meeting(const Command& command, std::shared_ptr<Bootstrap> group) : group_(std::move(group)) {
+    if (command.board.empty()) return;
+    memory_ = map_board(command.board);
+    barrier_.emplace(*reinterpret_cast<Board*>(memory_.get()), group_->rank(), group_->num_ranks());
   }
 
-  nlohmann::json measure() {
-    nlohmann::json report = nlohmann::json::array();
-    for (const Operation& operation : operations()) report.push_back(measure(operation));
-    return report;
-  }
-
- private:
-  DispatchInput input(const Routing& routing, std::int64_t tokens, bool fp8) const {
-    DispatchInput in;
-    in.x = TensorView(static_cast<const void*>(x_.data()), DType::kBf16, {tokens, work_.hidden});
-    in.topk_idx = TensorView(static_cast<const void*>(routing.topk_idx.data()), DType::kI64, {tokens, work_.num_topk});
-    in.topk_weights =
-        TensorView(static_cast<const void*>(routing.topk_weights.data()), DType::kFp32, {tokens, work_.num_topk});
-    in.num_experts = work_.num_experts;
-    if (fp8) in.fp8 = Fp8Options{};
-    return in;
-  }
-
-  DispatchInput ll_input() const {
-    DispatchInput in = input(ll_routing_, work_.num_ll_tokens, true);
-    in.layout = OutputLayout::kPadded;
-    in.max_tokens_per_rank = work_.num_ll_tokens;
-    in.fp8.reset();
-    return in;
-  }
-
-  Crossing crossing(const Routing& routing, std::int64_t tokens) const {
-    Crossing sum;
-    for (std::int64_t token = 0; token < tokens; ++token) {
-      std::set<int> nodes, ranks;
-      for (int k = 0; k < work_.num_topk; ++k) {
-        const int to = work_.rank_of(routing.topk_idx[static_cast<std::size_t>(token * work_.num_topk + k)]);
-        if (buffer_->node_of(to) == buffer_->node_of(rank_)) continue;
-        nodes.insert(buffer_->node_of(to));
-        ranks.insert(to);
-      }
-      sum.tokens += static_cast<std::int64_t>(nodes.size());
-      sum.rows += static_cast<std::int64_t>(ranks.size());
-    }
-    return sum;
-  }
-
-  std::vector<Operation> operations() {
-    const Crossing large = crossing(routing_, work_.num_tokens), small = crossing(ll_routing_, work_.num_ll_tokens);
-    const auto combine = [this](const SumOrder& order) {
-      CombineInput in;
-      in.x = rows_.x;
-      in.handle = rows_.handle;
-      in.order = order;
-      buffer_->combine(in);
-    };
-    return {
-        {"dispatch_fp8", false, large.tokens * (work_.fp8_row_bytes() + work_.meta_bytes()),
-         [this] { buffer_->dispatch(input(routing_, work_.num_tokens, true)); }},
-        {"combine_bf16_by_rank", false, large.rows * work_.row_bytes(), [=] { combine(SumOrder::by_rank()); }},
-        {"combine_bf16_by_rank_and_node", false, large.tokens * work_.row_bytes(),
-         [=] { combine(SumOrder::by_rank_and_node()); }},
-        {"low_latency_round_trip_bf16", true, 2 * small.rows * work_.row_bytes(), [this] { round_trip(); }},
-    };
-  }
-
-  void round_trip() {
-    const DispatchOutput sent = buffer_->low_latency_dispatch(ll_input()).receive();
-    CombineInput in;
-    in.x = sent.x;
-    in.handle = sent.handle;
-    in.order = SumOrder::by_topk();
-    buffer_->low_latency_combine(in).receive();
-  }
-
-  nlohmann::json measure(const Operation& operation) {
-    const int reps = operation.low_latency ? work_.ll_reps : work_.reps;
-    for (int i = 0; i < work_.warmup; ++i) operation.run();
-    buffer_->reset_statistics();
-    std::vector<std::int64_t> times;
-    for (int i = 0; i < reps; ++i) times.push_back(time(operation.run));
-    std::int64_t handed = 0;
-    for (const auto& peer : buffer_->statistics().peers) handed += static_cast<std::int64_t>(peer.network_bytes);
-    const std::int64_t all_handed = sum(handed) / reps, all_must = sum(operation.must_bytes);
-    const Summary summary = summarize(times);
-    return {{"name", operation.name},
-            {"time", to_json(summary)},
-            {"put_bytes_of_all_ranks", all_handed},
-            {"payload_bytes_of_all_ranks", all_must},
-            {"put_bytes_over_payload", static_cast<double>(all_handed) / static_cast<double>(all_must)},
-            {"gbit_per_s_all_ranks", static_cast<double>(all_handed) * 8e-3 / summary.median_us}};
-  }
-
-  // From the moment when the last rank has come to when the last is through. Ranks of one machine read one clock; on
-  // several, each measures for itself and the slowest counts.
   std::int64_t time(const std::function<void()>& run) {
-    sum(0);
+    if (barrier_) return barrier_->time(run);
+    gather(0);
     const std::int64_t start = now_ns();
     run();
-    return most(now_ns() - start);
+    const std::vector<std::int64_t> all = gather(now_ns() - start);
+    return *std::max_element(all.begin(), all.end());
   }
 
   std::int64_t sum(std::int64_t mine) {
     std::int64_t all = 0;
     for (const std::int64_t one : gather(mine)) all += one;
     return all;
-  }
-
-  std::int64_t most(std::int64_t mine) {
-    const std::vector<std::int64_t> all = gather(mine);
-    return *std::max_element(all.begin(), all.end());
   }
 
   std::vector<std::int64_t> gather(std::int64_t mine) {
@@ -176,24 +75,134 @@ class Exchange {
     return all;
   }
 
-  const Workload work_;
+  const char* clock() const {
+    return barrier_ ? kClockBoundary : "each rank's clock from its leaving the rendezvous to its return, the slowest";
+  }
+
+ private:
   const std::shared_ptr<Bootstrap> group_;
-  const int rank_;
-  std::vector<std::uint16_t> x_;
-  const Routing routing_, ll_routing_;
-  std::unique_ptr<Buffer> buffer_;
-  DispatchOutput rows_, ll_rows_;
+  Mapping memory_;
+  std::optional<Barrier> barrier_;
 };
 
-void write(const Command& command, const nlohmann::json& operations) {
-  const nlohmann::json report = {
-      {"workload", to_json(command.work)}, {"ranks_per_node", command.ranks_per_node}, {"operations", operations}};
-  for (const auto& operation : operations)
-    fmt::print("{:<32} {:>10.0f} us  {:>8.1f} MB at the put, {:.3f} x payload  {:>6.2f} Gbit/s\n",
-               operation["name"].get<std::string>(), operation["time"]["median_us"].get<double>(),
-               operation["put_bytes_of_all_ranks"].get<double>() * 1e-6,
-               operation["put_bytes_over_payload"].get<double>(), operation["gbit_per_s_all_ranks"].get<double>());
-  if (!command.out.empty()) std::ofstream(command.out) << report.dump(2) << '\n';
+class Exchange {
+ public:
+  Exchange(const Command& command, std::shared_ptr<Bootstrap> group)
+      : command_(command), work_(command.work), meeting_(command, group), operations_(work_, group->rank()) {
+    Config config = operations_.config();
+    config.ranks_per_node = command.ranks_per_node;
+    Options options;
+    options.num_workers = command.num_workers;
+    buffer_ = Buffer::open(group, config, options);
+    rank_ = buffer_->rank();
+    operations_.prepare(*buffer_);
+  }
+  ~Exchange() { operations_.release(); }
+  Exchange(const Exchange&) = delete;
+  Exchange& operator=(const Exchange&) = delete;
+
+  nlohmann::json measure() {
+    nlohmann::json report = nlohmann::json::array();
+    const Crossing large = crossing(work_.num_tokens), small = crossing(work_.num_ll_tokens);
+    const std::int64_t row = work_.row_bytes(), fp8_row = work_.fp8_row_bytes();
+    for (const Operation& op : chosen()) {
+      // Ids, weights and places are not payload: what they add at the put is to be seen.
+      const std::int64_t payload = op.name == "dispatch_fp8"            ? large.tokens * fp8_row
+                                   : op.name == "combine_bf16_in_place" ? large.rows * row
+                                   : op.name == "combine_bf16_by_node"  ? large.tokens * row
+                                                                        : small.rows * fp8_row + small.selections * row;
+      report.push_back(measure(op, payload));
+      if (!op.low_latency) continue;
+      report.back()["there_bytes_all_ranks"] = meeting_.sum(small.rows * fp8_row);
+      report.back()["back_bytes_all_ranks"] = meeting_.sum(small.selections * row);
+    }
+    return report;
+  }
+
+  const char* clock() const { return meeting_.clock(); }
+
+ private:
+  std::vector<Operation> chosen() {
+    std::vector<Operation> all = operations_.large(nullptr);
+    all.push_back(operations_.combine_by_node());
+    for (Operation& op : operations_.small()) all.push_back(std::move(op));
+    std::erase_if(all, [&](const Operation& op) {
+      return std::find(command_.only.begin(), command_.only.end(), op.name) == command_.only.end();
+    });
+    return all;
+  }
+
+  Crossing crossing(int num_tokens) const {
+    Crossing sum;
+    const Routing routing = make_routing(work_, rank_, num_tokens);
+    for (int token = 0; token < num_tokens; ++token) {
+      std::set<int> nodes, ranks;
+      for (int k = 0; k < work_.num_topk; ++k) {
+        const int to = work_.rank_of(routing.topk_idx[static_cast<std::size_t>(token) * work_.num_topk + k]);
+        if (buffer_->node_of(to) == buffer_->node_of(rank_)) continue;
+        nodes.insert(buffer_->node_of(to));
+        ranks.insert(to);
+        ++sum.selections;
+      }
+      sum.tokens += static_cast<std::int64_t>(nodes.size());
+      sum.rows += static_cast<std::int64_t>(ranks.size());
+    }
+    return sum;
+  }
+
+  nlohmann::json measure(const Operation& op, std::int64_t payload) {
+    const int reps = op.low_latency ? work_.ll_reps : work_.reps;
+    for (int i = 0; i < work_.warmup; ++i) run_once(op);
+    buffer_->reset_statistics();
+    const Usage before = usage_now();
+    std::vector<std::int64_t> times;
+    for (int i = 0; i < reps; ++i) {
+      op.before();
+      times.push_back(meeting_.time(op.run));
+    }
+    const Usage after = usage_now();
+    std::int64_t put = 0;
+    for (const auto& peer : buffer_->statistics().peers) put += static_cast<std::int64_t>(peer.network_bytes);
+    const std::int64_t put_bytes = meeting_.sum(put) / reps, payload_bytes = meeting_.sum(payload);
+    const auto cpu_us = [&](double mine) {
+      return static_cast<double>(meeting_.sum(static_cast<std::int64_t>(mine * 1e9))) * 1e-3 / reps;
+    };
+    const Summary summary = summarize(times);
+    return {{"name", op.name},
+            {"time", to_json(summary)},
+            {"user_us_all_ranks", cpu_us(after.user_s - before.user_s)},
+            {"system_us_all_ranks", cpu_us(after.system_s - before.system_s)},
+            {"switches_all_ranks", meeting_.sum(after.switches - before.switches) / reps},
+            {"digest", meeting_.gather(op.digest())},
+            {"put_bytes_all_ranks", put_bytes},
+            {"payload_bytes_all_ranks", payload_bytes},
+            {"put_over_payload", static_cast<double>(put_bytes) / static_cast<double>(payload_bytes)},
+            {"gb_per_s_all_ranks", static_cast<double>(put_bytes) * 1e-3 / summary.median_us}};
+  }
+
+  void run_once(const Operation& op) {
+    op.before();
+    meeting_.time(op.run);
+  }
+
+  const Command& command_;
+  const Workload& work_;
+  Meeting meeting_;
+  HostOperations operations_;
+  std::unique_ptr<Buffer> buffer_;
+  int rank_ = 0;
+};
+
+void write(const Command& command, const nlohmann::json& report) {
+  for (const auto& operation : report["operations"])
+    fmt::print(
+        "{:<24} {:>9.0f} us (CPU {:>7.0f} user, {:>7.0f} system)  {:>6.1f} MB at the put, {:.3f} x payload  {:>5.2f} "
+        "GB/s\n",
+        operation["name"].get<std::string>(), operation["time"]["median_us"].get<double>(),
+        operation["user_us_all_ranks"].get<double>(), operation["system_us_all_ranks"].get<double>(),
+        operation["put_bytes_all_ranks"].get<double>() * 1e-6, operation["put_over_payload"].get<double>(),
+        operation["gb_per_s_all_ranks"].get<double>());
+  if (!command.out.empty()) std::ofstream(command.out) << report.dump(1) << '\n';
 }
 
 int run(int argc, char** argv) {
@@ -204,19 +213,25 @@ int run(int argc, char** argv) {
   command.work.reps = 10;
   command.work.ll_reps = 50;
   add_options(app, command.work);
-  app.add_option("--routing", command.work.routing, "uniform, zipf, or groups: 4 of 8 groups of experts")
-      ->check(CLI::IsMember({"uniform", "zipf", "groups"}))
-      ->capture_default_str();
   app.add_option("--ranks-per-node", command.ranks_per_node, "logical nodes, as Config::ranks_per_node: 4,4")
       ->delimiter(',')
       ->required();
+  app.add_option("--workers", command.num_workers, "threads that move data, of each rank; 0: cores / ranks")
+      ->capture_default_str();
+  app.add_option("--only", command.only, "names of operations")->delimiter(',')->capture_default_str();
+  app.add_option("--board", command.board, "a file, empty at first, by which ranks of one machine meet");
   app.add_option("--out", command.out, "JSON file, written by rank 0");
   CLI11_PARSE(app, argc, argv);
   const TcpRendezvous where = TcpRendezvous::from_environment();
   command.work.num_ranks = where.num_ranks;
   if (const std::string wrong = complaint(command.work); !wrong.empty()) throw std::runtime_error(wrong);
-  const nlohmann::json operations = Exchange(command, tcp_group(where)).measure();
-  if (where.rank == 0) write(command, operations);
+  Exchange exchange(command, tcp_group(where));
+  const nlohmann::json report = {{"program", "internode_exchange"},
+                                 {"workload", to_json(command.work)},
+                                 {"ranks_per_node", command.ranks_per_node},
+                                 {"clock", exchange.clock()},
+                                 {"operations", exchange.measure()}};
+  if (where.rank == 0) write(command, report);
   return 0;
 }
 

@@ -7,6 +7,7 @@
 #include <mpi.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstring>
 #include <exception>
 #include <fstream>
@@ -17,6 +18,7 @@
 
 #include "bench/digest.h"
 #include "bench/measure.h"
+#include "bench/shared_memory.h"
 #include "bench/workload.h"
 #include "host/rows.h"
 
@@ -336,6 +338,13 @@ class Exchange {
   std::vector<int> padded_source_;
 };
 
+struct Command {
+  Workload work;
+  std::vector<std::string> only;  // names of operations; empty: all
+  std::string board;              // a file; empty: memory that MPI shares, where all ranks are of one machine to it
+  std::string out;
+};
+
 struct Operation {
   std::string name;
   int reps = 0;
@@ -384,29 +393,36 @@ nlohmann::json measure(Barrier& barrier, const Operation& op, int warmup) {
   return report;
 }
 
-nlohmann::json run(const Workload& work, Barrier& barrier) {
+nlohmann::json run(const Command& command, Barrier& barrier) {
+  const Workload& work = command.work;
   nlohmann::json report;
+  const auto add = [&](const Operation& op) {
+    if (command.only.empty() || std::find(command.only.begin(), command.only.end(), op.name) != command.only.end())
+      report.push_back(measure(barrier, op, work.warmup));
+  };
   {
     Exchange exchange(work, barrier.rank(), work.num_tokens, false);
-    for (const Operation& op : large(exchange, work.reps)) report.push_back(measure(barrier, op, work.warmup));
+    for (const Operation& op : large(exchange, work.reps)) add(op);
     exchange.dispatch(false, false);
     const std::vector<std::byte> rows(
         exchange.received(),
         exchange.received() + traffic_of(work, work.num_tokens).received(barrier.rank()) * work.row_bytes());
-    report.push_back(measure(
-        barrier,
-        {"combine_bf16", work.reps, [&] { exchange.combine(rows.data()); }, [&] { return exchange.digest_result(); }},
-        work.warmup));
+    add({"combine_bf16", work.reps, [&] { exchange.combine(rows.data()); }, [&] { return exchange.digest_result(); }});
   }
   Exchange exchange(work, barrier.rank(), work.num_ll_tokens, true);
-  for (const Operation& op : small(exchange, work.ll_reps)) report.push_back(measure(barrier, op, work.warmup));
+  for (const Operation& op : small(exchange, work.ll_reps)) add(op);
   return report;
 }
 
-// A board in memory that MPI shares between the ranks of one machine.
+// A board in memory that MPI shares between the ranks of one machine, or in a file.
 class SharedBoard {
  public:
-  explicit SharedBoard(int rank) {
+  SharedBoard(int rank, const std::string& file) {
+    if (!file.empty()) {
+      mapping_ = map_board(file);
+      board_ = reinterpret_cast<Board*>(mapping_.get());
+      return;
+    }
     void* mine = nullptr;
     MPI_Win_allocate_shared(rank == 0 ? sizeof(Board) : 0, 1, MPI_INFO_NULL, MPI_COMM_WORLD, &mine, &window_);
     MPI_Aint bytes = 0;
@@ -419,15 +435,20 @@ class SharedBoard {
   }
   SharedBoard(const SharedBoard&) = delete;
   SharedBoard& operator=(const SharedBoard&) = delete;
-  ~SharedBoard() { MPI_Win_free(&window_); }
+  ~SharedBoard() {
+    if (window_ != MPI_WIN_NULL) MPI_Win_free(&window_);
+  }
   Board& operator*() { return *board_; }
 
  private:
   MPI_Win window_ = MPI_WIN_NULL;
+  Mapping mapping_;
   Board* board_ = nullptr;
 };
 
-int run_ranks(Workload work, const std::string& out) {
+int run_ranks(Command command) {
+  Workload& work = command.work;
+  const std::string& out = command.out;
   int rank = 0;
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
   MPI_Comm_size(MPI_COMM_WORLD, &work.num_ranks);
@@ -435,7 +456,7 @@ int run_ranks(Workload work, const std::string& out) {
     if (rank == 0) fmt::print(stderr, "mpi_exchange: {}\n", wrong);
     return 2;
   }
-  SharedBoard board(rank);
+  SharedBoard board(rank, command.board);
   Barrier barrier(*board, rank, work.num_ranks);
   nlohmann::json report = {{"program", "mpi_exchange"},
                            {"workload", to_json(work)},
@@ -445,7 +466,7 @@ int run_ranks(Workload work, const std::string& out) {
   int length = 0;
   MPI_Get_library_version(version, &length);
   report["library"] = std::string(version, static_cast<std::size_t>(length));
-  report["operations"] = run(work, barrier);
+  report["operations"] = run(command, barrier);
   if (rank != 0) return 0;
   if (out.empty()) {
     fmt::print("{}\n", report.dump(1));
@@ -460,16 +481,18 @@ int run_ranks(Workload work, const std::string& out) {
 }  // namespace deep_ep::bench
 
 int main(int argc, char** argv) {
-  deep_ep::bench::Workload work;
-  std::string out;
+  deep_ep::bench::Command command;
   CLI::App app("The exchange of host_exchange written with MPI_Alltoallv; run it as: mpirun -np 4 mpi_exchange");
-  add_options(app, work);
-  app.add_option("--out", out, "file for the JSON report; without it: standard output");
+  add_options(app, command.work);
+  app.add_option("--only", command.only, "names of operations, others are left out")->delimiter(',');
+  app.add_option("--board", command.board,
+                 "a file, empty at first, by which ranks meet that MPI takes for ranks of several machines");
+  app.add_option("--out", command.out, "file for the JSON report; without it: standard output");
   CLI11_PARSE(app, argc, argv);
   MPI_Init(&argc, &argv);
   int status = 1;
   try {
-    status = deep_ep::bench::run_ranks(work, out);
+    status = deep_ep::bench::run_ranks(command);
   } catch (const std::exception& error) {
     fmt::print(stderr, "mpi_exchange: {}\n", error.what());
     MPI_Abort(MPI_COMM_WORLD, 1);

@@ -3,6 +3,7 @@
 // occupies.
 #pragma once
 
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -75,6 +76,17 @@ class SharedFile {
   int fd_;
   std::size_t bytes_;
 };
+
+/// The board in a file that whoever starts the ranks has chosen, for ranks that are no children of one process. The
+/// file is zero when the first rank comes.
+inline Mapping map_board(const std::string& path) {
+  const int fd = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  if (fd < 0) throw std::system_error(errno, std::generic_category(), path);
+  const bool has_size = ftruncate(fd, sizeof(Board)) == 0;
+  void* memory = has_size ? mmap(nullptr, sizeof(Board), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0) : MAP_FAILED;
+  close(fd);
+  return checked(memory, sizeof(Board));
+}
 
 /// A field of /proc/self/status in bytes, such as "VmHWM"; 0 if the kernel has none.
 inline std::int64_t status_bytes(const std::string& field) {

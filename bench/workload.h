@@ -61,6 +61,9 @@ inline void add_options(CLI::App& app, Workload& work) {
       ->check(CLI::Range(0, 1000))
       ->capture_default_str();
   app.add_option("--seed", work.seed, "of routing and rows")->capture_default_str();
+  app.add_option("--routing", work.routing, "uniform, zipf, or groups: from 4 of 8 groups of experts")
+      ->check(CLI::IsMember({"uniform", "zipf", "groups"}))
+      ->capture_default_str();
 }
 
 /// What is wrong with these values together; empty if nothing is.
