@@ -29,6 +29,7 @@ struct Command {
   Workload work;
   std::vector<int> ranks_per_node;
   int num_workers = 0;
+  std::size_t slot_bytes = Config().forward_slot_bytes;
   std::vector<std::string> only = {"dispatch_fp8", "combine_bf16_in_place", "combine_bf16_by_node",
                                    "ll_round_trip_fp8_bf16"};
   std::string board;  // a file, where all ranks are on one machine
@@ -91,6 +92,7 @@ class Exchange {
       : command_(command), work_(command.work), meeting_(command, group), operations_(work_, group->rank()) {
     Config config = operations_.config();
     config.ranks_per_node = command.ranks_per_node;
+    config.forward_slot_bytes = command.slot_bytes;
     Options options;
     options.num_workers = command.num_workers;
     buffer_ = Buffer::open(group, config, options);
@@ -218,6 +220,7 @@ int run(int argc, char** argv) {
       ->required();
   app.add_option("--workers", command.num_workers, "threads that move data, of each rank; 0: cores / ranks")
       ->capture_default_str();
+  app.add_option("--slot-bytes", command.slot_bytes, "Config::forward_slot_bytes")->capture_default_str();
   app.add_option("--only", command.only, "names of operations")->delimiter(',')->capture_default_str();
   app.add_option("--board", command.board, "a file, empty at first, by which ranks of one machine meet");
   app.add_option("--out", command.out, "JSON file, written by rank 0");
@@ -229,6 +232,7 @@ int run(int argc, char** argv) {
   const nlohmann::json report = {{"program", "internode_exchange"},
                                  {"workload", to_json(command.work)},
                                  {"ranks_per_node", command.ranks_per_node},
+                                 {"slot_bytes", command.slot_bytes},
                                  {"clock", exchange.clock()},
                                  {"operations", exchange.measure()}};
   if (where.rank == 0) write(command, report);

@@ -35,8 +35,9 @@ struct Patience {
   std::chrono::microseconds yield_for{0};
 };
 
-/// Polls `ready` until it holds or the deadline passes; returns its last answer. `tick` is called about ten times a
-/// second while asleep; it may end the wait by returning false.
+/// Polls `ready` until it holds or the deadline passes; returns its last answer. `tick` may cost system calls, so it is
+/// called after ten milliseconds and then ten times a second, however often the doorbell rings meanwhile; it may end the
+/// wait by returning false.
 template <typename Ready, typename Tick>
 bool wait_until(Doorbell& doorbell, Deadline deadline, const Patience& patience, const Ready& ready, const Tick& tick) {
   for (int i = 0; i < patience.spins; ++i) {
@@ -51,14 +52,19 @@ bool wait_until(Doorbell& doorbell, Deadline deadline, const Patience& patience,
       sched_yield();
     }
   }
+  Deadline next_tick = Clock::now() + std::chrono::milliseconds(10);
   for (;;) {
     // The order matters: count, look, sleep. A ring between the look and the sleep changes the count and so ends the
     // sleep.
     const std::uint32_t seen = doorbell.count();
     if (ready()) return true;
     const auto now = Clock::now();
-    if (now >= deadline || !tick()) return ready();
-    doorbell.sleep(seen, std::min(deadline, now + std::chrono::milliseconds(100)));
+    if (now >= deadline) return ready();
+    if (now >= next_tick) {
+      if (!tick()) return ready();
+      next_tick = now + std::chrono::milliseconds(100);
+    }
+    doorbell.sleep(seen, std::min(deadline, next_tick));
   }
 }
 

@@ -150,16 +150,18 @@ void Proxy::close() {
 // ---------------------------------------------------------------------------------------------------------------------
 
 void Proxy::run() {
+  std::uint64_t answered = ~std::uint64_t{0};  // rings whose requests are taken
   for (;;) {
     // Before we look for work: a ring in between ends the sleep at once.
     const std::uint64_t seen = wake_.count();
     bool found = false;
-    if (!take_requests(found)) return;
+    // Requests are made first and rung for then.
+    if (std::exchange(answered, seen) != seen && !take_requests(found)) return;
     fabric_->set_epoch(epoch_.load(std::memory_order_relaxed));
     found |= take_commands();
     found |= use_network();
     publish_completions();
-    answer_flushes();
+    if (is_flushing_) answer_flushes();
     bytes_in_flight_.store(fabric_->bytes_in_flight(), std::memory_order_relaxed);
     if (found) {
       idle_rounds_ = 0;
@@ -195,6 +197,7 @@ bool Proxy::take_requests(bool& found) {
     std::lock_guard lock(mutex_);
     if (stop_) return false;
     requests.swap(requests_);
+    is_flushing_ = flushes_done_ != flushes_wanted_;
   }
   for (auto& what : requests) what();
   found = !requests.empty();
@@ -265,12 +268,17 @@ bool Proxy::start(const Command& command) {
   put.notice = Notice{static_cast<std::uint8_t>(command.channel), command.epoch};
   put.completions = &tally.completions;
   try {
-    if (!fabric_->put(put)) return false;
+    if (!fabric_->put(put)) {
+      if (!tally.is_busy && !is_current(tally)) tallies_.erase(tally.self);
+      return false;
+    }
   } catch (const Error& error) {
     tally.completions.failed.fetch_add(1, std::memory_order_relaxed);
     receiver_.on_bad_command(error.what());
   }
   ++tally.puts;
+  if (!tally.is_busy) busy_.push_back(&tally);
+  tally.is_busy = true;
   return true;
 }
 
@@ -280,26 +288,31 @@ Proxy::Tally& Proxy::tally_of(int channel, std::uint32_t epoch) {
   Tally& tally = tallies_.emplace_back();
   tally.epoch = epoch;
   tally.channel = channel;
+  tally.self = std::prev(tallies_.end());
   // One that comes after its place was taken by a later epoch is counted for the engine only.
   const bool is_newer = current == nullptr || static_cast<std::int32_t>(epoch - current->epoch) > 0;
-  if (is_newer) current = &tally;
+  if (!is_newer) return tally;
+  Tally* const before = std::exchange(current, &tally);
+  if (before != nullptr && !before->is_busy) tallies_.erase(before->self);
   return tally;
 }
 
 void Proxy::publish_completions() {
   bool news = false;
-  for (auto tally = tallies_.begin(); tally != tallies_.end();) {
-    const bool is_current = current_[tally->epoch % kDepth][tally->channel] == &*tally;
+  std::erase_if(busy_, [&](Tally* tally) {
     const std::uint64_t ended = tally->ended();
-    if (is_current && ended != tally->published) {
+    if (is_current(*tally) && ended != tally->published) {
       tally->published = ended;
       news = true;
       // Release: pairs with completed().
       completed_[tally->epoch % kDepth][tally->channel].store(std::uint64_t{tally->epoch} << 32 | ended,
                                                               std::memory_order_release);
     }
-    tally = !is_current && ended == tally->puts ? tallies_.erase(tally) : std::next(tally);
-  }
+    if (ended != tally->puts) return false;
+    tally->is_busy = false;
+    if (!is_current(*tally)) tallies_.erase(tally->self);
+    return true;
+  });
   if (news) receiver_.on_completed();
 }
 
@@ -314,6 +327,7 @@ void Proxy::answer_flushes() {
   std::lock_guard lock(mutex_);
   if (flushes_done_ == flushes_wanted_ || !has_nothing_left()) return;
   flushes_done_ = flushes_wanted_;
+  is_flushing_ = false;
   counters_ = fabric_->counters();
   flushed_.notify_all();
 }

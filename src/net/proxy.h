@@ -94,6 +94,8 @@ class Proxy {
     int channel = 0;
     std::uint64_t puts = 0;
     std::uint64_t published = 0;
+    bool is_busy = false;  // in busy_
+    std::list<Tally>::iterator self;
     Completions completions;
     std::uint64_t ended() const {
       return completions.done.load(std::memory_order_relaxed) + completions.failed.load(std::memory_order_relaxed);
@@ -113,6 +115,7 @@ class Proxy {
   bool send_puts();
   bool start(const Command& command);
   Tally& tally_of(int channel, std::uint32_t epoch);
+  bool is_current(const Tally& tally) const { return current_[tally.epoch % kDepth][tally.channel] == &tally; }
   void publish_completions();
   bool has_nothing_left() const;
   void answer_flushes();
@@ -130,9 +133,11 @@ class Proxy {
   std::vector<std::deque<Command>> held_;       // by peer
   bool has_room_ = true;                        // in every list of held_
   std::vector<std::deque<Outgoing>> outgoing_;  // by peer
-  std::list<Tally> tallies_;
+  std::list<Tally> tallies_;                    // those of current_, and others with puts under way
+  std::vector<Tally*> busy_;                    // with puts that have not ended, or have not been published as ended
   std::array<std::array<Tally*, kNumChannels>, kDepth> current_{};  // [epoch][channel]
   int idle_rounds_ = 0;
+  bool is_flushing_ = false;  // somebody waits in flush()
 
   // Shared
   std::unique_ptr<FifoMemory> memory_;
