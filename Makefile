@@ -10,7 +10,7 @@ PRESETS ?= $(if $(NVCC),cuda,host) host-asan host-tsan
 # More arguments for the demo or the benchmark: make demo ARGS="--text book.txt"
 ARGS ?=
 
-.PHONY: build demo test cluster-test bench lint asan tsan format clean help
+.PHONY: build demo test cluster-test bench cluster-bench lint asan tsan format clean help
 .DEFAULT_GOAL := build
 
 build:  ## build the library and all programs (PRESET=host)
@@ -42,6 +42,11 @@ bench:  ## measure, beside memcpy and Open MPI, then from Python beside gloo; re
 	mkdir -p out/bench
 	python3 bench/run.py --build build/release --out out/bench $(ARGS)
 
+cluster-bench:  ## measure across two network namespaces, beside iperf3, Open MPI and libfabric alone; as root; report in out/bench (ARGS=...)
+	cmake --preset release
+	cmake --build --preset release -j $(JOBS) --target internode_exchange mpi_exchange fabric_raw
+	python3 bench/internode.py --build build/release --out out/bench $(ARGS)
+
 lint:  ## includes, documents, format, clang-tidy
 	cmake --preset host
 	@JOBS=$(JOBS) tools/lint.sh
@@ -53,4 +58,4 @@ clean:  ## remove build/ and out/
 	rm -rf build out
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):  *## /\1 - /p' Makefile | awk -F' - ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):  *## /\1 - /p' Makefile | awk -F' - ' '{ printf "  make %-13s %s\n", $$1, $$2 }'

@@ -14,6 +14,7 @@ Installs what TARGET needs (Debian and Ubuntu; sudo where not root), then runs `
   ./do test     all tests, with sanitizers, and lint
   ./do bench    measure, beside memcpy, Open MPI and, from Python, gloo
   ./do cluster-test  ranks across network namespaces of this machine, with cut links and killed ranks (as root)
+  ./do cluster-bench  measure between nodes, beside iperf3 and Open MPI (as root)
   ./do build    the library and its programs (also without a TARGET)
   ./do help     all targets
 END
@@ -31,6 +32,7 @@ packages_for() {
     demo) echo "$demo_packages" ;;
     bench) echo "$bench_packages $python_packages" ;;
     cluster-test) echo "$build_packages iproute2" ;;
+    cluster-bench) echo "$bench_packages iproute2 iperf3" ;;
     test) echo "$bench_packages $lint_packages $python_packages" ;;
     lint) echo "$build_packages $lint_packages" ;;
     format) echo "make $lint_packages" ;;

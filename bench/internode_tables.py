@@ -5,26 +5,30 @@ import argparse
 import json
 from pathlib import Path
 
-from tables import TITLES, aligned, markdown, mpi_name, time_text, update_page
+from tables import ROOT, TITLES, aligned, markdown, mpi_name, time_text, update_page
 
-ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- internode tables: begin -->", "<!-- internode tables: end -->"
-HEADER = ["operation", "n", "ours median", "p99", "at the put", "over payload", "GB/s", "of iperf3", "CPU busy", "MPI median", "times faster"]
+HEADER = ["operation", "n", "ours median", "p99", "at the put", "over payload", "GB/s", "of iperf3", "CPU: ours user + kernel", "share of cores", "MPI median",
+          "times faster"]
 
 
-def best_rate(report):
-    """The most that iperf3 moved, over any number of connections, one way or both."""
-    return max((rate for run in report.get("iperf3", []) for rate in run["gb_per_s"].values()), default=None)
+def title(name):
+    return {"combine_bf16_in_place": "combine BF16, one reduction", "combine_bf16_by_node": "combine BF16, summed per node"}.get(name, TITLES.get(name, name))
+
+
+def iperf_rate(report):
+    """What iperf3 moved both ways at once, as an exchange does, over as many connections as carry rows: the first that were tried."""
+    return report["iperf3"][0]["gb_per_s"]["both_ways"] if report.get("iperf3") else None
 
 
 def rows_of(report):
     mpi = {op["name"]: op["time"]["median_us"] for op in report.get("mpi", {}).get("operations", [])}
-    limit, cores = best_rate(report), report["machine"]["cores"]
+    limit, cores = iperf_rate(report), report["machine"]["cores"]
     for op in report["ours"]["operations"]:
         median, theirs = op["time"]["median_us"], mpi.get(mpi_name(op["name"]))
-        busy = (op["user_us_all_ranks"] + op["system_us_all_ranks"]) / median / cores
+        user, system = op["user_us_all_ranks"], op["system_us_all_ranks"]
         yield [
-            TITLES.get(op["name"], op["name"]),
+            title(op["name"]),
             str(op["time"]["n"]),
             time_text(median),
             time_text(op["time"]["p99_us"]),
@@ -32,18 +36,59 @@ def rows_of(report):
             f"{100 * (op['put_over_payload'] - 1):+.2f} %",
             f"{op['gb_per_s_all_ranks']:.2f}",
             f"{100 * op['gb_per_s_all_ranks'] / limit:.0f} %" if limit else "-",
-            f"{100 * busy:.0f} %",
+            f"{user / 1000:.0f} + {system / 1000:.0f} ms",
+            f"{100 * (user + system) / median / cores:.0f} %",
             time_text(theirs),
             f"{theirs / median:.2f}" if theirs else "-",
         ]
 
 
+def disagreements(report):
+    """Operations whose results differ from MPI's: then the two did not make the same exchange."""
+    theirs = {op["name"]: op.get("digest") for op in report.get("mpi", {}).get("operations", [])}
+    return [op["name"] for op in report["ours"]["operations"]
+            if op["name"] != "combine_bf16_by_node" and theirs.get(mpi_name(op["name"])) not in (None, op["digest"])]
+
+
+def facts(report):
+    info, work = report["machine"], report["ours"]["workload"]
+    commit = report["commit"]["id"][:12] + (" with later changes" if report["commit"]["changed_since"] else "")
+    lines = [
+        f"{info['cpu']}, {info['cores']} cores, kernel {info['kernel']}; {report['date'][:10]}, commit {commit}; load average before the run {report['load_before']:.1f}",
+        f"two network namespaces joined by veth and a bridge, {'+'.join(map(str, report['ours']['ranks_per_node']))} ranks as processes, {report['provider']}; "
+        f"{work['tokens']} tokens each ({work['ll_tokens']} low latency), hidden {work['hidden']}, top-{work['topk']} of {work['experts']}, {work['routing']}",
+    ]
+    for run in report.get("iperf3", []):
+        rates = run["gb_per_s"]
+        lines.append(f"iperf3, {run['connections']} connections, {run['seconds']} s: {rates['one_way']:.2f} GB/s one way, {rates['both_ways']:.2f} both ways at once, added up")
+    if "raw" in report:
+        raw = report["raw"]["exchange"]
+        ours = {op["name"]: op["time"]["median_us"] for op in report["ours"]["operations"]}.get("ll_round_trip_fp8_bf16")
+        lines.append(f"low latency: libfabric alone takes {time_text(raw['median_us'])} for the same bytes ({raw['pairs']} pairs at once, {raw['there_bytes']} bytes there and "
+                     f"{raw['back_bytes']} back of each rank); the round trip takes {ours / raw['median_us']:.2f} times as long")
+    lines.append(f"MPI: {report['mpi']['library'].split(',')[0]}; {report['mpi']['command']}" if "command" in report.get("mpi", {}) else "MPI: not measured")
+    if "command" in report.get("mpi", {}):
+        differ = disagreements(report)
+        lines.append("results differ from MPI's in: " + ", ".join(differ) if differ else "results: dispatch and combine are bit-identical to MPI's")
+    return lines
+
+
 def as_text(report):
-    return "\n".join(aligned(HEADER, list(rows_of(report))))
+    return "\n".join([*facts(report), "", *aligned(HEADER, list(rows_of(report)))])
+
+
+def as_markdown(file, report):
+    return "\n".join([f"### {file.stem}", "", *(f"- {fact}" for fact in facts(report)), "", *markdown(HEADER, rows_of(report)), ""])
 
 
 def main():
-    return 0
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder with the reports, internode_*.json")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page does not match the reports")
+    args = parser.parse_args()
+    files = sorted(args.results.glob("internode_*.json"))
+    body = "\n".join(as_markdown(file, json.loads(file.read_text())) for file in files)
+    return 0 if update_page(BEGIN, END, body, args.check) else 1
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ CLUSTERS = ["1,1", "2,2", "4,4", "3,1", "1,2,1", "2,2,2", "4,2,1", "1,1,1,1", "2
 TIMEOUT_MS = 3000  # deadline of every wait in the fault tests
 PATIENCE = 12  # seconds for all survivors: the deadline, once for the call and once for closing, on a busy machine
 LOST = 3  # exit code of a rank that lost a peer
-
-
 LINKS = [Link(delay_ms=2), Link(delay_ms=1, jitter_ms=1), Link(delay_ms=0.5, loss=0.01)]
 
 
@@ -95,22 +93,6 @@ class Suite:
             return f"rank {rank}: exit code {code}: {said.strip()[-300:]}"
         return "" if int(lost[1]) in broken else f"rank {rank} blames rank {lost[1]}, not one of {sorted(broken)}: {lost[2]}"
 
-    def speed(self):
-        """The network alone, between two nodes: iperf3, and puts of src/net. What an exchange between nodes can reach at most."""
-        start = time.monotonic()
-        with Cluster([1, 1]) as cluster:
-            inside = [["ip", "netns", "exec", name] for name in cluster.names]
-            server = subprocess.Popen([*inside[0], "iperf3", "-s", "-1"], stdout=subprocess.DEVNULL)
-            time.sleep(0.3)
-            answer = run(*inside[1], "iperf3", "-c", cluster.address(0), "-t", "3", "-J")
-            server.wait()
-            rate = json.loads(answer.stdout)["end"]["sum_received"]["bits_per_second"] / 8e9
-            ranks = Ranks(cluster, self.options.build / "bench/fabric_raw", ["--provider", self.options.provider], self.options.provider, 29499)
-            codes = ranks.wait(range(2), self.options.limit)
-            print(f"iperf3, one connection: {rate:.3f} GB/s\n{ranks.said(0)}", end="")
-            ranks.end()
-        self.report("network alone", [f"rank {rank}: exit code {code}" for rank, code in codes.items() if code != 0], time.monotonic() - start)
-
     def faults(self):
         def killed(rank):
             return lambda cluster, ranks: ranks.processes[rank].send_signal(signal.SIGKILL)
@@ -133,8 +115,7 @@ def arguments():
     parser.add_argument("--nodes", action="append", help=f"ranks of each node, '4,4'; may be repeated; default: {' '.join(CLUSTERS)}")
     parser.add_argument("--link", action="append", type=Link.parse, metavar="FAULTS",
                         help="exchange over bad links too: 'delay=1,jitter=0.5,loss=0.01' (ms and share); may be repeated; default: three such")
-    parser.add_argument("--only", choices=["exchange", "faults", "speed"],
-                        help="half of the suite; or the network alone, beside iperf3, for which bench/fabric_raw must be built")
+    parser.add_argument("--only", choices=["exchange", "faults"], help="half of the suite")
     parser.add_argument("--limit", type=float, default=90, help="seconds for one run of all ranks")
     options = parser.parse_args()
     options.program = (options.build / "tests/cluster_rank_main").resolve()
@@ -148,9 +129,6 @@ def main():
     if not options.program.is_file():
         sys.exit(f"cluster_test: {options.program} is missing; make cluster-test builds it")
     suite = Suite(options)
-    if options.only == "speed":
-        suite.speed()
-        return bool(suite.failures)
     if options.only != "faults":
         for nodes in options.nodes or CLUSTERS:
             suite.check(nodes)

@@ -283,6 +283,8 @@ struct Statistics {
   std::uint64_t operations = 0;
   std::uint64_t refused = 0;  // operations that some rank refused
   std::uint64_t timeouts = 0;
+  /// Between nodes: writes of dispatches that the network had read before the call had packed its last row.
+  std::uint64_t puts_while_packing = 0;
   std::uint64_t copied_out_bytes = 0;  // outputs moved to ordinary memory because the arena was at its budget
   std::uint64_t staged_bytes = 0;      // combine input that was not in the arena
   std::size_t arena_bytes_in_use = 0;

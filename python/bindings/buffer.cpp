@@ -152,6 +152,7 @@ nb::dict statistics(const Seat& seat) {
   result["operations"] = s.operations;
   result["refused"] = s.refused;
   result["timeouts"] = s.timeouts;
+  result["puts_while_packing"] = s.puts_while_packing;
   result["copied_out_bytes"] = s.copied_out_bytes;
   result["staged_bytes"] = s.staged_bytes;
   result["arena_bytes_in_use"] = s.arena_bytes_in_use;

@@ -2,6 +2,8 @@
 // The CUDA backend's front: hands each call to its operation.
 #include "backend.h"
 
+#include <fmt/format.h>
+
 #include "check.h"
 #include "cuda/operations.h"
 
@@ -9,9 +11,21 @@ namespace deep_ep::cuda {
 
 namespace {
 
+// What would be ignored is refused.
+const BackendInput& without_network(const BackendInput& input) {
+  const std::string provider = input.config.network.with_environment().provider;
+  if (input.topology.num_nodes > 1 && !provider.empty())
+    throw Error(ErrorCode::kUnsupported,
+                fmt::format("network.provider: '{}' is to join {} nodes, but buffers on GPUs do not use a network yet: "
+                            "open a host buffer, or leave network.provider (and EP_NETWORK_PROVIDER) unset where "
+                            "NVLink or PCIe joins all GPUs",
+                            provider, input.topology.num_nodes));
+  return input;
+}
+
 class CudaBackend final : public Backend {
  public:
-  explicit CudaBackend(const BackendInput& input) : context_(std::make_shared<Context>(input)) {}
+  explicit CudaBackend(const BackendInput& input) : context_(std::make_shared<Context>(without_network(input))) {}
 
   DispatchOutput dispatch(const DispatchCall& call) override {
     const std::lock_guard lock(context_->calls());

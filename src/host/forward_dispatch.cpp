@@ -103,6 +103,7 @@ void ForwardedDispatch::run(const Delivery& delivery, const std::vector<Destinat
     bool moved = end > tokens_sent_;
     if (moved) {
       send(tokens_sent_, end);
+      if (end == call_.num_tokens) count_early_puts();
       send_chunks(end);
       tokens_sent_ = end;
     }
@@ -113,6 +114,12 @@ void ForwardedDispatch::run(const Delivery& delivery, const std::vector<Destinat
       context_.await_any(
           epoch_, [this] { return can_move(); }, [this] { return keeps_us_waiting(); });
   }
+}
+
+// The last row is packed, and its chunk not yet handed over: what has left by now left while we packed.
+void ForwardedDispatch::count_early_puts() const {
+  const std::uint64_t early = link_.chunks_left(epoch_.number);
+  context_.count([&](Statistics& statistics) { statistics.puts_while_packing += early; });
 }
 
 // How far the next turn may go: to where every node's chunks have slots.

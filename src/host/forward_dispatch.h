@@ -45,6 +45,7 @@ class ForwardedDispatch {
   std::int64_t reachable(std::int64_t begin);
   std::int64_t furthest(Outgoing& to, std::int64_t limit);
   void send_chunks(std::int64_t tokens_done);
+  void count_early_puts() const;
   bool pass_on();
   void pass_on(const LandedChunk& chunk);
   void pass_on_units(const LandedChunk& chunk, std::int64_t begin, std::int64_t end) const;

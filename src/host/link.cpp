@@ -194,6 +194,13 @@ void Link::put_chunk(int peer, int slot, const plan::ChunkHead& head, Deadline d
               deadline);
 }
 
+std::uint64_t Link::chunks_left(std::uint64_t epoch) const {
+  std::uint64_t left = 0;
+  for (int slot = 0; slot < plan::kForwardSlots; ++slot)
+    left += proxy_->completed(slot, static_cast<std::uint32_t>(epoch));
+  return left;
+}
+
 std::vector<LandedChunk> Link::landed(std::uint64_t epoch) {
   std::vector<LandedChunk> mine, late, later;
   {

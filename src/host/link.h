@@ -86,6 +86,8 @@ class Link final : private net::ProxyReceiver {
   std::byte* chunk(int peer, int slot) const { return staging_.base() + slot_at(peer, slot); }
   /// Sends it off.
   void put_chunk(int peer, int slot, const plan::ChunkHead& head, Deadline deadline);
+  /// Chunks of this operation that the network has read from their slots.
+  std::uint64_t chunks_left(std::uint64_t epoch) const;
   /// Chunks of an operation that have come since the last call. Those of older ones are given back unread.
   std::vector<LandedChunk> landed(std::uint64_t epoch);
   bool has_landed(std::uint64_t epoch) const;

@@ -33,5 +33,21 @@ TEST(Describe, a_buffer_inside_one_node_has_no_network) {
     EXPECT_FALSE(outcome.failed) << outcome.message;
 }
 
+// Without a GPU too: it is refused before one is looked for.
+TEST(Describe, a_buffer_on_gpus_refuses_a_network_between_its_nodes) {
+  if (!has_backend(BackendKind::kCuda)) GTEST_SKIP() << "built without CUDA";
+  for (const Outcome& outcome : run_threads(2, [](int, const std::shared_ptr<Bootstrap>& group) {
+         Config config = small_config();
+         config.ranks_per_node = {1, 1};
+         config.network.provider = "tcp";
+         Options options;
+         options.backend = BackendKind::kCuda;
+         Buffer::open(group, config, options);
+       })) {
+    EXPECT_EQ(outcome.code, ErrorCode::kUnsupported) << outcome.message;
+    EXPECT_THAT(outcome.message, AllOf(HasSubstr("network.provider: 'tcp'"), HasSubstr("2 nodes")));
+  }
+}
+
 }  // namespace
 }  // namespace deep_ep::test

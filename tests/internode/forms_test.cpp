@@ -68,6 +68,26 @@ TEST(Internode, hands_the_network_each_token_once_for_each_node_and_two_percent_
   });
 }
 
+TEST(Internode, puts_leave_while_workers_still_pack_rows) {
+  for (const char* network : {"loopback", "tcp"}) {
+    Shape s = between({"1+1", {1, 1}});
+    s.network = network;
+    s.hidden = 512;
+    s.tokens = 300;
+    s.uneven_tokens = false;
+    s.percent_missing = 0;
+    s.slot_bytes = 4096;  // three rows: many more chunks than there are slots
+    const World world(s);
+    const auto outcomes = run_threads(s.ranks, [&](int rank, std::shared_ptr<Bootstrap> group) {
+      const auto buffer = Buffer::open(std::move(group), world.config());
+      EXPECT_EQ(buffer->statistics().puts_while_packing, 0u);
+      EXPECT_EQ(difference(world, rank, buffer->dispatch(world.input(rank))), "");
+      EXPECT_GT(buffer->statistics().puts_while_packing, 0u);
+    });
+    for (const Outcome& outcome : outcomes) EXPECT_FALSE(outcome.failed) << outcome.message;
+  }
+}
+
 TEST(Internode, waits_for_free_slots_however_few_rows_fit) {
   for (const OutputLayout layout : kLayouts) {
     const RoughLoopback network(23);
