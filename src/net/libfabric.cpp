@@ -12,10 +12,10 @@
 #include <cstring>
 #include <deque>
 #include <numeric>
-#include <random>
 #include <utility>
 
 #include "check.h"
+#include "net/libfabric_memory.h"
 #include "net/libfabric_open.h"
 #include "net/wire.h"
 
@@ -43,18 +43,6 @@ struct Op {
   bool is_under_way = false;
 };
 
-struct LocalRegion {
-  Memory memory;
-  FidPtr<fid_mr> registration;
-};
-
-/// What a peer is told in region_key().
-struct RegionKey {
-  std::uint64_t base;  // of the addresses that writes name
-  std::uint64_t bytes;
-  std::uint64_t key;
-};
-
 struct PeerState {
   fi_addr_t address = FI_ADDR_NOTAVAIL;
   std::vector<RegionKey> regions;
@@ -72,7 +60,7 @@ class Libfabric final : public Fabric {
         objects_(*objects_storage_),
         gate_(input.job, input.rank, input.num_ranks),
         peers_(input.num_ranks),
-        random_(std::random_device{}()) {
+        memory_(objects_) {
     const fi_info& info = *objects_.info;
     immediate_bytes_ = std::min(info.domain_attr->cq_data_size, input.most_immediate_bytes);
     immediate_bytes_ = immediate_bytes_ >= 8 ? 8 : immediate_bytes_ >= 4 ? 4 : 0;
@@ -118,17 +106,13 @@ class Libfabric final : public Fabric {
     require(is_connected_, "register_memory before connect: nobody is admitted yet");
     require(memory.cuda_device < 0 || report_.capabilities.device_memory,
             "register_memory: {} cannot register memory of GPU {}", report_.capabilities.provider, memory.cuda_device);
-    regions_.push_back({memory, register_with(memory, FI_WRITE | FI_REMOTE_WRITE)});
-    return static_cast<int>(regions_.size()) - 1;
+    return memory_.add(memory);
   }
 
-  void unregister_memory(int region) override { own(region) = LocalRegion{}; }
+  void unregister_memory(int region) override { memory_.remove(region); }
 
   Blob region_key(int region) const override {
-    const LocalRegion& mine = regions_.at(static_cast<std::size_t>(region));
-    const auto base = reinterpret_cast<std::uint64_t>(mine.memory.base);
-    const RegionKey key{objects_.needs(FI_MR_VIRT_ADDR) ? base : 0, mine.memory.bytes,
-                        fi_mr_key(mine.registration.get())};
+    const RegionKey key = memory_.key(region);
     Blob blob(sizeof key);
     std::memcpy(blob.data(), &key, sizeof key);
     return blob;
@@ -223,7 +207,7 @@ class Libfabric final : public Fabric {
     if (!objects_storage_) return;
     // Without an endpoint nothing is read or written any more; but memory that is bound to it goes first.
     if (!objects_.needs(FI_MR_ENDPOINT)) objects_.endpoint.reset();
-    regions_.clear();
+    memory_.clear();
     slabs_.clear();
     objects_storage_.reset();
     for (Op& op : put_ops_)
@@ -237,16 +221,10 @@ class Libfabric final : public Fabric {
     FidPtr<fid_mr> registration;
   };
 
-  LocalRegion& own(int region) {
-    require(region >= 0 && region < static_cast<int>(regions_.size()) && regions_[region].registration,
-            "region {} is not registered", region);
-    return regions_[region];
-  }
-
   const RegionKey& check(const Put& put) {
     require(put.peer >= 0 && put.peer < num_ranks_ && peers_[put.peer].address != FI_ADDR_NOTAVAIL,
             "put: peer {} of {}", put.peer, num_ranks_);
-    const std::size_t there = own(put.region).memory.bytes;
+    const std::size_t there = memory_.at(put.region).memory.bytes;
     require(put.bytes > 0 && put.at <= there && put.bytes <= there - put.at, "put: {} bytes at {} of a region of {}",
             put.bytes, put.at, there);
     const auto& regions = peers_[put.peer].regions;
@@ -258,36 +236,6 @@ class Libfabric final : public Fabric {
     require(!put.notice || put.notice->channel < kNumChannels, "put: channel {} of {}", put.notice->channel,
             kNumChannels);
     return target;
-  }
-
-  // Random, so that a key cannot be guessed; the provider's where it does not take ours.
-  FidPtr<fid_mr> register_with(const Memory& memory, std::uint64_t access) {
-    const std::size_t width = objects_.info->domain_attr->mr_key_size;
-    iovec where{memory.base, memory.bytes};
-    fi_mr_attr attributes{};
-    attributes.mr_iov = &where;
-    attributes.iov_count = 1;
-    attributes.access = access;
-    if (memory.cuda_device >= 0) {
-      attributes.iface = FI_HMEM_CUDA;
-      attributes.device.cuda = memory.cuda_device;
-    }
-    fid_mr* registration = nullptr;
-    std::int64_t result = -FI_ENOKEY;
-    for (int i = 0; i < 16 && result == -FI_ENOKEY; ++i) {
-      attributes.requested_key = width >= 8 ? random_() : random_() & ((std::uint64_t{1} << 8 * width) - 1);
-      result = fi_mr_regattr(objects_.domain.get(), &attributes, 0, &registration);
-    }
-    if (result != 0)
-      throw Error(ErrorCode::kSystem,
-                  fmt::format("libfabric: registering {} bytes of {}: {}", memory.bytes,
-                              memory.cuda_device < 0 ? "memory" : "GPU memory", LibfabricLibrary::get().text(result)));
-    FidPtr<fid_mr> owner(registration);
-    if (objects_.needs(FI_MR_ENDPOINT)) {
-      require_ok(fi_mr_bind(registration, &objects_.endpoint->fid, 0), "fi_mr_bind");
-      require_ok(fi_mr_enable(registration), "fi_mr_enable");
-    }
-    return owner;
   }
 
   // Operations
@@ -311,7 +259,7 @@ class Libfabric final : public Fabric {
   }
 
   std::int64_t write(const Put& put, const RegionKey& target, Op& op, bool carries) {
-    const LocalRegion& mine = regions_[put.region];
+    const LibfabricMemory::Region& mine = memory_.at(put.region);
     std::byte* const from = mine.memory.base + put.at;
     void* const descriptor = fi_mr_desc(mine.registration.get());
     const std::uint64_t to = target.base + put.remote_at;
@@ -354,7 +302,7 @@ class Libfabric final : public Fabric {
     Slab& slab = slabs_.emplace_back();
     slab.bytes.resize(kMaxWireBytes * static_cast<std::size_t>(buffers));
     if (objects_.needs(FI_MR_LOCAL))
-      slab.registration = register_with({slab.bytes.data(), slab.bytes.size(), -1}, FI_SEND | FI_RECV);
+      slab.registration = memory_.registered({slab.bytes.data(), slab.bytes.size(), -1}, FI_SEND | FI_RECV);
     return slab;
   }
 
@@ -476,8 +424,7 @@ class Libfabric final : public Fabric {
   std::size_t immediate_bytes_ = 0;
   bool is_connected_ = false;
   std::vector<PeerState> peers_;
-  std::mt19937_64 random_;
-  std::vector<LocalRegion> regions_;
+  LibfabricMemory memory_;
   std::deque<Slab> slabs_;
   std::deque<Op> message_ops_, put_ops_;
   std::vector<Op*> free_messages_, free_puts_;

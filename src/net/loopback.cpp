@@ -1,216 +1,24 @@
 // SPDX-License-Identifier: MIT
-// Packets lie in a queue at their target's port until the target calls progress(); only then are a put's bytes read
-// from the source's memory, so that a source that reuses them too early is found out.
+// One rank's end of the network in memory. Packets lie at their target's port until the target calls progress(); only
+// then are a put's bytes read from the source's memory, so that a source that reuses them too early is found out.
 #include "net/loopback.h"
 
-#include <fmt/format.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
-#include <deque>
 #include <map>
 #include <mutex>
 #include <numeric>
 #include <utility>
 
 #include "check.h"
+#include "net/loopback_network.h"
 #include "net/wire.h"
 
 namespace deep_ep::net {
 
+namespace loopback {
+
 namespace {
-
-std::uint64_t scramble(std::uint64_t x) {
-  x += 0x9e37'79b9'7f4a'7c15;
-  x = (x ^ x >> 30) * 0xbf58'476d'1ce4'e5b9;
-  x = (x ^ x >> 27) * 0x94d0'49bb'1331'11eb;
-  return x ^ x >> 31;
-}
-
-struct RegionKey {
-  std::uint64_t region = 0, bytes = 0, key = 0;
-};
-
-struct Packet {
-  int source = -1;  // -1: injected
-  int target = -1;
-  std::uint64_t sequence = 0;
-  std::uint64_t due = 0;  // step of the target
-  // A put
-  const std::byte* from = nullptr;
-  RegionKey region;  // of the target
-  std::uint64_t to = 0;
-  std::size_t bytes = 0;
-  std::size_t left = 0;  // of the bytes, from their beginning, that have not landed
-  Completions* completions = nullptr;
-  std::optional<std::uint64_t> word;
-  // A message
-  Blob wire;
-  // Where the network delivers it twice: whether either copy has been acknowledged.
-  std::shared_ptr<std::atomic<bool>> acknowledged;
-};
-
-/// A put or a message (0 bytes) that has ended, on its way back to its source.
-struct Ack {
-  int target;
-  Completions* completions;
-  std::size_t bytes;
-  bool failed;
-};
-
-struct Region {
-  std::byte* base = nullptr;  // null: no more
-  std::size_t bytes = 0;
-  std::uint64_t key = 0;
-};
-
-/// A descriptor that is readable from a ring until it is silenced.
-class Bell {
- public:
-  Bell() : event_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
-    if (event_ < 0) throw Error(ErrorCode::kSystem, fmt::format("eventfd: {}", std::strerror(errno)));
-  }
-  ~Bell() { ::close(event_); }
-  Bell(const Bell&) = delete;
-  Bell& operator=(const Bell&) = delete;
-  int fd() const { return event_; }
-  void ring() {
-    const std::uint64_t one = 1;
-    [[maybe_unused]] const auto written = ::write(event_, &one, sizeof one);
-  }
-  void silence() {
-    std::uint64_t rings;
-    [[maybe_unused]] const auto taken = ::read(event_, &rings, sizeof rings);
-  }
-
- private:
-  int event_;
-};
-
-/// What one rank has on the network. Two ports are never locked together.
-struct Port {
-  std::mutex mutex;
-  Bell bell;                      // rung with every packet, acknowledgement and failure that is put here
-  std::atomic<bool> dead{false};  // killed or closed; set under the lock
-  std::uint64_t step = 0;
-  std::vector<Packet> arriving;
-  std::vector<Ack> acks;
-  std::vector<std::pair<int, std::string>> failures;
-  std::vector<Region> regions;
-};
-
-struct Link {
-  std::atomic<bool> is_cut{false};
-  std::atomic<std::uint64_t> packets{0};
-};
-
-class Network final : public LoopbackNetwork, public std::enable_shared_from_this<Network> {
- public:
-  Network(int num_ranks, const LoopbackFaults& faults, std::uint64_t job)
-      : num_ranks(num_ranks), faults(faults), job(job), ports(num_ranks), links(num_ranks * num_ranks) {}
-
-  std::unique_ptr<Fabric> open(int rank) override;
-
-  void kill(int rank) override { end(rank, "its process has ended"); }
-  void cut(int a, int b) override { link(a, b).is_cut = link(b, a).is_cut = true; }
-  void mend(int a, int b) override {
-    link(a, b).is_cut = link(b, a).is_cut = false;
-    ports[a].bell.ring();
-    ports[b].bell.ring();
-  }
-
-  void inject_message(int target, std::span<const std::byte> wire) override {
-    Packet packet;
-    packet.wire.assign(wire.begin(), wire.end());
-    std::lock_guard lock(ports[target].mutex);
-    ports[target].arriving.push_back(std::move(packet));
-    ports[target].bell.ring();
-  }
-
-  void inject_notice(int target, std::uint64_t word) override {
-    Packet packet;
-    packet.word = word;
-    std::lock_guard lock(ports[target].mutex);
-    ports[target].arriving.push_back(std::move(packet));
-    ports[target].bell.ring();
-  }
-
-  Link& link(int source, int target) { return links[source * num_ranks + target]; }
-
-  /// Takes a rank off the network: afterwards none of its memory is read or written by others. Once more by its own
-  /// close(), for what it sent while it was killed.
-  void end(int rank, const std::string& reason) {
-    std::vector<Packet> lost;
-    bool is_news = false;
-    {
-      std::lock_guard lock(ports[rank].mutex);
-      is_news = !ports[rank].dead.exchange(true);
-      ports[rank].regions.clear();
-      lost.swap(ports[rank].arriving);
-    }
-    for (const Packet& packet : lost) acknowledge(packet, true);
-    for (int peer = 0; peer < num_ranks; ++peer) {
-      if (peer == rank) continue;
-      std::lock_guard lock(ports[peer].mutex);
-      std::erase_if(ports[peer].arriving, [&](const Packet& packet) { return packet.source == rank; });
-      if (!is_news) continue;
-      ports[peer].failures.emplace_back(rank, reason);
-      ports[peer].bell.ring();
-    }
-  }
-
-  void acknowledge(const Packet& packet, bool failed) {
-    if (packet.source < 0) return;
-    if (packet.acknowledged && packet.acknowledged->exchange(true)) return;
-    std::lock_guard lock(ports[packet.source].mutex);
-    ports[packet.source].acks.push_back({packet.target, packet.completions, packet.bytes, failed});
-    ports[packet.source].bell.ring();
-  }
-
-  /// Number of the packet on its link decides its fate. Returns false where the queue is full. A target that has left
-  /// fails the packet.
-  bool send(Packet packet) {
-    const int target = packet.target;
-    if (ports[packet.source].dead) return true;
-    Link& way = link(packet.source, target);
-    Port& port = ports[target];
-    bool failed = false, dropped = false;
-    {
-      std::lock_guard lock(port.mutex);
-      if (port.arriving.size() >= static_cast<std::size_t>(faults.queue_depth)) return false;
-      packet.sequence = ++way.packets;
-      std::uint64_t dice = scramble(faults.seed ^ scramble(packet.source * 4096 + target) ^ packet.sequence << 32);
-      const auto roll = [&dice] { return dice = scramble(dice); };
-      const auto happens = [&roll](double share) { return static_cast<double>(roll() >> 11) * 0x1p-53 < share; };
-      const auto delay = [&] { return port.step + roll() % (static_cast<std::uint64_t>(faults.max_delay) + 1); };
-      failed = port.dead;
-      dropped = happens(faults.drop);
-      const bool twice = happens(faults.duplicate);
-      packet.left = packet.bytes;
-      if (twice) packet.acknowledged = std::make_shared<std::atomic<bool>>(false);
-      if (!failed && !dropped) {
-        port.bell.ring();
-        packet.due = delay();
-        port.arriving.push_back(packet);
-        if (twice) {
-          packet.due = delay();
-          port.arriving.push_back(packet);
-        }
-      }
-    }
-    if (failed || dropped) acknowledge(packet, failed);
-    return true;
-  }
-
-  const int num_ranks;
-  const LoopbackFaults faults;
-  const std::uint64_t job;
-  std::deque<Port> ports;
-  std::deque<Link> links;
-};
 
 class Endpoint final : public Fabric {
  public:
@@ -480,10 +288,16 @@ class Endpoint final : public Fabric {
   bool connected_ = false;
 };
 
+}  // namespace
+
 std::unique_ptr<Fabric> Network::open(int rank) {
   require(rank >= 0 && rank < num_ranks, "rank {} of {}", rank, num_ranks);
   return std::make_unique<Endpoint>(shared_from_this(), rank);
 }
+
+}  // namespace loopback
+
+namespace {
 
 // Networks of this process by job, while an endpoint keeps them.
 struct Registry {
@@ -505,7 +319,7 @@ std::shared_ptr<LoopbackNetwork> LoopbackNetwork::create(int num_ranks, const Lo
   require(num_ranks >= 1, "num_ranks must be at least 1: {}", num_ranks);
   require(faults.immediate_bytes == 4 || faults.immediate_bytes == 8, "immediate_bytes must be 4 or 8: {}",
           faults.immediate_bytes);
-  return std::make_shared<Network>(num_ranks, faults, job);
+  return std::make_shared<loopback::Network>(num_ranks, faults, job);
 }
 
 std::shared_ptr<LoopbackNetwork> LoopbackNetwork::of_job(std::uint64_t job, int num_ranks) {

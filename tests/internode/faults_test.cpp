@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <csignal>
+#include <functional>
 #include <thread>
 
 #include "exchange.h"
@@ -99,6 +100,33 @@ TEST(InternodeFaults, a_rank_that_does_not_call_is_named_at_the_deadline) {
     expect_named(outcome_of([&] { exchange(*buffer, scene); }), absence.victim);
   });
   for (const Outcome& outcome : outcomes) EXPECT_FALSE(outcome.failed) << outcome.message;
+}
+
+// Two nodes of one rank each, between which nothing gets through from some moment on.
+void expect_both_name_each_other(const std::function<void(int rank)>& before_the_last_call) {
+  const World world(Scene::shape("loopback", {{1, 1}, -1}));
+  const auto outcomes = run_threads(2, [&](int rank, std::shared_ptr<Bootstrap> group) {
+    Config config = world.config();
+    config.timeout = kSanitized ? 4000ms : 1500ms;
+    const auto buffer = Buffer::open(std::move(group), config);
+    before_the_last_call(rank);
+    expect_named(outcome_of([&] { buffer->dispatch(world.input(rank)); }), 1 - rank);
+  });
+  for (const Outcome& outcome : outcomes) EXPECT_FALSE(outcome.failed) << outcome.message;
+}
+
+TEST(InternodeFaults, a_network_that_loses_every_packet_ends_calls_at_the_deadline_and_names_the_peer) {
+  net::LoopbackNetwork::set_faults({.seed = 5, .drop = 1.0});
+  expect_both_name_each_other([](int) {});
+  net::LoopbackNetwork::set_faults({});
+}
+
+TEST(InternodeFaults, a_cut_link_ends_calls_at_the_deadline_and_names_the_peer_behind_it) {
+  Barrier cut(2);
+  expect_both_name_each_other([&](int rank) {
+    if (rank == 0) net::LoopbackNetwork::latest()->cut(0, 1);
+    cut.wait();
+  });
 }
 
 // Survivors name the rank, close, and open again without it.
