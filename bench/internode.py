@@ -20,21 +20,13 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import internode_tables  # noqa: E402
 from cluster import Cluster, Ranks  # noqa: E402
+from internode_tables import MPI_NAMES  # noqa: E402
 from run import ENVIRONMENT, commit, machine, program, short_name  # noqa: E402
 
 PORT = 29600
 # Open MPI as it chooses by itself, told only which interface joins the nodes. Its ranks of one node use shared memory.
 MPI = ["--oversubscribe", "--mca", "pml", "ob1", "--mca", "btl", "self,vader,tcp", "--mca", "btl_tcp_if_include", "eth0",
        "--mca", "oob_tcp_if_include", "eth0"]
-
-
-# Of ours, and MPI's that does the same.
-OPERATIONS = {
-    "dispatch_fp8": "dispatch_fp8",
-    "combine_bf16_in_place": "combine_bf16",
-    "combine_bf16_by_node": "combine_bf16",
-    "ll_round_trip_fp8_bf16": "ll_round_trip_fp8_bf16",
-}
 
 
 def iperf3(cluster, connections, seconds):
@@ -94,7 +86,7 @@ def mpi(cluster, workload, options, folder):
     hosts = ",".join(f"{cluster.address(node)}:{size}" for node, size in enumerate(cluster.sizes))
     out = folder / "mpi.json"
     command = [mpirun, "--allow-run-as-root", *MPI, *options.mpi, "--mca", "plm_rsh_agent", str(agent), "--host", hosts, "-np", str(sum(cluster.sizes))]
-    only = ",".join(sorted({OPERATIONS[name] for name in options.only}))
+    only = ",".join(sorted({MPI_NAMES[name] for name in options.only}))
     with Board() as board:
         line = shlex.join(map(str, [*command, exchange, *workload, "--only", only, *board, "--out", out]))
         finished = subprocess.run(
@@ -148,7 +140,7 @@ def arguments():
     parser.add_argument("--reps", type=int, default=10, help="measured repetitions of the large calls")
     parser.add_argument("--ll-reps", type=int, default=60, help="measured repetitions of the low-latency calls")
     parser.add_argument("--seconds", type=int, default=3, help="of each iperf3 run")
-    parser.add_argument("--only", nargs="+", default=list(OPERATIONS), choices=list(OPERATIONS), help="operations")
+    parser.add_argument("--only", nargs="+", default=list(MPI_NAMES), choices=list(MPI_NAMES), help="operations")
     parser.add_argument("--mpi", nargs="*", default=[], help="more options for mpirun")
     parser.add_argument("--skip-mpi", action="store_true", help="without the comparison with Open MPI")
     parser.add_argument("--skip-network", action="store_true", help="without iperf3 and the network alone")

@@ -36,8 +36,8 @@ struct Patience {
 };
 
 /// Polls `ready` until it holds or the deadline passes; returns its last answer. `tick` may cost system calls, so it is
-/// called after ten milliseconds and then ten times a second, however often the doorbell rings meanwhile; it may end the
-/// wait by returning false.
+/// called after ten milliseconds and then ten times a second, however often the doorbell rings meanwhile; it may end
+/// the wait by returning false.
 template <typename Ready, typename Tick>
 bool wait_until(Doorbell& doorbell, Deadline deadline, const Patience& patience, const Ready& ready, const Tick& tick) {
   for (int i = 0; i < patience.spins; ++i) {
