@@ -462,7 +462,7 @@ typedef struct deep_ep_dispatch_input {
   void* stream;     // CUDA: a cudaStream_t in whose order the call runs, see deep_ep_check(); NULL: the buffer's own,
                     // complete when the call returns
   int at_once;      // low latency, 1: the ticket is received right after the call; CUDA then needs one kernel, not two
-  int mask_silent;  // low latency on the host, 1: a rank that is silent until the deadline is masked, and the operation
+  int mask_silent;  // low latency, 1: a rank that is silent until the deadline is masked, and the operation
                     // goes on without it
 } deep_ep_dispatch_input;
 

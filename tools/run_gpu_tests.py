@@ -134,11 +134,13 @@ def main():
     parser.add_argument("--tests", type=Path, default=ROOT / "build" / "cuda" / "tests", help="folder of the programs")
     parser.add_argument("--commit", default=None, help="where this is no checkout")
     parser.add_argument("--filter", default="*", help="as --gtest_filter")
+    parser.add_argument("--programs", nargs="+", choices=[program for program, _ in PROGRAMS], default=[program for program, _ in PROGRAMS])
     parser.add_argument("--log", type=Path, default=None, help="also write what is printed here")
     parser.add_argument("--limit", type=float, default=1800, help="seconds for all programs")
     parser.add_argument("--test-limit", type=float, default=60, help="seconds for one test")
     args = parser.parse_args()
-    absent = [program for program, _ in PROGRAMS if not (args.tests / program).is_file()]
+    chosen = [(program, backend) for program, backend in PROGRAMS if program in args.programs]
+    absent = [program for program, _ in chosen if not (args.tests / program).is_file()]
     if absent:
         parser.error(f"{args.tests} has no {', '.join(absent)}: build the preset cuda, or name the folder by --tests")
 
@@ -152,7 +154,7 @@ def main():
     start = time.monotonic()
     say(f"commit {args.commit or commit()}, {machine()}, {time.strftime('%Y-%m-%d')}")
     programs = []
-    for name, backend in PROGRAMS:
+    for name, backend in chosen:
         say(f"+ EP_TEST_BACKEND={backend} {name}")
         programs.append(Program(args.tests / name, backend, args, start + args.limit, say))
         programs[-1].run()

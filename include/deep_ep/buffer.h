@@ -120,8 +120,9 @@ struct DispatchInput {
   /// and nothing is counted. x may have another dtype or width. High throughput only.
   std::shared_ptr<const Handle> handle;
 
-  /// Low latency on host buffers: a rank that stays silent until the deadline is masked from then on (set_masked) and
-  /// brings nothing to this operation, which goes on without it. Otherwise receive() throws kTimeout.
+  /// Low latency: a rank that stays silent until the deadline is masked from then on (set_masked) and brings nothing to
+  /// this operation, which goes on without it. Otherwise receive() throws kTimeout. CUDA buffers then send and receive
+  /// in kernels of their own, also with at_once; a rank that falls silent in the midst of its sending is a timeout.
   bool mask_silent = false;
 
   std::chrono::milliseconds timeout{0};  // 0: the buffer's

@@ -202,6 +202,7 @@ void Context::prepare_kernels() {
   prepare(dispatch_kernel(false, DType::kU8));
   prepare(low_latency_dispatch_kernel(false, DType::kU8));
   prepare(abandon_kernel());
+  prepare(leave_out_silent_kernel());
   for (DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
     prepare(dispatch_kernel(true, dtype));
     prepare(combine_kernel(dtype, false));
@@ -236,9 +237,16 @@ void Context::upload_peers() { copy(device_peers_, peers_.data(), sizeof(Peer) *
 // Masks and statistics
 // ---------------------------------------------------------------------------------------------------------------------
 
+std::vector<Peer> Context::peers() const {
+  std::vector<Peer> now = peers_;
+  if (kernels_mask_) copy(now.data(), device_peers_, sizeof(Peer) * num_ranks, cudaMemcpyDeviceToHost);
+  return now;
+}
+
 void Context::set_masked(int peer, bool masked) {
   cuda::check(cudaSetDevice(device), "cudaSetDevice");
   if (last_stream_ != nullptr) cuda::check(cudaEventSynchronize(last_done_), "cudaEventSynchronize");
+  peers_ = peers();
   peers_[peer].active = masked ? 0 : 1;
   upload_peers();
 }

@@ -117,7 +117,12 @@ class Context {
   void copy(void* dst, const void* src, std::size_t bytes, cudaMemcpyKind kind) const;
 
   void set_masked(int peer, bool masked);
-  bool masked(int peer) const { return peers_[peer].active == 0; }
+  bool masked(int peer) const { return peers()[peer].active == 0; }
+  /// For a kernel that may mask a rank by itself: from now on the device knows best who is masked.
+  Peer* silencing_peers() {
+    kernels_mask_ = true;
+    return device_peers_;
+  }
   Statistics statistics() const;
   void reset_statistics();
   /// A call with so many slots of ours: Statistics shows as many.
@@ -138,6 +143,7 @@ class Context {
   bool grow_arena(std::size_t upto);
   void prepare_kernels();
   void upload_peers();
+  std::vector<Peer> peers() const;
   std::uint64_t completed() const;
   std::size_t counters_bytes() const;
   bool take_fault(Fault& fault);
@@ -163,6 +169,7 @@ class Context {
   Sharing sharing_ = Sharing::kDescriptor;
   std::shared_ptr<std::byte> on_device_, pinned_;  // where the next ones lie
   Peer* device_peers_ = nullptr;
+  bool kernels_mask_ = false;
   std::int32_t* nodes_ = nullptr;
   State* state_ = nullptr;
   Mailbox* mailbox_ = nullptr;

@@ -69,8 +69,9 @@ plan::Arena::Block Context::arena_reservation(std::size_t most) {
 bool Context::grow_arena(std::size_t upto) {
   const OutsideCapture outside;
   std::vector<int> masked;
+  const std::vector<Peer> now = peers();
   for (int peer = 0; peer < num_ranks; ++peer)
-    if (peers_[peer].active == 0) masked.push_back(peer);
+    if (now[peer].active == 0) masked.push_back(peer);
   return windows_[rank]->grow(upto, masked, config.timeout) == Window::Growth::kDone;
 }
 

@@ -52,6 +52,7 @@ class Receiver final : public Ticket<Output>::Receiver {
     std::shared_ptr<void> memory;
     void (*launch)(const Params& params, const Call& call) = nullptr;
     bool at_once = false;
+    bool mask_silent = false;
   };
 
   explicit Receiver(Sent sent) : sent_(std::move(sent)) {}
@@ -78,6 +79,11 @@ class Receiver final : public Ticket<Output>::Receiver {
     }
     close();
     const Call call = context.resume(sent_.call);
+    if (sent_.mask_silent) {
+      SilentParams silent{sent_.params.common, sent_.params.ticket, context.silencing_peers()};
+      silent.common.serial = call.serial;
+      launch_leave_out_silent(silent, call.stream);
+    }
     sent_.params.phases = kReceive;
     sent_.params.common.serial = call.serial;
     sent_.launch(sent_.params, call);
@@ -143,7 +149,8 @@ class Dispatch {
       : context_(*context), call_(call), num_slots_(call.placement->num_slots(context->rank)) {
     sent_.context = context;
     sent_.call = context->begin(call.operation, call.in.stream, call.timeout, call.num_workers);
-    sent_.at_once = call.in.at_once;
+    sent_.mask_silent = call.in.mask_silent;
+    sent_.at_once = call.in.at_once && !call.in.mask_silent;  // who is silent is decided between the two kernels
     sent_.launch = [](const LowLatencyDispatchParams& params, const Call& now) {
       launch_low_latency_dispatch(params, now.blocks, now.stream);
     };
@@ -278,7 +285,8 @@ class Combine {
       : context_(*context), call_(call), handle_(*call.in.handle) {
     sent_.context = context;
     sent_.call = context->begin(call.operation, call.in.stream, call.timeout, call.num_workers);
-    sent_.at_once = call.in.at_once;
+    sent_.mask_silent = call.in.mask_silent;
+    sent_.at_once = call.in.at_once && !call.in.mask_silent;
     sent_.handle = call.in.handle;
     sent_.launch = [](const LowLatencyCombineParams& params, const Call& now) {
       launch_low_latency_combine(params, now.blocks, now.stream);

@@ -99,9 +99,17 @@ struct AbandonParams {
   const std::uint64_t* ticket;
 };
 
+/// Before a call is received: whoever does not speak by the deadline is masked from then on.
+struct SilentParams {
+  Common common;
+  const std::uint64_t* ticket;
+  Peer* peers;  // as common.peers
+};
+
 void launch_low_latency_dispatch(const LowLatencyDispatchParams& params, int blocks, cudaStream_t stream);
 void launch_low_latency_combine(const LowLatencyCombineParams& params, int blocks, cudaStream_t stream);
 void launch_abandon(const AbandonParams& params, cudaStream_t stream);
+void launch_leave_out_silent(const SilentParams& params, cudaStream_t stream);
 
 /// Bytes of shared memory that a dispatch of this shape takes.
 std::size_t low_latency_shared_bytes(const LowLatencyDispatchParams& params);
@@ -110,5 +118,6 @@ const void* low_latency_dispatch_kernel(bool quantize, DType dtype);
 const void* low_latency_combine_kernel(DType dtype, bool levels, bool lines);
 const void* low_latency_combine_encoded_kernel(DType dtype, bool levels, WireFormat wire);
 const void* abandon_kernel();
+const void* leave_out_silent_kernel();
 
 }  // namespace deep_ep::cuda
