@@ -408,6 +408,19 @@ World::World(const Shape& wanted) : shape(over_network(wanted)) {
 
 void World::expect_again() { expected = oracle::dispatch(exchange, ranks); }
 
+World World::without(std::vector<bool> masked) const {
+  World world = *this;
+  world.exchange.masked = std::move(masked);
+  world.expect_again();
+  return world;
+}
+
+World World::finding_silent(std::vector<bool> silent) const {
+  World world = without(std::move(silent));
+  for (std::size_t rank = 0; rank < expected.size(); ++rank) world.expected[rank].dst_rank = expected[rank].dst_rank;
+  return world;
+}
+
 Config World::config() const {
   Config config = small_config();
   config.ranks_per_node = shape.ranks_per_node;

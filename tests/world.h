@@ -86,6 +86,11 @@ struct World {
   DispatchInput input(int rank) const;
   /// Works `expected` out again, after a test changed the inputs.
   void expect_again();
+  /// The same where these ranks are masked.
+  World without(std::vector<bool> masked) const;
+  /// The same where a dispatch with mask_silent finds these ranks silent: their tokens do not come, but they had been
+  /// sent to.
+  World finding_silent(std::vector<bool> silent) const;
 
  private:
   static Shape over_network(Shape shape);

@@ -25,16 +25,17 @@ std::set<std::string> shared_memory() {
   return names;
 }
 
-Shape of(int ranks) {
+Shape of(int ranks, bool low_latency) {
   Shape s;
   s.ranks = ranks;
+  s.low_latency = low_latency;
   s.tokens = 16;
   return s;
 }
 
 struct Scene {
-  World world{of(kRanks)};
-  World smaller{of(kRanks - 1)};
+  explicit Scene(bool low_latency = false) : world(of(kRanks, low_latency)), smaller(of(kRanks - 1, low_latency)) {}
+  World world, smaller;
   Homeward home = homeward(world, {});
   std::vector<oracle::Combined> sums = oracle::combine(world.exchange, world.expected, home.ranks, SumOrder::by_rank());
 };
@@ -121,12 +122,25 @@ TEST(KilledRank, is_named_with_the_reason_that_it_ended) {
 
 TEST(KilledRank, may_be_masked_and_the_others_go_on) {
   const Scene scene;
-  World without = scene.world;
-  without.exchange.masked = {false, false, true, false};
-  without.expect_again();
+  const World without = scene.world.without({false, false, true, false});
   after_the_victims_end(scene, [&](AnyBuffer& buffer, int rank) {
     buffer.set_masked(kVictim, true);
     for (int i = 0; i < 10; ++i) EXPECT_EQ(difference(without, rank, buffer.dispatch(without.input(rank))), "");
+  });
+}
+
+TEST(KilledRank, is_left_out_within_a_low_latency_call_that_masks_silent_ranks) {
+  const Scene scene(true);
+  const World without = scene.world.without({false, false, true, false});
+  const World found = scene.world.finding_silent({false, false, true, false});
+  after_the_victims_end(scene, [&](AnyBuffer& buffer, int rank) {
+    DispatchInput in = scene.world.input(rank);
+    in.mask_silent = true;
+    in.timeout = 500ms;
+    EXPECT_EQ(difference(found, rank, buffer.low_latency_dispatch(in).receive()), "") << "rank " << rank;
+    EXPECT_TRUE(buffer.masked(kVictim));
+    for (int i = 0; i < 10; ++i)
+      EXPECT_EQ(difference(without, rank, buffer.low_latency_dispatch(scene.world.input(rank)).receive()), "");
   });
 }
 

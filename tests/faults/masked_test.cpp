@@ -11,13 +11,6 @@ namespace {
 
 constexpr int kRanks = 4;
 
-World with_masks(const Shape& shape, std::vector<bool> masked) {
-  World world(shape);
-  world.exchange.masked = std::move(masked);
-  world.expect_again();
-  return world;
-}
-
 class MaskedRank : public testing::TestWithParam<std::tuple<OutputLayout, bool>> {
  protected:
   Shape shape() const {
@@ -45,7 +38,7 @@ void expect_exchange(AnyBuffer& buffer, const World& world, const Homeward& home
 }
 
 TEST_P(MaskedRank, is_skipped_by_the_others_who_go_on) {
-  const World world = with_masks(shape(), {false, false, true, false});
+  const World world = World(shape()).without({false, false, true, false});
   const Homeward home = homeward(world, {});
   const auto sums = oracle::combine(world.exchange, world.expected, home.ranks, SumOrder::by_rank());
   run_ranks(kRanks, world.config(), [&](AnyBuffer& buffer) {
@@ -60,8 +53,8 @@ TEST_P(MaskedRank, is_skipped_by_the_others_who_go_on) {
 // Both sides make the same calls, each without the other; then all are together again.
 TEST_P(MaskedRank, is_taken_back) {
   const World all(shape());
-  const World without = with_masks(shape(), {false, false, true, false});
-  const World alone = with_masks(shape(), {true, true, false, true});
+  const World without = World(shape()).without({false, false, true, false});
+  const World alone = World(shape()).without({true, true, false, true});
   const auto plan = [](const World& world) {
     Homeward home = homeward(world, {});
     auto sums = oracle::combine(world.exchange, world.expected, home.ranks, SumOrder::by_rank());
@@ -97,7 +90,7 @@ TEST(MaskedReader, notices_that_what_it_reads_may_have_been_written_over) {
   shape.layout = OutputLayout::kPadded;
   shape.tokens = 12;
   const World all(shape);
-  const World without = with_masks(shape, {false, false, true, false});
+  const World without = World(shape).without({false, false, true, false});
   const Homeward home = homeward(without, {});
   const auto sums = oracle::combine(without.exchange, without.expected, home.ranks, SumOrder::by_rank());
   Barrier barrier(kRanks);
@@ -166,11 +159,10 @@ INSTANTIATE_TEST_SUITE_P(All, SilentRank,
 
 TEST_P(SilentRank, is_left_out_within_the_dispatch_that_finds_it_so) {
   const World all(shape());
-  const World without = with_masks(shape(), {false, false, true, false});
+  const World without = World(shape()).without({false, false, true, false});
   const Homeward home = homeward(without, {});
   const auto sums = oracle::combine(without.exchange, without.expected, home.ranks, SumOrder::by_topk());
-  World found = without;  // when it is found out, the rank has been sent what it selects
-  for (int rank = 0; rank < kRanks; ++rank) found.expected[rank].dst_rank = all.expected[rank].dst_rank;
+  const World found = all.finding_silent({false, false, true, false});
   Barrier barrier(kRanks);
   run_ranks(kRanks, all.config(), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();

@@ -27,12 +27,7 @@ Shape busy() {
 
 struct Scene {
   World all{busy()};
-  World without = [] {
-    World world(busy());
-    world.exchange.masked = {false, true, false, false};
-    world.expect_again();
-    return world;
-  }();
+  World without = all.without({false, true, false, false});
   Homeward all_home = homeward(all, {}), home = homeward(without, {});
   std::vector<oracle::Combined> all_sums =
       oracle::combine(all.exchange, all.expected, all_home.ranks, SumOrder::by_rank());
