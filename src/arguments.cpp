@@ -6,6 +6,7 @@
 #include <string_view>
 
 #include "check.h"
+#include "plan/lines.h"
 #include "plan/message.h"
 #include "plan/wire.h"
 
@@ -179,13 +180,17 @@ void check_capacity(const DispatchCall& call, const CallScope& scope) {
   if (low_latency) {
     const std::string complaint = device_complaint(call.max_tokens_per_rank, call.num_topk, scope);
     require(complaint.empty(), "{}", complaint);
-    const std::size_t needed = plan::dispatch_slot_bytes(scope.num_ranks, call.max_tokens_per_rank,
-                                                         plan::MessageLayout::place(call.shape).bytes);
-    require(needed <= scope.layout.low_latency_ticket_bytes,
+    const std::size_t needed =
+        scope.on_device ? plan::dispatch_lines(scope.num_ranks, call.max_tokens_per_rank, call.placement->max_slots(),
+                                               plan::LineMessage::place(call.shape))
+                        : plan::dispatch_slot_bytes(scope.num_ranks, call.max_tokens_per_rank,
+                                                    plan::MessageLayout::place(call.shape).bytes);
+    const std::size_t there =
+        scope.on_device ? scope.layout.line_bytes_of_ticket : scope.layout.low_latency_ticket_bytes;
+    require(needed <= there,
             "low latency: {} tokens of {} bytes and top-{} need {} bytes of slots, the buffer has {}: raise "
             "Config::low_latency",
-            call.max_tokens_per_rank, call.shape.row_bytes, call.num_topk, needed,
-            scope.layout.low_latency_ticket_bytes);
+            call.max_tokens_per_rank, call.shape.row_bytes, call.num_topk, needed, there);
   }
 }
 
@@ -387,6 +392,11 @@ Support check_support(const CallShape& shape, const CallScope& scope) {
   row.num_topk = shape.num_topk;
   row.topk_weights = true;
   const int tokens = static_cast<int>(std::max<std::int64_t>(shape.num_tokens, 1));
+  const std::size_t lines =
+      plan::dispatch_lines(scope.num_ranks, tokens, scope.layout.max_slots, plan::LineMessage::place(row));
+  if (scope.on_device && lines > scope.layout.line_bytes_of_ticket)
+    return no(fmt::format("{} low-latency tokens need {} bytes of lines, the buffer has {}: raise Config::low_latency",
+                          tokens, lines, scope.layout.line_bytes_of_ticket));
   const std::size_t needed =
       std::max(plan::dispatch_slot_bytes(scope.num_ranks, tokens, plan::MessageLayout::place(row).bytes),
                plan::combine_slot_bytes(tokens, shape.num_topk, row_bytes));

@@ -31,6 +31,29 @@ struct PieceOfRow {
   }
 };
 
+/// The same, arriving whole.
+struct PieceLines {
+  uint4 line[plan::kPieceVectors + 1];
+
+  __device__ void look(const std::byte* lines, int count, int lane) {
+    const std::byte* const at = lines + 16 * lane;
+#pragma unroll
+    for (int i = 0; i < plan::kPieceVectors; ++i)
+      if (i < count) line[i] = ptx::load_whole_system(at + 512 * i);
+    if (count > 0) line[plan::kPieceVectors] = ptx::load_whole_system(at + 512 * plan::kPieceVectors);
+  }
+  __device__ bool came(int count, std::uint32_t number) const {
+    bool all = count <= 0 || line[plan::kPieceVectors].w == number;
+#pragma unroll
+    for (int i = 0; i < plan::kPieceVectors; ++i) all = all && (i >= count || line[i].w == number);
+    return all;
+  }
+  __device__ uint4 vector(int i) const {
+    const uint4 last = line[plan::kPieceVectors];
+    return {line[i].x, line[i].y, line[i].z, i == 0 ? last.x : i == 1 ? last.y : last.z};
+  }
+};
+
 /// One of a lane's vectors, arriving.
 struct VectorLines {
   uint4 line, fourth;
@@ -45,7 +68,7 @@ struct VectorLines {
   }
 };
 
-/// Words as lines: a lane brings, or gets, word number `lane` of at most 32.
+/// Words as lines: a lane brings word number `lane` of at most 32.
 __device__ inline void send_words(std::byte* lines, int words, std::uint32_t word, std::uint32_t number, int lane) {
   const int first = plan::kLineWords * lane;
   uint4 line;
@@ -56,33 +79,52 @@ __device__ inline void send_words(std::byte* lines, int words, std::uint32_t wor
   if (first < words) ptx::store_whole_system(lines + plan::kLineBytes * lane, line);
 }
 
-/// Looked at many times and not there: whether to give up, after a deadline or because another block has.
+__device__ inline std::uint32_t word_of(uint4 line, int which) {
+  return which == 0 ? line.x : which == 1 ? line.y : line.z;
+}
+
+/// One thread, which has looked many times: whether to give up, after the deadline or because another block has.
+__device__ __noinline__ inline bool is_late(const Now& now, int peer) {
+  if (has_failed(now)) return true;
+  if (ptx::nanoseconds() <= now.deadline) return false;
+  report(now, Fault::kTimeout, peer, 1, 0);
+  return true;
+}
+/// A warp, of which some lanes miss something of `peer`.
 __device__ __noinline__ inline bool gives_up(const Now& now, bool came, int peer) {
-  bool late = has_failed(now);
-  if (!late && ptx::nanoseconds() > now.deadline) {
-    late = true;
-    if (!came) report(now, Fault::kTimeout, peer, 1, 0);
-  }
-  return __any_sync(kAllLanes, late) != 0;
+  return __any_sync(kAllLanes, !came && is_late(now, peer)) != 0;
 }
 inline constexpr int kLooksBetweenClocks = 64;
 
-/// A warp gets words; false after the deadline.
-__device__ inline bool await_words(const Now& now, const std::byte* lines, int words, std::uint32_t& word, int peer,
-                                   int lane) {
-  const bool mine = plan::kLineWords * lane < words;
-  uint4 line{};
-  for (int looks = 1;; ++looks) {
-    if (mine) line = ptx::load_whole_system(lines + plan::kLineBytes * lane);
-    const bool came = !mine || line.w == static_cast<std::uint32_t>(now.epoch);
-    if (__all_sync(kAllLanes, came)) break;
-    if (looks % kLooksBetweenClocks == 0 && gives_up(now, came, peer)) return false;
-  }
-  const int from = lane / plan::kLineWords, which = lane % plan::kLineWords;
-  const std::uint32_t x = __shfl_sync(kAllLanes, line.x, from), y = __shfl_sync(kAllLanes, line.y, from),
-                      z = __shfl_sync(kAllLanes, line.z, from);
-  word = which == 0 ? x : which == 1 ? y : z;
+/// One thread waits for a line. False: in vain.
+__device__ inline bool await_line(const Now& now, const std::byte* at, uint4& line, int peer) {
+  const auto number = static_cast<std::uint32_t>(now.epoch);
+  line = ptx::load_whole_system(at);
+  for (int looks = 1; line.w != number; ++looks, line = ptx::load_whole_system(at))
+    if (looks % kLooksBetweenClocks == 0 && is_late(now, peer)) return false;
   return true;
+}
+
+/// A warp: any number of words from memory as lines, and back.
+__device__ inline void send_array(std::byte* lines, const std::int32_t* words, int count, std::uint32_t number,
+                                  int lane) {
+  for (int line = lane, first = plan::kLineWords * lane; first < count; line += 32, first += 32 * plan::kLineWords) {
+    const auto word = [&](int i) { return first + i < count ? static_cast<std::uint32_t>(words[first + i]) : 0; };
+    ptx::store_whole_system(lines + plan::kLineBytes * line, {word(0), word(1), word(2), number});
+  }
+}
+template <class Write>
+__device__ bool receive_array(const Now& now, const std::byte* lines, int count, int peer, int lane,
+                              const Write& write) {
+  bool good = true;
+  for (int line = lane, first = plan::kLineWords * lane; first < count && good;
+       line += 32, first += 32 * plan::kLineWords) {
+    uint4 v;
+    good = await_line(now, lines + plan::kLineBytes * line, v, peer);
+    for (int i = 0; i < plan::kLineWords && good; ++i)
+      if (first + i < count) write(first + i, static_cast<std::int32_t>(word_of(v, i)));
+  }
+  return __all_sync(kAllLanes, good) != 0;
 }
 
 }  // namespace deep_ep::cuda

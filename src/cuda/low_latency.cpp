@@ -34,9 +34,9 @@ class Pieces {
   std::size_t bytes_ = 0;
 };
 
-plan::RowParts parts_of(const Context& context, const plan::RowShape& shape, bool fp8, int max_tokens) {
+plan::RowParts parts_of(const Context& context, const plan::RowShape& shape, int max_tokens) {
   const std::size_t flags = context.layout().flags_of_ticket / static_cast<std::size_t>(context.num_ranks);
-  return plan::RowParts::cut(shape, fp8, static_cast<std::size_t>(max_tokens), flags);
+  return plan::RowParts::cut(shape, false, static_cast<std::size_t>(max_tokens), flags);
 }
 
 // An operation between its two kernels. `Launch` launches one of them.
@@ -187,8 +187,11 @@ class Dispatch {
     p.common = context_.common(sent_.call, call_.signature);
     p.window = context_.window();
     p.shape = call_.shape;
-    p.message = plan::MessageLayout::place(call_.shape);
-    p.parts = parts_of(context_, call_.shape, call_.wire_dtype == DType::kFp8E4m3, call_.max_tokens_per_rank);
+    p.lines = plan::LineMessage::place(call_.shape);
+    p.count_bytes = static_cast<std::uint32_t>(plan::count_bytes(call_.placement->max_slots()));
+    p.messages_at = p.count_bytes * static_cast<std::uint32_t>(context_.num_ranks);
+    p.pieces = std::max(plan::pieces_of_row(static_cast<std::int64_t>(call_.shape.row_bytes)), 1);
+    p.message_bytes = plan::MessageLayout::place(call_.shape).bytes;
     p.layout = call_.layout;
     p.expert_alignment = call_.expert_alignment;
     p.max_tokens_per_rank = call_.max_tokens_per_rank;
@@ -215,6 +218,8 @@ class Dispatch {
     p.max_slots = call_.placement->max_slots();
     p.num_slots = num_slots_;
     p.most_arrivals = most_arrivals();
+    p.most_rows = most_rows();
+    p.scales_given = !call_.quantize && call_.shape.num_scales > 0;
   }
 
   void make_output() {
@@ -311,7 +316,7 @@ class Combine {
     shape.row_bytes = call_.row_bytes;
     p.common = context_.common(sent_.call, call_.signature);
     p.window = context_.window();
-    p.parts = parts_of(context_, shape, false, handle_.max_tokens_per_rank);
+    p.parts = parts_of(context_, shape, handle_.max_tokens_per_rank);
     p.layout = handle_.layout;
     p.order = in.order;
     p.dtype = call_.dtype;

@@ -21,6 +21,18 @@ struct Place {
   __device__ int number(int skip = 0) const { return (block + blocks - skip % blocks) % blocks + warp * blocks; }
 };
 
+/// Kernel parameters are fetched line by line as they are first used, and a line that is not there is waited for. At the
+/// start each warp asks for another one: they come side by side.
+template <class Params>
+__device__ __forceinline__ void fetch_parameters(const Params& p) {
+  constexpr unsigned kLine = 64, kLines = (sizeof(Params) + kLine - 1) / kLine;
+  const auto* const bytes = reinterpret_cast<const unsigned char*>(&p);
+  for (unsigned line = threadIdx.x / 32; line < kLines; line += kLowLatencyWarps) {
+    const unsigned char byte = bytes[line * kLine];
+    asm volatile("" ::"r"(static_cast<unsigned>(byte)));
+  }
+}
+
 /// The peers as a block keeps them in shared memory: looked up for every row.
 struct Peers {
   Peer* of;
@@ -195,6 +207,25 @@ __device__ inline bool is_our_call(const Now& now, int peer, std::int64_t field,
   if (__all_sync(kAllLanes, same)) return true;
   if (lane == 0) is_same_call(now, peer, kSame);  // says in what
   return false;
+}
+
+/// A block: the call of each peer is ours. Where one is not, that is said, and whoever waits for what will never come
+/// sees it.
+__device__ inline bool hear(const Now& now, std::byte* window, const Peers& peers, const Place& at) {
+  bool good = true;
+  for (int peer = at.warp; peer < now.common.num_ranks; peer += kLowLatencyWarps) {
+    if (!peers.active(peer)) continue;
+    std::uint32_t value = 0;
+    if (!await_word(now, peer, &words_in(now, window, peer).announced, value, true, at.lane)) {
+      good = false;
+    } else if (value == kSame) {
+      good = is_our_call(now, peer, load_field(now, window, peer, at.lane), at.lane) && good;
+    } else {
+      if (at.lane == 0) is_same_call(now, peer, value);  // says why not
+      good = false;
+    }
+  }
+  return good;
 }
 
 // Parts

@@ -6,6 +6,7 @@
 
 #include "cuda/exchange.h"
 #include "plan/fp8.h"
+#include "plan/lines.h"
 #include "plan/message.h"
 #include "plan/placement.h"
 #include "plan/wire.h"
@@ -29,8 +30,10 @@ struct LowLatencyDispatchParams {
   int phases;
   std::uint64_t* ticket;  // the operation's number: send leaves it to receive, so that graphs replay
   plan::RowShape shape;
-  plan::MessageLayout message;
-  plan::RowParts parts;
+  plan::LineMessage lines;
+  std::uint32_t count_bytes, messages_at;  // of a source's counts; where messages begin behind them
+  int pieces;                              // of a row, at least one
+  std::uint64_t message_bytes;             // as Statistics counts what is sent
   OutputLayout layout;
   int expert_alignment, max_tokens_per_rank, num_topk;
   // As source.
@@ -40,7 +43,8 @@ struct LowLatencyDispatchParams {
   DType x_dtype;
   bool quantize;
   plan::Fp8Scale scale_kind;
-  const std::int32_t* scales;  // the caller's
+  bool scales_given;
+  const std::int32_t* scales;  // the caller's; null also where there are no tokens
   std::int64_t scale_strides[2];
   const void* topk_idx;
   bool topk_idx_64;
@@ -56,7 +60,7 @@ struct LowLatencyDispatchParams {
   int num_slots;
   std::byte* block;
   plan::OutputBlock at;
-  std::int64_t most_arrivals;
+  std::int64_t most_arrivals, most_rows;
   ArrivalTables tables;
 };
 

@@ -72,15 +72,7 @@ __device__ bool send(const Now& now, const Params& p, const Peers& peers, std::i
 // Phases hear, sum. False: not all has come.
 template <class Number, bool kLevels, class Form>
 __device__ bool receive(const Now& now, const Params& p, const Peers& peers, const Place& at) {
-  bool good = true;
-  // One block hears whether the peers make the same call. Where one does not, it says so, and the others, which wait
-  // for parts that never come, see that.
-  for (int peer = at.warp; at.block == at.blocks - 1 && peer < p.common.num_ranks; peer += kLowLatencyWarps) {
-    if (!peers.active(peer)) continue;
-    std::uint32_t value = 0;
-    good = await_word(now, peer, &words_in(now, p.window, peer).announced, value, true, at.lane) &&
-           is_our_call(now, peer, load_field(now, p.window, peer, at.lane), at.lane) && good;
-  }
+  const bool good = at.block != at.blocks - 1 || hear(now, p.window, peers, at);
   if constexpr (kLines<Form>)
     return sum_lines<Number, kLevels>(now, p, peers, at) && good;
   else
@@ -96,6 +88,7 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1) combine(const __grid_co
   extern __shared__ __align__(16) std::byte memory[];
   __shared__ std::uint32_t* to_raise[Flags::kMost];
   __shared__ int num_to_raise;
+  fetch_parameters(p);
   const Place at;
   const Peers peers{reinterpret_cast<Peer*>(memory)};
   auto* const first_arrival = reinterpret_cast<std::int32_t*>(memory + sizeof(Peer) * p.common.num_ranks);

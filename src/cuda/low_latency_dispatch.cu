@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
-// Low-latency dispatch. Rows are cut into parts; a warp reads a part of a token, quantises it if asked, and writes it
-// to every rank that the token goes to, into the slot of its number, without asking anybody. Meanwhile one block for
-// each destination counts, and tells it which tokens come and where their rows belong. The receiver knows the place of
-// every row before the rows are there; a warp waits for a part and puts it at each of its experts. Phases: open, route
-// | send ... gather, place.
+// Low-latency dispatch. Rows are cut into pieces; a warp reads a piece of a token, quantises it if asked, and writes it
+// to every rank that the token goes to, at the place of its number, without asking anybody. Meanwhile one block for each
+// destination counts, and tells it which tokens come and where their rows belong. All that travels are lines, which say
+// themselves that they have come (plan/lines.h). A warp of the receiver waits for a piece and puts it at each of its
+// experts. Phases: open, route | send ... hear, gather, place.
 #include "cuda/low_latency_place.cuh"
 #include "cuda/low_latency_send.cuh"
 
@@ -12,15 +12,14 @@ namespace deep_ep::cuda {
 template <Rows kRows>
 __global__ void __launch_bounds__(kLowLatencyThreads, 1) low_latency_dispatch(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) std::byte memory[];
-  __shared__ std::uint32_t* to_raise[Flags::kMost];
-  __shared__ int num_to_raise;
+  fetch_parameters(p);
   const Place at;
   const Shared shared = shared_of(p, memory);
   const bool sends = (p.phases & kSend) != 0;
   const Now now(p.common, sends ? p.common.state->epoch + 1 : *p.ticket);
   bool good = true;
   if (sends) {
-    good = send<kRows>(now, p, shared, {to_raise, &num_to_raise}, at);
+    good = send<kRows>(now, p, shared, at);
   } else {
     open_receiving(now, at);
     shared.peers.load(p.common);

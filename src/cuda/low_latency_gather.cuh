@@ -32,23 +32,26 @@ __host__ __device__ std::size_t gathered_words(int ranks, int slots) {
          static_cast<std::size_t>(ranks) * slots;
 }
 
-// One warp for each source: its call is ours, and this is what it brings; its arrivals in first_arrival[src].
-__device__ bool hear(const Now& now, const Params& p, const Gathered& g, int src, int lane) {
-  const int me = p.common.rank;
-  std::uint32_t tokens = 0;
-  bool heard = await_word(now, src, &words_in(now, p.window, src).arrived, tokens, blockIdx.x == 0, lane);
-  const std::int64_t field = load_field(now, p.window, src, lane);
-  const std::int32_t* const announced = announced_tokens_in(now, p.window, src);
-  const std::int32_t arrivals = __ldcg(announced + me);
-#pragma unroll 4
-  for (int slot = lane; slot < p.num_slots; slot += 32)
-    g.rows_before[src * p.num_slots + slot] = __ldcg(announced + p.common.num_ranks + slot);
-  heard = heard && is_our_call(now, src, field, lane);
-  if (lane == 0) {
-    g.tokens[src] = heard ? static_cast<std::int32_t>(tokens) : 0;
-    g.first_arrival[src] = heard ? arrivals : 0;
+// Every thread of a block takes lines of what the sources have counted. Numbers of a peer that makes another call may be
+// anything: they are bounded here, and what follows from them by whoever writes there.
+__device__ bool take_counts(const Now& now, const Params& p, const Peers& peers, const Gathered& g) {
+  const int ranks = p.common.num_ranks, slots = p.num_slots, lines = plan::count_lines(slots);
+  const Messages messages(now, p, p.window);
+  const auto most = static_cast<std::uint32_t>(p.max_tokens_per_rank);
+  for (int i = static_cast<int>(threadIdx.x); i < ranks * lines; i += kLowLatencyThreads) {
+    const int src = i / lines, line = i - src * lines;
+    uint4 v{};
+    if (peers.active(src) && !await_line(now, messages.counts(src) + plan::kLineBytes * line, v, src)) return false;
+    if (line == 0) {
+      g.tokens[src] = static_cast<std::int32_t>(min(v.x, most));
+      g.first_arrival[src] = static_cast<std::int32_t>(min(v.y, most));
+      continue;
+    }
+    std::int32_t* const rows = g.rows_before + src * slots;
+    for (int w = 0, slot = plan::kLineWords * (line - 1); w < plan::kLineWords && slot < slots; ++w, ++slot)
+      rows[slot] = static_cast<std::int32_t>(min(word_of(v, w), most * p.num_topk));
   }
-  return heard;
+  return true;
 }
 
 // A warp: values[0 .. count) become what comes before each; values[count] all.
@@ -69,17 +72,10 @@ __device__ void prefix_by_warp(std::int32_t* values, int count, int lane) {
 }
 
 // Every block for itself: where the rows of each source and slot begin, as plan::make_row_plan has it.
-__device__ bool gather(const Now& now, const Params& p, const Shared& shared, const Gathered& g, const Place& at) {
+__device__ bool gather(const Now& now, const Params& p, const Shared& shared, const Gathered& g) {
+  const Place at;
   const int ranks = p.common.num_ranks, slots = p.num_slots;
-  bool good = true;
-  for (int src = at.warp; src < ranks; src += kLowLatencyWarps) {
-    if (shared.peers.active(src)) {
-      good = hear(now, p, g, src, at.lane) && good;
-    } else {
-      for (int slot = at.lane; slot < slots; slot += 32) g.rows_before[src * slots + slot] = 0;
-      if (at.lane == 0) g.tokens[src] = g.first_arrival[src] = 0;
-    }
-  }
+  bool good = take_counts(now, p, shared.peers, g);
   if (!__syncthreads_and(good)) return false;
   const std::int64_t padded_rows = std::int64_t{ranks} * p.max_tokens_per_rank;
   for (int slot = static_cast<int>(threadIdx.x); slot < slots; slot += kLowLatencyThreads) {

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: MIT
-// Low-latency dispatch: where a token's message and its parts lie, rows as they are, and the shared memory of a
-// block.
+// Low-latency dispatch: where a token's message lies, and the shared memory of a block.
 #pragma once
 
-#include "cuda/low_latency.cuh"
+#include "cuda/lines.cuh"
 
 namespace deep_ep::cuda {
 namespace {  // a part of one kernel, included by its file alone
@@ -12,21 +11,35 @@ using Params = LowLatencyDispatchParams;
 
 constexpr int kRouteSteps = 4;  // of tokens that a warp routes before the block adds up
 
-__device__ std::byte* message_of(const Now& now, const Params& p, std::byte* window, int source, int token) {
-  const std::int64_t number = std::int64_t{source} * p.max_tokens_per_rank + token;
-  return window + now.common.layout.low_latency(ticket_of(now)) + number * static_cast<std::int64_t>(p.message.bytes);
+// What the ticket's lines hold in an owner's window.
+struct Messages {
+  std::byte* base;
+  const Params& p;
+
+  __device__ Messages(const Now& now, const Params& params, std::byte* window)
+      : base(window + now.common.layout.lines(ticket_of(now))), p(params) {}
+  __device__ std::byte* counts(int source) const { return base + source * p.count_bytes; }
+  __device__ std::byte* of(int source, int token) const {
+    return base + p.messages_at +
+           std::uint64_t{static_cast<std::uint32_t>(source * p.max_tokens_per_rank + token)} * p.lines.bytes;
+  }
+};
+
+__device__ std::uint32_t number_of(const Now& now) { return static_cast<std::uint32_t>(now.epoch); }
+
+// How many of a lane's vectors of a piece lie in the row.
+__device__ int vectors_of(const Params& p, int piece, int lane) {
+  return PieceOfRow::count(static_cast<std::int64_t>(p.shape.row_bytes) - std::int64_t{piece} * plan::kPieceBytes,
+                           lane);
 }
 
-__device__ std::int64_t flag_number(const Params& p, int source, int token, int part) {
-  return (std::int64_t{source} * p.max_tokens_per_rank + token) * p.parts.count + part;
+// Quantised rows: which lanes write, and read, a line of scales of a piece, and where among the row's lines of scales.
+// One for each group of a vector, or one for all where four share a word.
+__device__ bool writes_scales(const Params& p, int vectors, int lane) {
+  return vectors > 0 && lane % (p.scale_kind == plan::Fp8Scale::kUe8m0 ? 32 : 8) == 0;
 }
-
-// A part of a row on the wire.
-__device__ std::int64_t part_begin(const Params& p, int part) { return std::int64_t{part} * p.parts.bytes; }
-__device__ std::int64_t part_end(const Params& p, int part) {
-  const auto row_bytes = static_cast<std::int64_t>(p.shape.row_bytes);
-  const std::int64_t end = part_begin(p, part) + p.parts.bytes;
-  return end < row_bytes ? end : row_bytes;
+__device__ int scale_line(int piece, int lane) {
+  return (piece * plan::LineMessage::kScaleLines + lane / 8) * plan::kLineBytes;
 }
 
 // Shared memory of a block: the peers, then what route or gather need.
@@ -45,33 +58,6 @@ __host__ __device__ int route_warps(int max_slots) {
   const int fit = kMostWords / (max_slots + 1) - 1;
   return fit < 1 ? 1 : fit > kLowLatencyWarps ? kLowLatencyWarps : fit;
 }
-
-// A lane's share of a piece of a row that travels as it is.
-struct PlainPiece {
-  static constexpr int kVectors = 4;
-  static constexpr int kBytes = kVectors * 512;
-  uint4 v[kVectors];
-
-  __device__ void load(const Params& p, int token, std::int64_t begin, std::int64_t end, int lane) {
-    const std::byte* row = p.x + token * static_cast<std::int64_t>(p.shape.row_bytes);
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const std::int64_t byte = begin + 512 * i + 16 * lane;
-      if (byte < end) v[i] = __ldg(reinterpret_cast<const uint4*>(row + byte));
-    }
-  }
-  // To every lane's `message` that is not null.
-  __device__ void write(const Params& p, std::byte* message, std::int64_t begin, std::int64_t end, int lane) const {
-    for (unsigned rest = __ballot_sync(kAllLanes, message != nullptr); rest != 0; rest &= rest - 1) {
-      std::byte* const row = from_lane(message, __ffs(rest) - 1) + p.message.row_at;
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        const std::int64_t byte = begin + 512 * i + 16 * lane;
-        if (byte < end) store16(row + byte, v[i]);
-      }
-    }
-  }
-};
 
 }  // namespace
 }  // namespace deep_ep::cuda

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Low-latency dispatch, place: a warp waits for a part of a row and puts it at each of its experts.
+// Low-latency dispatch, place: a warp waits for a piece of a row and puts it at each of its experts.
 #pragma once
 
 #include "cuda/low_latency_gather.cuh"
@@ -13,30 +13,30 @@ struct Arrived {
   int src, token;
   std::int32_t arrival;  // -1: it does not come
   std::int32_t slot;     // of the lane's selection; -1: not here
-  std::int32_t row;      // where it goes
+  std::int32_t row;      // where it goes; -1: nowhere
 };
 
-__device__ Arrived read_head(const Now& now, const Params& p, const Gathered& g, std::byte* window, int src, int token,
-                             int lane) {
-  Arrived a{message_of(now, p, window, src, token), src, token, -1, -1, -1};
-  const std::int32_t number = __ldcg(reinterpret_cast<const std::int32_t*>(a.message + p.message.src_token_at));
-  std::int32_t row = 0;
-  if (lane < p.num_topk) {
-    a.slot = __ldcg(reinterpret_cast<const std::int32_t*>(a.message + p.message.slots_at) + lane);
-    row = __ldcg(reinterpret_cast<const std::int32_t*>(a.message + p.message.rows_at) + lane);
-  }
+__device__ Arrived arrived(const Params& p, const Gathered& g, const std::byte* message, int src, int token, uint4 head,
+                           int lane) {
+  Arrived a{message, src, token, -1, -1, -1};
+  const auto number = static_cast<std::int32_t>(__shfl_sync(kAllLanes, head.z, 0));
   if (number < 0) return a;
   a.arrival = g.first_arrival[src] + number;
-  if (a.slot >= 0)
-    a.row = p.layout == OutputLayout::kByRank ? a.arrival
-                                              : g.slot_first[a.slot] + g.rows_before[src * p.num_slots + a.slot] + row;
+  if (a.arrival >= p.most_arrivals) a.arrival = -1;  // of a peer that makes another call
+  if (lane >= p.num_topk || head.x >= static_cast<std::uint32_t>(p.num_slots)) return a;
+  a.slot = static_cast<std::int32_t>(head.x);
+  a.row = p.layout == OutputLayout::kByRank
+              ? a.arrival
+              : g.slot_first[a.slot] + g.rows_before[src * p.num_slots + a.slot] + static_cast<std::int32_t>(head.y);
+  if (static_cast<std::uint32_t>(a.row) >= static_cast<std::uint32_t>(p.most_rows)) a.row = -1;
   return a;
 }
 
-// All that comes once per token.
-__device__ void place_beside(const Params& p, const Arrived& a, int lane) {
+// All that comes once per token. False: not all has come.
+__device__ bool place_beside(const Now& now, const Params& p, const Arrived& a, int lane) {
   const bool by_rank = p.layout == OutputLayout::kByRank;
   const std::int64_t entry = std::int64_t{a.arrival} * p.num_topk + lane;
+  bool good = true;
   if (lane < p.num_topk) {
     std::byte* const ids = p.block + p.at.topk_idx_at;
     if (p.shape.topk_idx_bytes == 8) {
@@ -47,7 +47,9 @@ __device__ void place_beside(const Params& p, const Arrived& a, int lane) {
     p.tables.arrival_row[entry] = a.row;
     if (p.tables.row_token != nullptr && a.row >= 0) p.tables.row_token[a.row] = a.token;
     if (p.shape.topk_weights) {
-      const float weight = __ldcg(reinterpret_cast<const float*>(a.message + p.message.weights_at) + lane);
+      uint4 line;
+      good = await_line(now, a.message + p.lines.weights_at + lane / plan::kLineWords * plan::kLineBytes, line, a.src);
+      const float weight = __uint_as_float(word_of(line, lane % plan::kLineWords));
       auto* const weights = reinterpret_cast<float*>(p.block + p.at.topk_weights_at);
       p.tables.arrival_weights[entry] = weight;
       if (by_rank) weights[entry] = weight;
@@ -56,54 +58,92 @@ __device__ void place_beside(const Params& p, const Arrived& a, int lane) {
   }
   if (lane == 0) p.tables.src_token[a.arrival] = a.token;
   for (int i = 0; i < p.shape.num_side; ++i) {
-    const auto words = static_cast<int>(p.shape.side_bytes[i] / 4);
-    const auto* from = reinterpret_cast<const std::int32_t*>(a.message + p.message.side_at[i]);
-    auto* to = reinterpret_cast<std::int32_t*>(p.block + p.at.side_at[i]) + std::int64_t{a.arrival} * words;
-    for (int word = lane; word < words; word += 32) to[word] = __ldcg(from + word);
+    const int words = static_cast<int>(p.shape.side_bytes[i] / 4);
+    auto* const to = reinterpret_cast<std::int32_t*>(p.block + p.at.side_at[i]) + std::int64_t{a.arrival} * words;
+    good = receive_array(now, a.message + p.lines.side_at[i], words, a.src, lane,
+                         [&](int word, std::int32_t value) { to[word] = value; }) &&
+           good;
+  }
+  return good;
+}
+
+// The rows that a token takes here: one, however many selections, where rows are not by expert.
+__device__ unsigned targets_of(const Params& p, const Arrived& a) {
+  const unsigned rows = __ballot_sync(kAllLanes, a.row >= 0);
+  return p.layout == OutputLayout::kByRank ? rows & (~rows + 1) : rows;
+}
+
+__device__ std::int32_t* scales_of(const Params& p, std::int64_t row) {
+  return reinterpret_cast<std::int32_t*>(p.block + p.at.scales_at) + p.at.first_scale(row);
+}
+
+// Scales that the caller brought, with the first piece. `row`: of the lane's selection. False: not all has come.
+__device__ __noinline__ bool place_given_scales(const Now& now, const Params& p, const std::byte* message, int src,
+                                                std::int32_t row, unsigned targets, int lane) {
+  std::int32_t rows[32];  // in memory: lanes take lines apart from one another
+  for (int k = 0; k < 32; ++k) rows[k] = __shfl_sync(kAllLanes, row, k);
+  return receive_array(now, message + p.lines.scales_at, p.shape.num_scales, src, lane,
+                       [&](int word, std::int32_t value) {
+                         for (unsigned rest = targets; rest != 0; rest &= rest - 1)
+                           scales_of(p, rows[__ffs(rest) - 1])[word * p.at.scale_column_stride] = value;
+                       });
+}
+
+// A piece of a row and its scales, to each row of the token here.
+__device__ void place_piece(const Params& p, const Arrived& a, const PieceLines& came, uint4 scales, int piece,
+                            int lane) {
+  const int count = vectors_of(p, piece, lane);
+  const auto row_bytes = static_cast<std::int64_t>(p.shape.row_bytes);
+  std::byte* const first = p.block + p.at.x_at + piece * plan::kPieceBytes + 16 * lane;
+  const bool writes = p.quantize && writes_scales(p, count, lane);
+  const bool packed = p.scale_kind == plan::Fp8Scale::kUe8m0;
+  const int of_vector = packed ? 1 : 4;
+  const int scale = (piece * plan::kPieceVectors) * of_vector + (packed ? 0 : lane / 8);
+  for (unsigned rest = targets_of(p, a); rest != 0; rest &= rest - 1) {
+    const std::int64_t row = __shfl_sync(kAllLanes, a.row, __ffs(rest) - 1);
+#pragma unroll
+    for (int i = 0; i < plan::kPieceVectors; ++i)
+      if (i < count) store16(first + row * row_bytes + 512 * i, came.vector(i));
+    if (!writes) continue;
+    std::int32_t* const to = scales_of(p, row);
+    for (int i = 0; i < count; ++i)
+      to[(scale + i * of_vector) * p.at.scale_column_stride] = static_cast<std::int32_t>(word_of(scales, i));
   }
 }
 
-// A part of a row and its scales, to each row that the lanes of `targets` name.
-__device__ void place_part(const Params& p, const Arrived& a, unsigned targets, int part, int lane) {
-  constexpr int kVectors = PlainPiece::kVectors;
-  const auto row_bytes = static_cast<std::int64_t>(p.shape.row_bytes);
-  const std::int64_t end = part_end(p, part);
-  const std::byte* const from = a.message + p.message.row_at;
-  for (std::int64_t piece = part_begin(p, part); piece < end; piece += PlainPiece::kBytes) {
-    uint4 v[kVectors];
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const std::int64_t byte = piece + 512 * i + 16 * lane;
-      if (byte < end) v[i] = load16(from + byte);
-    }
-    for (unsigned rest = targets; rest != 0; rest &= rest - 1) {
-      const std::int64_t row = __shfl_sync(kAllLanes, a.row, __ffs(rest) - 1);
-      std::byte* const to = p.block + p.at.x_at + row * row_bytes;
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        const std::int64_t byte = piece + 512 * i + 16 * lane;
-        if (byte < end) store16(to + byte, v[i]);
-      }
-    }
+// A warp: waits for a piece of a token and places it. False: it did not come.
+__device__ bool receive_piece(const Now& now, const Params& p, const Gathered& g, const std::byte* message, int src,
+                              int token, int piece, int lane) {
+  const std::uint32_t number = number_of(now);
+  const int count = vectors_of(p, piece, lane);
+  const bool scaled = p.quantize && writes_scales(p, count, lane);
+  PieceLines row;
+  uint4 head{}, scales{};
+  for (int looks = 1;; ++looks) {
+    if (lane < p.num_topk) head = ptx::load_whole_system(message + plan::kLineBytes * lane);
+    row.look(message + p.lines.row_at + piece * plan::kPieceLineBytes, count, lane);
+    if (scaled) scales = ptx::load_whole_system(message + p.lines.scales_at + scale_line(piece, lane));
+    const bool told = lane >= p.num_topk || head.w == number;
+    const bool stays_away = __shfl_sync(kAllLanes, told && static_cast<std::int32_t>(head.z) < 0, 0);
+    if (stays_away) return true;
+    const bool came = told && row.came(count, number) && (!scaled || scales.w == number);
+    if (__all_sync(kAllLanes, came)) break;
+    if (looks % kLooksBetweenClocks == 0 && gives_up(now, came, src)) return false;
   }
-  const int first_scale = part * p.parts.scales;
-  const int end_scale = min(first_scale + p.parts.scales, p.shape.num_scales);
-  for (int word = first_scale + lane; word - lane < end_scale; word += 32) {
-    std::int32_t value = 0;
-    if (word < end_scale) value = __ldcg(reinterpret_cast<const std::int32_t*>(a.message + p.message.scales_at) + word);
-    for (unsigned rest = targets; rest != 0; rest &= rest - 1) {
-      const std::int64_t row = __shfl_sync(kAllLanes, a.row, __ffs(rest) - 1);
-      auto* const to = reinterpret_cast<std::int32_t*>(p.block + p.at.scales_at) + p.at.first_scale(row);
-      if (word < end_scale) to[word * p.at.scale_column_stride] = value;
-    }
-  }
+  const Arrived a = arrived(p, g, message, src, token, head, lane);
+  if (a.arrival < 0) return true;
+  place_piece(p, a, row, scales, piece, lane);
+  if (piece != 0) return true;
+  bool good = p.scales_given ? place_given_scales(now, p, message, src, a.row, targets_of(p, a), lane) : true;
+  return place_beside(now, p, a, lane) && good;
 }
 
 // Rows that nobody writes: padding between experts is zero, ids behind the last arrival say "nobody".
 __device__ void clear_unwritten(const Params& p, const Gathered& g, const Place& at) {
   const int number = at.number(), warps = at.warps();
   for (int slot = number; p.layout == OutputLayout::kByExpert && slot < p.num_slots; slot += warps) {
-    for (std::int64_t row = g.slot_first[slot] + g.slot_rows[slot]; row < g.slot_first[slot + 1]; ++row) {
+    const std::int64_t end = min(std::int64_t{g.slot_first[slot + 1]}, p.most_rows);
+    for (std::int64_t row = g.slot_first[slot] + g.slot_rows[slot]; row < end; ++row) {
       std::byte* const x = p.block + p.at.x_at + row * static_cast<std::int64_t>(p.shape.row_bytes);
       for (std::int64_t byte = 16 * at.lane; byte < static_cast<std::int64_t>(p.shape.row_bytes); byte += 512)
         store16(x + byte, uint4{});
@@ -119,32 +159,20 @@ __device__ void clear_unwritten(const Params& p, const Gathered& g, const Place&
     ids[i] = -1;
 }
 
-// Phases gather, place. False: not all has come.
+// Phases hear, gather, place. False: not all has come.
 __device__ bool receive(const Now& now, const Params& p, const Shared& shared, const Place& at) {
   const Gathered g = gathered_of(p, shared);
-  if (!gather(now, p, shared, g, at)) return false;
+  bool good = at.block != at.blocks - 1 || hear(now, p.window, shared.peers, at);
+  if (!gather(now, p, shared, g)) return false;
   const int ranks = p.common.num_ranks;
-  std::byte* const window = p.window;
+  const Messages messages(now, p, p.window);
   int tokens = 0;
   for (int src = 0; src < ranks; ++src) tokens += g.tokens[src];
-  bool good = true;
-  for (int unit = at.number(); unit < tokens * p.parts.count; unit += at.warps()) {
-    const int part = unit % p.parts.count;
-    int src = 0, token = unit / p.parts.count;
+  for (int unit = at.number(); good && unit < tokens * p.pieces; unit += at.warps()) {
+    int src = 0, token = unit / p.pieces;
+    const int piece = unit - token * p.pieces;
     while (token >= g.tokens[src]) token -= g.tokens[src++];
-    std::uint32_t* const flag = flag_of(now, window, flag_number(p, src, token, part));
-    int came = 0;
-    if (at.lane == 0) came = ptx::load_acquire_system(flag) == static_cast<std::uint32_t>(now.epoch);
-    const Arrived a = read_head(now, p, g, window, src, token, at.lane);
-    if (a.arrival < 0) continue;
-    if (at.lane == 0 && came == 0) came = await_flag(now, flag, src);
-    came = __shfl_sync(kAllLanes, came, 0);
-    good = good && came != 0;
-    unsigned targets = __ballot_sync(kAllLanes, a.row >= 0);
-    if (p.layout == OutputLayout::kByRank) targets &= ~targets + 1;  // one row, however many selections
-    if (came == 0) continue;
-    place_part(p, a, targets, part, at.lane);
-    if (part == 0) place_beside(p, a, at.lane);
+    good = receive_piece(now, p, g, messages.of(src, token), src, token, piece, at.lane);
   }
   clear_unwritten(p, g, at);
   if (at.block == 0) write_tables(p, g);

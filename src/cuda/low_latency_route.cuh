@@ -60,87 +60,124 @@ __device__ Routed route_step(const Params& p, const Peers& peers, std::int32_t* 
   return r;
 }
 
-// The head of a token's message: every lane its selection, the lane of selection 0 the arrival.
-__device__ void write_head(const Params& p, std::byte* message, const Routed& r, int row, int arrival) {
-  reinterpret_cast<std::int32_t*>(message + p.message.slots_at)[r.k] = r.slot;
-  reinterpret_cast<std::int32_t*>(message + p.message.rows_at)[r.k] = row;
-  if (r.k == 0) *reinterpret_cast<std::int32_t*>(message + p.message.src_token_at) = arrival;
+// The head of a token's message: each selection a line of its own.
+__device__ void write_head(const Params& p, std::byte* message, const Routed& r, int row, int arrival,
+                           std::uint32_t number) {
+  ptx::store_whole_system(message + plan::kLineBytes * r.k, {static_cast<std::uint32_t>(r.slot),
+                                                             static_cast<std::uint32_t>(row),
+                                                             static_cast<std::uint32_t>(arrival), number});
 }
 
-// A block: which of our tokens go to one destination, in token order. Then says so, and how many of them there are.
-__device__ void route_to(const Now& now, const Params& p, const Shared& shared, int dst, const Place& at) {
-  __shared__ unsigned long long bad;  // lowest selection that does not exist
-  const Common& common = p.common;
-  const int me = common.rank, slots = p.first_copy[dst + 1] - p.first_copy[dst], keys = slots + 1;
-  const int warps = route_warps(p.max_slots);
-  const int of_step = 32 / p.num_topk, of_warp = of_step * kRouteSteps, of_batch = of_warp * warps;
-  std::int32_t* const carry = shared.words;  // over the tokens so far
-  std::int32_t* const counters = carry + keys;
-  std::byte* const window = shared.peers.window(dst);
-  if (threadIdx.x == 0) bad = ~0ull;
-  if (at.warp == kLowLatencyWarps - 1) write_signature(now, window, at.lane);
-  for (int i = static_cast<int>(threadIdx.x); i < keys; i += kLowLatencyThreads) carry[i] = 0;
-  for (int batch = 0; batch < p.num_tokens; batch += of_batch) {
-    const int left = p.num_tokens - batch;
-    const int working = left < of_batch ? (left + of_warp - 1) / of_warp : warps;
-    __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < keys * working; i += kLowLatencyThreads) counters[i] = 0;
-    __syncthreads();
-    Routed routed[kRouteSteps];
-    const int first = batch + at.warp * of_warp;
-    if (at.warp < working) {
-#pragma unroll
-      for (int i = 0; i < kRouteSteps; ++i)
-        routed[i] =
-            route_step(p, shared.peers, counters + at.warp * keys, dst, first + i * of_step, slots, at.lane, &bad);
-    }
-    __syncthreads();
+// Counters of a block that routes: of all tokens so far, then of each warp's.
+struct RouteCounters {
+  std::int32_t *carry, *of_warps;
+  int keys;
+
+  __device__ RouteCounters(const Shared& shared, int slots)
+      : carry(shared.words), of_warps(shared.words + slots + 1), keys(slots + 1) {}
+  /// A block barrier must follow.
+  __device__ void clear(int warps) const {
+    for (int i = static_cast<int>(threadIdx.x); i < keys * (warps + 1); i += kLowLatencyThreads) carry[i] = 0;
+  }
+  __device__ std::int32_t* of(int warp) const { return of_warps + warp * keys; }
+  /// Each warp's counts become what comes before it. Every thread; block barriers must stand before and after.
+  __device__ void add_up(int warps) const {
     for (int key = static_cast<int>(threadIdx.x); key < keys; key += kLowLatencyThreads) {
       std::int32_t sum = carry[key];
-#pragma unroll 8
-      for (int w = 0; w < working; ++w) {
-        const std::int32_t count = counters[w * keys + key];
-        counters[w * keys + key] = sum;
+#pragma unroll 4
+      for (int w = 0; w < warps; ++w) {
+        const std::int32_t count = of(w)[key];
+        of(w)[key] = sum;
         sum += count;
       }
       carry[key] = sum;
     }
-    __syncthreads();
-    if (at.warp >= working) continue;
-#pragma unroll
-    for (int i = 0; i < kRouteSteps; ++i) {
-      const Routed& r = routed[i];
-      const unsigned of_token = __match_any_sync(kAllLanes, r.token >= 0 ? r.token : -1 - at.lane);
-      const unsigned leader = __ballot_sync(kAllLanes, r.arrival >= 0) & of_token;
-      const int arrival = __shfl_sync(kAllLanes, r.arrival, leader != 0 ? __ffs(leader) - 1 : at.lane);
-      if (r.token < 0) continue;
-      const int row = r.slot >= 0 ? r.row + counters[at.warp * keys + r.slot] : 0;
-      write_head(p, message_of(now, p, window, me, r.token), r, row,
-                 leader != 0 ? arrival + counters[at.warp * keys + slots] : -1);
-    }
   }
+};
+
+__device__ int slots_of(const Params& p, int rank) { return p.first_copy[rank + 1] - p.first_copy[rank]; }
+
+// How many tokens a batch of a block has, and how they are shared.
+struct Batch {
+  int steps, of_warp, tokens, warps;
+  __device__ Batch(const Params& p, int left) {
+    const int of_step = 32 / p.num_topk, most_warps = route_warps(p.max_slots);
+    const int wanted = (left + most_warps * of_step - 1) / (most_warps * of_step);
+    steps = min(wanted, kRouteSteps);
+    of_warp = of_step * steps;
+    tokens = min(left, of_warp * most_warps);
+    warps = (tokens + of_warp - 1) / of_warp;
+  }
+};
+
+// A block: which of our tokens go to one destination, in token order. Then says how many. The counters are clear.
+__device__ void route_to(const Now& now, const Params& p, const Shared& shared, int dst, const Place& at) {
+  __shared__ unsigned long long bad;  // lowest selection that does not exist
+  const Common& common = p.common;
+  const int me = common.rank, slots = slots_of(p, dst), of_step = 32 / p.num_topk;
+  const std::uint32_t number = number_of(now);
+  const RouteCounters counters(shared, slots);
+  std::byte* const window = shared.peers.window(dst);
+  const Messages messages(now, p, window);
+  if (threadIdx.x == 0) bad = ~0ull;
+  if (at.warp == kLowLatencyWarps - 1) write_signature(now, window, at.lane);
   __syncthreads();
-  std::int32_t* const tokens = announced_tokens_in(now, window, me);
-  for (int slot = static_cast<int>(threadIdx.x); slot < slots; slot += kLowLatencyThreads)
-    tokens[common.num_ranks + slot] = carry[slot];
-  if (threadIdx.x == 0) {
-    tokens[dst] = carry[slots];
-    count_sent(common, dst, static_cast<std::uint64_t>(carry[slots]) * p.message.bytes);
+  for (int done = 0; done < p.num_tokens;) {
+    const Batch batch(p, p.num_tokens - done);
+    const int first = done + at.warp * batch.of_warp;
+    Routed routed[kRouteSteps];
+    if (at.warp < batch.warps) {
+#pragma unroll
+      for (int i = 0; i < kRouteSteps; ++i)
+        if (i < batch.steps)
+          routed[i] = route_step(p, shared.peers, counters.of(at.warp), dst, first + i * of_step, slots, at.lane, &bad);
+    }
+    __syncthreads();
+    counters.add_up(batch.warps);
+    __syncthreads();
+    if (at.warp < batch.warps && bad == ~0ull) {
+#pragma unroll
+      for (int i = 0; i < kRouteSteps; ++i) {
+        if (i >= batch.steps) continue;
+        const Routed& r = routed[i];
+        const unsigned of_token = __match_any_sync(kAllLanes, r.token >= 0 ? r.token : -1 - at.lane);
+        const unsigned leader = __ballot_sync(kAllLanes, r.arrival >= 0) & of_token;
+        const int arrival = __shfl_sync(kAllLanes, r.arrival, leader != 0 ? __ffs(leader) - 1 : at.lane);
+        if (r.token < 0) continue;
+        const int row = r.slot >= 0 ? r.row + counters.of(at.warp)[r.slot] : 0;
+        write_head(p, messages.of(me, r.token), r, row,
+                   leader != 0 ? arrival + counters.of(at.warp)[slots] : -1, number);
+      }
+    }
+    done += batch.tokens;
+    if (done == p.num_tokens) break;
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < counters.keys * kLowLatencyWarps &&
+                                                i < counters.keys * route_warps(p.max_slots);
+         i += kLowLatencyThreads)
+      counters.of_warps[i] = 0;
+    __syncthreads();
   }
-  __syncthreads();  // the block's writes, before the fence of lanes 0 and 1
-  plan::Words& words = words_in(now, window, me);
-  if (at.warp != 0) return;
-  if (bad == ~0ull) {
-    __threadfence_system();
-    auto* const word = static_cast<volatile std::uint64_t*>(at.lane == 0 ? &words.arrived : &words.announced);
-    if (at.lane < 2) *word = now.epoch << 32 | static_cast<std::uint32_t>(at.lane == 0 ? p.num_tokens : kSame);
+  if (bad != ~0ull) {
+    if (threadIdx.x != 0) return;
+    Announcement& mine = announcement_in(now, window, me);
+    mine.bad_selection = static_cast<std::int64_t>(bad);
+    mine.bad_expert = expert_of(p, static_cast<std::int64_t>(bad));
+    publish(now, &words_in(now, window, me).announced, kBadExpert);
     return;
   }
-  if (at.lane != 0) return;
-  Announcement& mine = announcement_in(now, window, me);
-  mine.bad_selection = static_cast<std::int64_t>(bad);
-  mine.bad_expert = expert_of(p, static_cast<std::int64_t>(bad));
-  publish(now, &words.announced, kBadExpert);
+  for (int line = static_cast<int>(threadIdx.x); line < plan::count_lines(slots); line += kLowLatencyThreads) {
+    const auto count = [&](int slot) { return slot < slots ? static_cast<std::uint32_t>(counters.carry[slot]) : 0; };
+    const int slot = plan::kLineWords * (line - 1);
+    const uint4 words = line == 0 ? uint4{static_cast<std::uint32_t>(p.num_tokens),
+                                          static_cast<std::uint32_t>(counters.carry[slots]), 0, number}
+                                  : uint4{count(slot), count(slot + 1), count(slot + 2), number};
+    ptx::store_whole_system(messages.counts(me) + plan::kLineBytes * line, words);
+  }
+  // The signature was written before the block's barriers.
+  if (threadIdx.x != kLowLatencyThreads - 1) return;
+  publish(now, &words_in(now, window, me).announced, kSame);
+  count_sent(common, dst, static_cast<std::uint64_t>(counters.carry[slots]) * p.message_bytes);
 }
 
 }  // namespace

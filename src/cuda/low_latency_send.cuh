@@ -1,35 +1,82 @@
 // SPDX-License-Identifier: MIT
-// Low-latency dispatch, send: a warp reads a part of a row, quantises it if asked, and writes it to every rank that the
+// Low-latency dispatch, send: a warp reads a piece of a row, quantises it if asked, and writes it to every rank that the
 // token goes to.
 #pragma once
 
-#include "cuda/encode.cuh"
 #include "cuda/low_latency_route.cuh"
+#include "cuda/quantize.cuh"
 
 namespace deep_ep::cuda {
 namespace {  // a part of one kernel, included by its file alone
 
 enum class Rows { kAsTheyAre, kBf16, kFp16, kFp32 };
 
-// A lane's share of 1024 channels to be quantised: twice sixteen of them, eight lanes to a group.
+// What a lane sends of a piece: its vectors, and for quantised rows the line of scales that it writes, if any.
+struct Outgoing {
+  PieceOfRow row;
+  std::uint32_t scales[plan::kPieceVectors];
+};
+
+// A lane's share of a piece of a row that travels as it is.
+struct PlainPiece {
+  PieceOfRow row;
+  __device__ void load(const Params& p, int token, int piece, int lane) {
+    row.load(p.x + token * static_cast<std::int64_t>(p.shape.row_bytes) + piece * plan::kPieceBytes,
+             vectors_of(p, piece, lane), lane);
+  }
+  __device__ Outgoing outgoing(const Params&, int, int, int) const { return {row, {}}; }
+};
+
+// Sixteen channels by the rule itself, for whatever they may hold; reads them again.
+struct AnyCodes {
+  uint4 codes;
+  float scale;
+};
+template <class Number>
+__device__ __noinline__ AnyCodes encode_any_vector(const std::byte* at, bool in_row, plan::Fp8Scale kind) {
+  float x[16];
+  std::int32_t largest = 0;
+#pragma unroll 1
+  for (int i = 0; i < 4; ++i) {
+    typename Number::Four four{};
+    if (in_row) four = reinterpret_cast<const typename Number::Four*>(at)[i];
+    float widened[4];
+    Number::widen(four, widened);
+    for (int j = 0; j < 4; ++j) {
+      x[4 * i + j] = widened[j];
+      largest = max(largest, plan::fp8_magnitude(widened[j]));
+    }
+  }
+  for (int lanes = 1; lanes < kLanesOfGroup; lanes *= 2)
+    largest = max(largest, __shfl_xor_sync(kAllLanes, largest, lanes));
+  const plan::Fp8Scaling scaling = plan::fp8_scaling(largest, kind);
+  std::uint32_t codes[4] = {};
+#pragma unroll 1
+  for (int i = 0; i < 16; ++i)
+    codes[i / 4] |= std::uint32_t{plan::fp8_encode(x[i], scaling.factor)} << (8 * (i % 4));
+  return {{codes[0], codes[1], codes[2], codes[3]}, scaling.scale};
+}
+
+// A lane's share of a piece to be quantised: sixteen channels of each vector, eight lanes to a group.
 template <class Number>
 struct FloatPiece {
-  static constexpr int kHalves = 2, kFours = 4, kChannels = 16;
-  static constexpr int kBytes = kHalves * 32 * kChannels;  // on the wire
+  static constexpr int kFours = 4;
   using Four = typename Number::Four;
-  Four v[kHalves][kFours];
+  Four v[plan::kPieceVectors][kFours];
 
-  __device__ void load(const Params& p, int token, std::int64_t begin, std::int64_t end, int lane) {
-    const std::byte* row = p.x + token * p.hidden * Number::kBytes;
+  __device__ static const std::byte* channels(const Params& p, int token, int piece, int vector, int lane) {
+    return p.x + (token * p.hidden + piece * plan::kPieceBytes + 512 * vector + 16 * lane) * Number::kBytes;
+  }
+  __device__ void load(const Params& p, int token, int piece, int lane) {
+    const int count = vectors_of(p, piece, lane);
+    const std::byte* const from = channels(p, token, piece, 0, lane);
+    constexpr int kLoads = kFours * static_cast<int>(sizeof(Four)) / 16;
 #pragma unroll
-    for (int h = 0; h < kHalves; ++h) {
-      const std::int64_t channel = begin + (32 * h + lane) * kChannels;
-      constexpr int kVectors = kFours * static_cast<int>(sizeof(Four)) / 16;
+    for (int i = 0; i < plan::kPieceVectors; ++i)
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i)
-        split(channel < end ? __ldg(reinterpret_cast<const uint4*>(row + channel * Number::kBytes) + i) : uint4{},
-              v[h] + i * kFours / kVectors);
-    }
+      for (int j = 0; j < kLoads; ++j)
+        split(i < count ? __ldg(reinterpret_cast<const uint4*>(from + i * 512 * Number::kBytes) + j) : uint4{},
+              v[i] + j * kFours / kLoads);
   }
   __device__ static void split(uint4 vector, uint2* fours) {
     fours[0] = {vector.x, vector.y};
@@ -37,54 +84,62 @@ struct FloatPiece {
   }
   __device__ static void split(uint4 vector, uint4* fours) { fours[0] = vector; }
 
-  __device__ static std::uint32_t of_group(std::uint32_t largest) {
+  __device__ Outgoing outgoing(const Params& p, int token, int piece, int lane) const {
+    Outgoing out;
+    std::uint32_t largest[plan::kPieceVectors];
 #pragma unroll
-    for (int step = 1; step < 8; step *= 2) largest = max(largest, __shfl_xor_sync(kAllLanes, largest, step));
-    return largest;
+    for (int i = 0; i < plan::kPieceVectors; ++i) {
+      largest[i] = 0;
+#pragma unroll
+      for (int j = 0; j < kFours; ++j) largest[i] = max(largest[i], Number::largest_bits(v[i][j]));
+    }
+#pragma unroll
+    for (int lanes = 1; lanes < kLanesOfGroup; lanes *= 2)
+#pragma unroll
+      for (int i = 0; i < plan::kPieceVectors; ++i)
+        largest[i] = max(largest[i], __shfl_xor_sync(kAllLanes, largest[i], lanes));
+    float scale[plan::kPieceVectors];
+    const bool quick = max(max(largest[0], largest[1]), largest[2]) < kLargestQuick;
+    if (__all_sync(kAllLanes, quick)) {
+#pragma unroll
+      for (int i = 0; i < plan::kPieceVectors; ++i) {
+        const plan::Fp8Scaling scaling = quick_scaling(static_cast<std::int32_t>(largest[i]), p.scale_kind);
+        scale[i] = scaling.scale;
+        std::uint32_t code[kFours];
+#pragma unroll
+        for (int j = 0; j < kFours; ++j) {
+          float x[4];
+          Number::widen(v[i][j], x);
+          code[j] = quick_codes(x, scaling.factor);
+        }
+        out.row.v[i] = {code[0], code[1], code[2], code[3]};
+      }
+    } else {
+      const int count = vectors_of(p, piece, lane);
+#pragma unroll
+      for (int i = 0; i < plan::kPieceVectors; ++i) {
+        const AnyCodes any = encode_any_vector<Number>(channels(p, token, piece, i, lane), i < count, p.scale_kind);
+        out.row.v[i] = any.codes;
+        scale[i] = any.scale;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < plan::kPieceVectors; ++i) out.scales[i] = __float_as_uint(scale[i]);
+    if (p.scale_kind == plan::Fp8Scale::kUe8m0) pack(p, out, piece, lane);
+    return out;
   }
 
-  __device__ void write(const Params& p, std::byte* message, std::int64_t begin, std::int64_t end, int lane) const {
-    const unsigned all = __ballot_sync(kAllLanes, message != nullptr);
+  // The four groups of a vector share a word.
+  __device__ static void pack(const Params& p, Outgoing& out, int piece, int lane) {
 #pragma unroll
-    for (int h = 0; h < kHalves; ++h) {
-      std::uint32_t largest = 0;
-#pragma unroll
-      for (int i = 0; i < kFours; ++i) largest = max(largest, Number::largest_bits(v[h][i]));
-      largest = of_group(largest);
-      const bool plain = __all_sync(kAllLanes, largest < static_cast<std::uint32_t>(plan::kFloatInfBits));
-      if (!plain) {
-        largest = 0;
-        for (int i = 0; i < kFours; ++i) {
-          float x[4];
-          Number::widen(v[h][i], x);
-          largest = max(largest, largest_number(x));
-        }
-        largest = of_group(largest);
-      }
-      const plan::Fp8Scaling scaling = plan::fp8_scaling(static_cast<std::int32_t>(largest), p.scale_kind);
-      std::uint32_t code[kFours];
-#pragma unroll
-      for (int i = 0; i < kFours; ++i) {
-        float x[4];
-        Number::widen(v[h][i], x);
-        code[i] = encode4(x, scaling.factor, plain);
-      }
-      const std::int64_t channel = begin + (32 * h + lane) * kChannels;
-      const std::int64_t group = channel / plan::kFp8Group;
-      const bool packed = p.scale_kind == plan::Fp8Scale::kUe8m0;
-      std::uint32_t word = __float_as_uint(scaling.scale);
-      if (packed) {
-        word = group * plan::kFp8Group < p.hidden ? plan::ue8m0_in_word(scaling.scale, group) : 0;
-        word |= __shfl_xor_sync(kAllLanes, word, 8);
-        word |= __shfl_xor_sync(kAllLanes, word, 16);
-      }
-      const std::int64_t at = packed ? group / plan::kUe8m0PerWord : group;
-      const bool keeps = lane % (packed ? 32 : 8) == 0 && at < p.shape.num_scales && channel < end;
-      for (unsigned rest = all; rest != 0; rest &= rest - 1) {
-        std::byte* const to = from_lane(message, __ffs(rest) - 1);
-        if (channel < end) store16(to + p.message.row_at + channel, {code[0], code[1], code[2], code[3]});
-        if (keeps) reinterpret_cast<std::uint32_t*>(to + p.message.scales_at)[at] = word;
-      }
+    for (int i = 0; i < plan::kPieceVectors; ++i) {
+      const int group = piece * (plan::kPieceBytes / plan::kFp8Group) + i * kGroupsOfPass + lane / kLanesOfGroup;
+      std::uint32_t word = group * plan::kFp8Group < p.hidden
+                               ? plan::ue8m0_in_word(__uint_as_float(out.scales[i]), group)
+                               : 0;
+      word |= __shfl_xor_sync(kAllLanes, word, 8);
+      word |= __shfl_xor_sync(kAllLanes, word, 16);
+      out.scales[i] = word;
     }
   }
 };
@@ -106,81 +161,91 @@ struct PieceOf<Rows::kFp32> {
   using Type = FloatPiece<Fp32>;
 };
 
-// A warp: what goes beside a token's row, with its first part; the caller's scales with theirs. One destination.
-__device__ void write_beside(const Params& p, std::byte* message, int dst, int token, int part, int my_rank, int lane) {
+// A warp: what goes beside a token's row, with its first piece. One destination.
+__device__ __noinline__ void send_beside(const Params& p, std::byte* message, int dst, int token,
+                                         std::uint32_t number, int lane) {
   if (p.scales != nullptr) {
-    const int first = part * p.parts.scales;
-    const int end = min(first + p.parts.scales, p.shape.num_scales);
-    auto* const scales = reinterpret_cast<std::int32_t*>(message + p.message.scales_at);
-    for (int word = first + lane; word < end; word += 32)
-      scales[word] = p.scales[token * p.scale_strides[0] + word * p.scale_strides[1]];
+    for (int line = lane; line * plan::kLineWords < p.shape.num_scales; line += 32) {
+      const auto word = [&](int i) {
+        const std::int64_t at = line * plan::kLineWords + i;
+        return at < p.shape.num_scales
+                   ? static_cast<std::uint32_t>(p.scales[token * p.scale_strides[0] + at * p.scale_strides[1]])
+                   : 0;
+      };
+      ptx::store_whole_system(message + p.lines.scales_at + plan::kLineBytes * line,
+                              {word(0), word(1), word(2), number});
+    }
   }
-  if (part != 0) return;
-  if (p.shape.topk_weights && lane < p.num_topk)
-    reinterpret_cast<float*>(message + p.message.weights_at)[lane] =
-        my_rank == dst || !p.mask_topk_weights ? p.topk_weights[std::int64_t{token} * p.num_topk + lane] : 0.0f;
   for (int i = 0; i < p.shape.num_side; ++i) {
-    const auto words = static_cast<int>(p.shape.side_bytes[i] / 4);
-    const auto* src = reinterpret_cast<const std::int32_t*>(p.side[i]) + std::int64_t{token} * words;
-    auto* dst_words = reinterpret_cast<std::int32_t*>(message + p.message.side_at[i]);
-    for (int word = lane; word < words; word += 32) dst_words[word] = src[word];
+    const int words = static_cast<int>(p.shape.side_bytes[i] / 4);
+    send_array(message + p.lines.side_at[i],
+               reinterpret_cast<const std::int32_t*>(p.side[i]) + std::int64_t{token} * words, words, number, lane);
   }
+  if (!p.shape.topk_weights) return;
+  const int first = plan::kLineWords * lane;
+  if (first >= p.num_topk) return;
+  const auto word = [&](int i) {
+    const bool given = first + i < p.num_topk && (p.common.rank == dst || !p.mask_topk_weights);
+    return given ? __float_as_uint(p.topk_weights[std::int64_t{token} * p.num_topk + first + i]) : 0u;
+  };
+  ptx::store_whole_system(message + p.lines.weights_at + plan::kLineBytes * lane,
+                          {word(0), word(1), word(2), number});
 }
 
-// A warp: one part of one token to all its ranks. `piece` and `expert` are loaded already.
+// A warp: one piece of one token to all its ranks.
 template <Rows kRows>
-__device__ void send_unit(const Now& now, const Params& p, const Shared& shared, const Flags& flags,
-                          typename PieceOf<kRows>::Type& piece, std::int64_t expert, int unit, int lane) {
-  using Piece = typename PieceOf<kRows>::Type;
-  const int me = p.common.rank, token = unit / p.parts.count, part = unit % p.parts.count;
+__device__ void send_piece(const Now& now, const Params& p, const Shared& shared,
+                           const typename PieceOf<kRows>::Type& loaded, std::int64_t expert, int token, int piece,
+                           int lane) {
   const int rank = replica_of(p, shared.peers, expert, token).rank;
+  const Outgoing out = loaded.outgoing(p, token, piece, lane);
   const unsigned same = __match_any_sync(kAllLanes, rank);
-  const bool leads = rank >= 0 && (same & ((1u << lane) - 1)) == 0;
-  std::byte* const message = leads ? message_of(now, p, shared.peers.window(rank), me, token) : nullptr;
-  const std::int64_t end = part_end(p, part);
-  for (std::int64_t byte = part_begin(p, part);;) {
-    piece.write(p, message, byte, end, lane);
-    byte += Piece::kBytes;
-    if (byte >= end) break;
-    piece.load(p, token, byte, end, lane);
+  const unsigned leaders = __ballot_sync(kAllLanes, rank >= 0 && (same & ((1u << lane) - 1)) == 0);
+  const int count = vectors_of(p, piece, lane);
+  const std::uint32_t number = number_of(now);
+  const bool beside = piece == 0 && (p.shape.topk_weights || p.scales != nullptr || p.shape.num_side > 0);
+  for (unsigned rest = leaders; rest != 0; rest &= rest - 1) {
+    const int dst = __shfl_sync(kAllLanes, rank, __ffs(rest) - 1);
+    std::byte* const message = Messages(now, p, shared.peers.window(dst)).of(p.common.rank, token);
+    out.row.send(message + p.lines.row_at + piece * plan::kPieceLineBytes, count, number, lane);
+    if (kRows != Rows::kAsTheyAre && writes_scales(p, count, lane))
+      ptx::store_whole_system(message + p.lines.scales_at + scale_line(piece, lane),
+                              {out.scales[0], out.scales[1], out.scales[2], number});
+    if (beside) send_beside(p, message, dst, token, number, lane);
   }
-  if (part == 0 || p.scales != nullptr)
-    for (unsigned rest = __ballot_sync(kAllLanes, leads); rest != 0; rest &= rest - 1) {
-      const int from = __ffs(rest) - 1;
-      write_beside(p, from_lane(message, from), __shfl_sync(kAllLanes, rank, from), token, part, rank, lane);
-    }
-  if (leads) flags.add(flag_of(now, shared.peers.window(rank), flag_number(p, me, token, part)));
 }
 
 // Phases open, route, send. False: not all was sent.
 template <Rows kRows>
-__device__ bool send(const Now& now, const Params& p, const Shared& shared, const Flags& flags, const Place& at) {
-  using Piece = typename PieceOf<kRows>::Type;
+__device__ bool send(const Now& now, const Params& p, const Shared& shared, const Place& at) {
   const int ranks = p.common.num_ranks;
-  const int units = p.num_tokens * p.parts.count;
+  const int units = p.num_tokens * p.pieces;
   int unit = at.number(ranks);  // blocks that route take rows last
-  Piece piece;
+  int token = 0, piece = 0;
+  typename PieceOf<kRows>::Type loaded;
   std::int64_t expert = -1;
-  const auto look = [&] {  // starts the loads of a unit's first piece
-    const int token = unit / p.parts.count, part = unit % p.parts.count;
-    piece.load(p, token, part_begin(p, part), part_end(p, part), at.lane);
+  const auto look = [&] {  // starts the loads of a unit
+    token = unit / p.pieces, piece = unit - token * p.pieces;
+    loaded.load(p, token, piece, at.lane);
     expert = at.lane < p.num_topk ? expert_of(p, std::int64_t{token} * p.num_topk + at.lane) : -1;
   };
   if (unit < units) look();
   shared.peers.load(p.common);
-  flags.clear();
+  if (at.block < ranks) RouteCounters(shared, p.max_slots).clear(route_warps(p.max_slots));
   if (!open_operation(now, p.window, p.ticket, at, (p.phases & kReceive) != 0)) return false;
   for (int dst = at.block; dst < ranks; dst += at.blocks) {
-    if (shared.peers.active(dst)) route_to(now, p, shared, dst, at);
-    __syncthreads();
-  }
-  const int rounds = (units + at.warps() * Flags::kUnits - 1) / (at.warps() * Flags::kUnits);
-  for (int round = 0; round < rounds; ++round, flags.raise(now, at))
-    for (int i = 0; i < Flags::kUnits && unit < units; ++i) {
-      send_unit<kRows>(now, p, shared, flags, piece, expert, unit, at.lane);
-      unit += at.warps();
-      if (unit < units) look();
+    if (dst != at.block) {  // fewer blocks than ranks
+      __syncthreads();
+      RouteCounters(shared, p.max_slots).clear(route_warps(p.max_slots));
+      __syncthreads();
     }
+    if (shared.peers.active(dst)) route_to(now, p, shared, dst, at);
+  }
+  while (unit < units) {
+    send_piece<kRows>(now, p, shared, loaded, expert, token, piece, at.lane);
+    unit += at.warps();
+    if (unit < units) look();
+  }
   return true;
 }
 

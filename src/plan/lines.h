@@ -36,19 +36,71 @@ EP_HOST_DEVICE constexpr std::size_t word_lines(int words) {
 
 /// Combine: a row and the weights that come home with it, in the slot of a selection.
 EP_HOST_DEVICE constexpr std::size_t combine_slot_lines(std::int64_t row_bytes, int num_topk) {
-  return align_up(static_cast<std::size_t>(pieces_of_row(row_bytes)) * kPieceLineBytes + word_lines(num_topk),
-                  kRegionAlignment);
+  return align_up(static_cast<std::size_t>(pieces_of_row(row_bytes)) * kPieceLineBytes + word_lines(num_topk), kRegionAlignment);
 }
 inline std::size_t combine_lines(int max_tokens, int num_topk, std::int64_t row_bytes) {
   return static_cast<std::size_t>(max_tokens) * num_topk * combine_slot_lines(row_bytes, num_topk);
 }
 
-/// Bytes of lines that one ticket needs for few tokens.
-inline std::size_t line_bytes(const LowLatencyCapacity& capacity, int num_ranks) {
-  (void)num_ranks;
-  const int tokens = std::min(capacity.max_tokens_per_rank, kFewTokens);
-  return align_up(combine_lines(tokens, capacity.num_topk, static_cast<std::int64_t>(capacity.row_bytes)),
-                  kRegionAlignment);
+/// Dispatch: what one token's message holds.
+//   [ heads: a line for each selection (slot, row, arrival) | weights | pieces of the row | scales | side 0 | ... ]
+// A quantised piece has up to four lines of scales: line g those of the groups that are the g-th of their 512 channels.
+struct LineMessage {
+  static constexpr int kScaleLines = 4;  // of a quantised piece
+
+  std::uint32_t weights_at = 0;
+  std::uint32_t row_at = 0;
+  std::uint32_t scales_at = 0;
+  std::uint32_t side_at[kMaxSide] = {};
+  std::uint32_t bytes = 0;
+
+  static LineMessage place(const RowShape& shape) {
+    const std::size_t pieces = static_cast<std::size_t>(pieces_of_row(static_cast<std::int64_t>(shape.row_bytes)));
+    std::size_t end = static_cast<std::size_t>(shape.num_topk) * kLineBytes;
+    const auto put = [&](std::size_t bytes, std::size_t alignment) {
+      return static_cast<std::uint32_t>(take(end, bytes, alignment));
+    };
+    LineMessage message;
+    message.weights_at = put(shape.topk_weights ? word_lines(shape.num_topk) : 0, kLineBytes);
+    message.row_at = put(pieces * kPieceLineBytes, kRegionAlignment);
+    const std::size_t of_pieces = pieces * kScaleLines * kLineBytes;
+    message.scales_at = put(shape.num_scales > 0 ? std::max(of_pieces, word_lines(shape.num_scales)) : 0, kLineBytes);
+    for (int i = 0; i < shape.num_side; ++i)
+      message.side_at[i] = put(word_lines(static_cast<int>(shape.side_bytes[i] / 4)), kLineBytes);
+    message.bytes = static_cast<std::uint32_t>(align_up(end, kRegionAlignment));
+    return message;
+  }
+};
+
+/// What a source counts for a receiver: its tokens and arrivals, then the rows of each slot, three a line.
+EP_HOST_DEVICE constexpr int count_lines(int slots) { return 1 + (slots + kLineWords - 1) / kLineWords; }
+
+inline std::size_t count_bytes(int slots) {
+  return align_up(static_cast<std::size_t>(count_lines(slots)) * kLineBytes, kRegionAlignment);
+}
+
+/// Bytes of lines of a dispatch: counts of each source, then a message for each of its tokens.
+inline std::size_t dispatch_lines(int num_ranks, int max_tokens, int max_slots, const LineMessage& message) {
+  const auto ranks = static_cast<std::size_t>(num_ranks);
+  return ranks * (count_bytes(max_slots) + static_cast<std::size_t>(max_tokens) * message.bytes);
+}
+
+/// Bytes of lines that one ticket needs: every dispatch within `capacity`, and combine of few tokens.
+inline std::size_t line_bytes(const LowLatencyCapacity& capacity, int num_ranks, int max_slots) {
+  RowShape shape;
+  shape.row_bytes = capacity.row_bytes;
+  shape.num_topk = capacity.num_topk;
+  shape.topk_weights = true;
+  shape.num_scales = 1;
+  shape.num_side = 1;
+  // Scales and several side tensors take up lines of their own.
+  shape.side_bytes[0] = capacity.side_bytes + (kMaxSide + 1) * kLineBytes;
+  const int few = std::min(capacity.max_tokens_per_rank, kFewTokens);
+  const std::size_t dispatch =
+      dispatch_lines(num_ranks, capacity.max_tokens_per_rank, max_slots, LineMessage::place(shape));
+  const std::size_t combine =
+      combine_lines(few, capacity.num_topk, static_cast<std::int64_t>(capacity.row_bytes));
+  return align_up(std::max(dispatch, combine), kRegionAlignment);
 }
 
 }  // namespace deep_ep::plan

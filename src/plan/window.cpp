@@ -47,7 +47,8 @@ WindowLayout WindowLayout::place(const Config& config, int num_ranks, std::size_
       config.low_latency.max_tokens_per_rank > 0 ? plan::low_latency_ticket_bytes(config.low_latency, num_ranks) : 0;
   w.flags_of_ticket =
       config.low_latency.max_tokens_per_rank > 0 ? align_up(low_latency_flags(config.low_latency, num_ranks), 32) : 0;
-  w.line_bytes_of_ticket = config.low_latency.max_tokens_per_rank > 0 ? line_bytes(config.low_latency, num_ranks) : 0;
+  w.line_bytes_of_ticket =
+      config.low_latency.max_tokens_per_rank > 0 ? line_bytes(config.low_latency, num_ranks, config.max_experts) : 0;
   w.arena_bytes = align_up(arena_bytes, kPage);
   std::size_t end = 0;
   w.doorbell_at = take(end, 2 * kLine);
