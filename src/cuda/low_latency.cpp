@@ -325,13 +325,15 @@ class Combine {
     p.num_topk = handle_.num_topk;
     p.row_bytes = static_cast<std::int64_t>(call_.row_bytes);
     p.pieces = plan::pieces_of_row(p.row_bytes);
+    p.slots = plan::CombineSlots::place(context_.num_ranks, p.num_topk,
+                                        p.pre_reduce || p.layout == OutputLayout::kByRank);
     p.slot_lines = plan::combine_slot_lines(p.row_bytes, p.num_topk);
     p.wire = in.wire;
     p.encoded = plan::EncodedRow::place(in.wire, call_.hidden);
     p.slot_bytes = static_cast<std::int64_t>(plan::align_up(call_.wire_bytes, plan::MessageLayout::kAlignment));
-    p.by_lines =
-        in.wire == WireFormat::kAsIs && p.max_tokens_per_rank <= plan::kFewTokens &&
-        plan::combine_lines(p.max_tokens_per_rank, p.num_topk, p.row_bytes) <= context_.layout().line_bytes_of_ticket;
+    const std::size_t rows = static_cast<std::size_t>(p.max_tokens_per_rank) * p.slots.of_token;
+    p.by_lines = in.wire == WireFormat::kAsIs && rows <= plan::kFewRows &&
+                 rows * p.slot_lines <= context_.layout().line_bytes_of_ticket;
     p.x = static_cast<const std::byte*>(in.x.data);
     p.x_weights = static_cast<const float*>(in.topk_weights.data);
     if (in.pre_reduce && in.weights.given()) p.arrival_weights = handle_.arrival_weights.as<float>();

@@ -78,6 +78,7 @@ struct LowLatencyCombineParams {
   std::int64_t row_bytes;  // 0: only weights travel
   bool by_lines;           // plan/lines.h, else in parts
   int pieces;              // of a row
+  plan::CombineSlots slots;
   std::size_t slot_lines;  // bytes from one slot to the next
   WireFormat wire;         // in parts
   plan::EncodedRow encoded;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Low-latency combine of few tokens: rows go home as lines (plan/lines.h).
+// Low-latency combine of few rows: they go home as lines (plan/lines.h).
 #pragma once
 
 #include "cuda/lines.cuh"
@@ -8,23 +8,27 @@
 namespace deep_ep::cuda {
 namespace {  // a part of one kernel, included by its file alone
 
-// Slots of the ticket in an owner's window, one for each selection:  [ pieces of the row | weights ]
+// Slots of the ticket in an owner's window:  [ pieces of the row | weights ]
 struct LineSlots {
   std::byte* base;
   std::uint32_t stride;
-  int pieces, topk;
+  int pieces;
+  plan::CombineSlots slots;
 
   __device__ LineSlots(const Now& now, const Params& p, std::byte* window)
       : base(window + now.common.layout.lines(ticket_of(now))),
         stride(static_cast<std::uint32_t>(p.slot_lines)),
         pieces(p.pieces),
-        topk(p.num_topk) {}
-  __device__ std::byte* piece(int token, int k, int piece) const {
-    return base + std::uint64_t{static_cast<std::uint32_t>(token * topk + k)} * stride + piece * plan::kPieceLineBytes;
+        slots(p.slots) {}
+  // Of the row of selection k, which rank `rank` sends.
+  __device__ int slot(int k, int rank) const { return slots.by_rank ? rank : k; }
+  __device__ std::byte* piece(int token, int slot, int piece) const {
+    return base + std::uint64_t{static_cast<std::uint32_t>(token * slots.of_token + slot)} * stride +
+           piece * plan::kPieceLineBytes;
   }
   // The line in which weight `k` comes with a row.
-  __device__ std::byte* weight(int token, int row, int k) const {
-    return piece(token, row, pieces) + k / plan::kLineWords * plan::kLineBytes;
+  __device__ std::byte* weight(int token, int slot, int k) const {
+    return piece(token, slot, pieces) + k / plan::kLineWords * plan::kLineBytes;
   }
 };
 
@@ -41,7 +45,7 @@ __device__ void send_rows_by_lines(const Now& now, const Params& p, const LineSl
     for (int r = 0; r < kAtOnce; ++r) {
       const int k = __ffs(rest) - 1;
       const std::int64_t row = __shfl_sync(kAllLanes, from.row, k >= 0 ? k : 0);
-      to[r] = k >= 0 ? home.piece(from.token, k, from.part) : nullptr;
+      to[r] = k >= 0 ? home.piece(from.token, home.slot(k, p.common.rank), from.part) : nullptr;
       if (k >= 0) rows[r].load(p.x + row * p.row_bytes + begin, count, lane);
       rest &= rest - 1;
     }
@@ -82,8 +86,8 @@ __device__ void send_sum_by_lines(const Now& now, const Params& p, const LineSlo
   PieceOfRow joined;
 #pragma unroll
   for (int i = 0; i < plan::kPieceVectors; ++i) joined.v[i] = sum[i].narrow();
-  joined.send(home.piece(from.token, 31 - __clz(selected), from.part), count, static_cast<std::uint32_t>(now.epoch),
-              lane);
+  const int slot = home.slot(31 - __clz(selected), p.common.rank);
+  joined.send(home.piece(from.token, slot, from.part), count, static_cast<std::uint32_t>(now.epoch), lane);
 }
 
 // Weights that travel home: where rows are joined all of the arrival's with its row, else one with each.
@@ -92,10 +96,12 @@ __device__ void send_weights_by_lines(const Now& now, const Params& p, const Lin
   const auto number = static_cast<std::uint32_t>(now.epoch);
   if (p.layout == OutputLayout::kByRank) {
     const float weight = lane < p.num_topk ? p.x_weights[from.arrival * p.num_topk + lane] : 0;
-    send_words(home.weight(from.token, 31 - __clz(selected), 0), p.num_topk, __float_as_uint(weight), number, lane);
+    send_words(home.weight(from.token, home.slot(31 - __clz(selected), p.common.rank), 0), p.num_topk,
+               __float_as_uint(weight), number, lane);
   } else if (from.row >= 0) {
     const std::uint32_t weight = __float_as_uint(p.x_weights[from.row]);
-    ptx::store_whole_system(home.weight(from.token, lane, lane), {weight, weight, weight, number});
+    ptx::store_whole_system(home.weight(from.token, home.slot(lane, p.common.rank), lane),
+                            {weight, weight, weight, number});
   }
 }
 
@@ -119,36 +125,40 @@ __device__ void send_piece(const Now& now, const Params& p, const Peers& peers, 
 template <class Number, bool kLevels>
 __device__ bool sum_chunk_of_lines(const Now& now, const Params& p, const Terms& t, const LineSlots& slots, int token,
                                    int chunk, float weight, int lane) {
-  constexpr int kAtOnce = 4;
+  constexpr int kAtOnce = kLevels ? 4 : 8;
   const std::int64_t byte = std::int64_t{chunk} * 512 + 16 * lane;
   const int piece = chunk / plan::kPieceVectors, which = chunk % plan::kPieceVectors;
   const bool mine = byte < p.row_bytes;
   const auto number = static_cast<std::uint32_t>(now.epoch);
+  // Lane i knows all of the i-th row to add.
+  const int rank = __shfl_sync(kAllLanes, t.rank, t.k), slot = slots.slot(t.k, rank);
+  weight = __shfl_sync(kAllLanes, weight, t.k);
+  const std::byte* const of_token = slots.piece(token, 0, piece);
   Sum<Number, kLevels> sum;
   if (p.order.bias_first) add_biases(p, sum.of_all, token, byte);
   for (int first = 0; first < t.count; first += kAtOnce) {
     VectorLines rows[kAtOnce];
-    int k[kAtOnce];
-#pragma unroll
-    for (int r = 0; r < kAtOnce; ++r) k[r] = __shfl_sync(kAllLanes, t.k, (first + r) % 32);
     for (int looks = 1;; ++looks) {
 #pragma unroll
-      for (int r = 0; r < kAtOnce; ++r)
-        if (first + r < t.count && mine) rows[r].look(slots.piece(token, k[r], piece), which, lane);
+      for (int r = 0; r < kAtOnce; ++r) {
+        const auto at = static_cast<std::uint32_t>(__shfl_sync(kAllLanes, slot, (first + r) % 32));
+        if (first + r < t.count && mine) rows[r].look(of_token + std::uint64_t{at} * slots.stride, which, lane);
+      }
       int missing = -1;
 #pragma unroll
       for (int r = 0; r < kAtOnce; ++r)
-        if (first + r < t.count && mine && !rows[r].came(number)) missing = k[r];
+        if (first + r < t.count && mine && !rows[r].came(number)) missing = first + r;
       if (__all_sync(kAllLanes, missing < 0)) break;
       if (looks % kLooksBetweenClocks != 0) continue;
-      const int peer = __shfl_sync(kAllLanes, t.rank, missing < 0 ? 0 : missing);
+      const int peer = __shfl_sync(kAllLanes, rank, missing < 0 ? 0 : missing);
       if (gives_up(now, missing < 0, peer)) return false;
     }
 #pragma unroll
-    for (int r = 0; r < kAtOnce; ++r)
-      if (first + r < t.count)
-        sum.add(p.order, rows[r].vector(which), __shfl_sync(kAllLanes, weight, k[r]),
-                __shfl_sync(kAllLanes, t.closes, first + r));
+    for (int r = 0; r < kAtOnce; ++r) {
+      const float w = __shfl_sync(kAllLanes, weight, (first + r) % 32);
+      const int closes = kLevels ? __shfl_sync(kAllLanes, t.closes, (first + r) % 32) : 0;
+      if (first + r < t.count) sum.add(p.order, rows[r].vector(which), w, closes);
+    }
   }
   if (!p.order.bias_first) add_biases(p, sum.of_all, token, byte);
   if (mine) __stcs(reinterpret_cast<uint4*>(p.out + token * p.row_bytes + byte), sum.of_all.narrow());
@@ -161,8 +171,9 @@ __device__ bool join_weights(const Now& now, const Params& p, const Terms& t, co
   bool good = true;
   const auto entry = [&](bool wanted, int row, int k) {
     uint4 line{};
+    const int slot = slots.slot(row, __shfl_sync(kAllLanes, t.rank, row & 31));
     for (int looks = 1; good; ++looks) {
-      if (wanted) line = ptx::load_whole_system(slots.weight(token, row, k));
+      if (wanted) line = ptx::load_whole_system(slots.weight(token, slot, k));
       const bool came = !wanted || line.w == static_cast<std::uint32_t>(now.epoch);
       if (__all_sync(kAllLanes, came)) break;
       if (looks % kLooksBetweenClocks == 0 && gives_up(now, came, t.rank)) good = false;

@@ -57,6 +57,7 @@ __device__ bool take_counts(const Now& now, const Params& p, const Peers& peers,
 // A warp: values[0 .. count) become what comes before each; values[count] all.
 __device__ void prefix_by_warp(std::int32_t* values, int count, int lane) {
   std::int32_t base = 0;
+#pragma unroll 1
   for (int first = 0; first < count; first += 32) {
     const std::int32_t value = first + lane < count ? values[first + lane] : 0;
     std::int32_t sum = value;
@@ -72,34 +73,33 @@ __device__ void prefix_by_warp(std::int32_t* values, int count, int lane) {
 }
 
 // Every block for itself: where the rows of each source and slot begin, as plan::make_row_plan has it.
-__device__ bool gather(const Now& now, const Params& p, const Shared& shared, const Gathered& g) {
-  const Place at;
+__device__ bool gather(const Now& now, const Params& p, const Shared& shared, const Gathered& g, const Place& at) {
   const int ranks = p.common.num_ranks, slots = p.num_slots;
+  const bool padded = p.layout == OutputLayout::kPadded;
   bool good = take_counts(now, p, shared.peers, g);
   if (!__syncthreads_and(good)) return false;
-  const std::int64_t padded_rows = std::int64_t{ranks} * p.max_tokens_per_rank;
+  const std::int32_t padded_rows = ranks * p.max_tokens_per_rank;
   for (int slot = static_cast<int>(threadIdx.x); slot < slots; slot += kLowLatencyThreads) {
     std::int32_t sum = 0;
+#pragma unroll 2
     for (int src = 0; src < ranks; ++src) {
       const std::int32_t rows = g.rows_before[src * slots + slot];
       g.rows_before[src * slots + slot] = sum;
       sum += rows;
     }
     g.slot_rows[slot] = sum;
-    const std::int32_t aligned = (sum + p.expert_alignment - 1) / p.expert_alignment * p.expert_alignment;
-    g.slot_first[slot] = p.layout == OutputLayout::kPadded ? slot * static_cast<std::int32_t>(padded_rows) : aligned;
-    if (p.layout == OutputLayout::kPadded && sum > padded_rows) {  // duplicate ids only
+    g.slot_first[slot] = padded ? slot * padded_rows
+                                : (sum + p.expert_alignment - 1) / p.expert_alignment * p.expert_alignment;
+    if (padded && sum > padded_rows) {  // duplicate ids only
       report(now, Fault::kFullSlot, p.common.rank, sum, padded_rows);
       good = false;
     }
   }
   if (at.warp == kLowLatencyWarps - 1) prefix_by_warp(g.first_arrival, ranks, at.lane);
+  if (padded && threadIdx.x == 0) g.slot_first[slots] = slots * padded_rows;
   if (!__syncthreads_and(good)) return false;
-  if (at.warp == 0) {
-    if (p.layout != OutputLayout::kPadded) prefix_by_warp(g.slot_first, slots, at.lane);
-    if (p.layout == OutputLayout::kPadded && at.lane == 0)
-      g.slot_first[slots] = slots * static_cast<std::int32_t>(padded_rows);
-  }
+  if (padded) return true;
+  if (at.warp == 0) prefix_by_warp(g.slot_first, slots, at.lane);
   __syncthreads();
   return true;
 }

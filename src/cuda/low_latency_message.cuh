@@ -9,7 +9,7 @@ namespace {  // a part of one kernel, included by its file alone
 
 using Params = LowLatencyDispatchParams;
 
-constexpr int kRouteSteps = 4;  // of tokens that a warp routes before the block adds up
+constexpr int kRouteSteps = 2;  // of tokens that a warp routes before the block adds up
 
 // What the ticket's lines hold in an owner's window.
 struct Messages {

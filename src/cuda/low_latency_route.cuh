@@ -12,13 +12,29 @@ __device__ std::int64_t expert_of(const Params& p, std::int64_t at) {
                        : static_cast<const std::int32_t*>(p.topk_idx)[at];
 }
 
-// Where a selection goes; rank -1: nowhere.
-__device__ Placement::Replica replica_of(const Params& p, const Peers& peers, std::int64_t expert, int token) {
+__device__ __noinline__ Placement::Replica replica_of_turn(const Params& p, int expert, int token) {
+  return plan::route(p.placement, expert, p.common.rank, token);
+}
+
+// Where a selection goes, masked ranks too; rank -1: nowhere.
+__device__ Placement::Replica replica_of(const Params& p, std::int64_t expert, int token) {
   if (expert < 0 || expert >= p.num_experts) return {-1, -1};
-  const Placement::Replica to = p.one_copy_each
-                                    ? p.placement.replicas[expert]
-                                    : plan::route(p.placement, static_cast<int>(expert), p.common.rank, token);
-  return peers.active(to.rank) ? to : Placement::Replica{-1, -1};
+  return p.one_copy_each ? p.placement.replicas[expert] : replica_of_turn(p, static_cast<int>(expert), token);
+}
+
+// A selection of ours, as the block that routes has read it.
+struct Selection {
+  std::int64_t expert = -1;
+  Placement::Replica to{-1, -1};
+};
+// Those of a step of a warp: whole tokens, as many as there are lanes for.
+__device__ Selection read_selection(const Params& p, int first, int lane) {
+  const int of_step = 32 / p.num_topk, token = first + lane / p.num_topk;
+  Selection s;
+  if (lane >= of_step * p.num_topk || token >= p.num_tokens) return s;
+  s.expert = expert_of(p, std::int64_t{first} * p.num_topk + lane);
+  s.to = replica_of(p, s.expert, token);
+  return s;
 }
 
 // What a lane knows of its selection after the count inside its warp.
@@ -29,25 +45,21 @@ struct Routed {
   int arrival;   // of the token's first selection there; -1 elsewhere
 };
 
-// One step of a warp: whole tokens, as many as there are lanes for.
+// One step of a warp.
 __device__ Routed route_step(const Params& p, const Peers& peers, std::int32_t* counters, int dst, int first, int slots,
-                             int lane, unsigned long long* bad) {
-  const int of_step = 32 / p.num_topk;
-  const int token = first + lane / p.num_topk;
-  Routed r{-1, lane % p.num_topk, -1, 0, -1};
-  int rank = -1;
-  if (lane < of_step * p.num_topk && token < p.num_tokens) {
-    const std::int64_t at = std::int64_t{token} * p.num_topk + r.k;
-    const std::int64_t expert = expert_of(p, at);
-    if (expert >= p.num_experts) atomicMin(bad, static_cast<unsigned long long>(at));
-    const Placement::Replica to = replica_of(p, peers, expert, token);
+                             const Selection& selection, int lane, unsigned long long* bad) {
+  const int of_step = 32 / p.num_topk, of_lane = lane / p.num_topk, token = first + of_lane;
+  Routed r{-1, lane - of_lane * p.num_topk, -1, 0, -1};
+  if (of_lane < of_step && token < p.num_tokens) {
+    const std::int64_t at = std::int64_t{first} * p.num_topk + lane;
+    if (selection.expert >= p.num_experts) atomicMin(bad, static_cast<unsigned long long>(at));
+    const int rank = selection.to.rank >= 0 && peers.active(selection.to.rank) ? selection.to.rank : -1;
     r.token = token;
-    rank = to.rank;
-    if (rank == dst) r.slot = to.slot;
+    if (rank == dst) r.slot = selection.to.slot;
     if (dst == p.common.rank) p.dst_rank[at] = rank;
   }
   const unsigned below = (1u << lane) - 1;
-  const unsigned same_token = __match_any_sync(kAllLanes, r.slot >= 0 ? lane / p.num_topk : -1 - lane);
+  const unsigned same_token = __match_any_sync(kAllLanes, r.slot >= 0 ? of_lane : -1 - lane);
   const bool leads = r.slot >= 0 && (same_token & below) == 0;
   const unsigned leaders = __ballot_sync(kAllLanes, leads);
   const unsigned same_slot = __match_any_sync(kAllLanes, r.slot >= 0 ? r.slot : -1 - lane);
@@ -79,6 +91,9 @@ struct RouteCounters {
   __device__ void clear(int warps) const {
     for (int i = static_cast<int>(threadIdx.x); i < keys * (warps + 1); i += kLowLatencyThreads) carry[i] = 0;
   }
+  __device__ void clear_warps(int warps) const {
+    for (int i = static_cast<int>(threadIdx.x); i < keys * warps; i += kLowLatencyThreads) of_warps[i] = 0;
+  }
   __device__ std::int32_t* of(int warp) const { return of_warps + warp * keys; }
   /// Each warp's counts become what comes before it. Every thread; block barriers must stand before and after.
   __device__ void add_up(int warps) const {
@@ -103,18 +118,35 @@ struct Batch {
   __device__ Batch(const Params& p, int left) {
     const int of_step = 32 / p.num_topk, most_warps = route_warps(p.max_slots);
     const int wanted = (left + most_warps * of_step - 1) / (most_warps * of_step);
-    steps = min(wanted, kRouteSteps);
+    steps = max(min(wanted, kRouteSteps), 1);
     of_warp = of_step * steps;
     tokens = min(left, of_warp * most_warps);
     warps = (tokens + of_warp - 1) / of_warp;
   }
 };
 
+// One thread: names a selection that does not exist to a peer.
+__device__ __noinline__ void refuse_selection(const Now& now, const Params& p, std::byte* window, std::int64_t bad) {
+  Announcement& mine = announcement_in(now, window, p.common.rank);
+  mine.bad_selection = bad;
+  mine.bad_expert = expert_of(p, bad);
+  publish(now, &words_in(now, window, p.common.rank).announced, kBadExpert);
+}
+
+// What a block has read before it may write to anybody: its first step, and how many slots its destination has.
+struct RouteAhead {
+  Selection selection;
+  int slots = 0;
+  __device__ RouteAhead() {}
+  __device__ RouteAhead(const Params& p, int dst, const Place& at)
+      : selection(read_selection(p, at.warp * Batch(p, p.num_tokens).of_warp, at.lane)), slots(slots_of(p, dst)) {}
+};
+
 // A block: which of our tokens go to one destination, in token order. Then says how many. The counters are clear.
-__device__ void route_to(const Now& now, const Params& p, const Shared& shared, int dst, const Place& at) {
+__device__ void route_to(const Now& now, const Params& p, const Shared& shared, int dst, const RouteAhead& ahead,
+                         const Place& at) {
   __shared__ unsigned long long bad;  // lowest selection that does not exist
-  const Common& common = p.common;
-  const int me = common.rank, slots = slots_of(p, dst), of_step = 32 / p.num_topk;
+  const int me = p.common.rank, slots = ahead.slots, of_step = 32 / p.num_topk;
   const std::uint32_t number = number_of(now);
   const RouteCounters counters(shared, slots);
   std::byte* const window = shared.peers.window(dst);
@@ -128,9 +160,12 @@ __device__ void route_to(const Now& now, const Params& p, const Shared& shared, 
     Routed routed[kRouteSteps];
     if (at.warp < batch.warps) {
 #pragma unroll
-      for (int i = 0; i < kRouteSteps; ++i)
-        if (i < batch.steps)
-          routed[i] = route_step(p, shared.peers, counters.of(at.warp), dst, first + i * of_step, slots, at.lane, &bad);
+      for (int i = 0; i < kRouteSteps; ++i) {
+        if (i >= batch.steps) continue;
+        const int begin = first + i * of_step;
+        const Selection selection = done == 0 && i == 0 ? ahead.selection : read_selection(p, begin, at.lane);
+        routed[i] = route_step(p, shared.peers, counters.of(at.warp), dst, begin, slots, selection, at.lane, &bad);
+      }
     }
     __syncthreads();
     counters.add_up(batch.warps);
@@ -145,25 +180,18 @@ __device__ void route_to(const Now& now, const Params& p, const Shared& shared, 
         const int arrival = __shfl_sync(kAllLanes, r.arrival, leader != 0 ? __ffs(leader) - 1 : at.lane);
         if (r.token < 0) continue;
         const int row = r.slot >= 0 ? r.row + counters.of(at.warp)[r.slot] : 0;
-        write_head(p, messages.of(me, r.token), r, row,
-                   leader != 0 ? arrival + counters.of(at.warp)[slots] : -1, number);
+        write_head(p, messages.of(me, r.token), r, row, leader != 0 ? arrival + counters.of(at.warp)[slots] : -1,
+                   number);
       }
     }
     done += batch.tokens;
     if (done == p.num_tokens) break;
     __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < counters.keys * kLowLatencyWarps &&
-                                                i < counters.keys * route_warps(p.max_slots);
-         i += kLowLatencyThreads)
-      counters.of_warps[i] = 0;
+    counters.clear_warps(batch.warps);
     __syncthreads();
   }
   if (bad != ~0ull) {
-    if (threadIdx.x != 0) return;
-    Announcement& mine = announcement_in(now, window, me);
-    mine.bad_selection = static_cast<std::int64_t>(bad);
-    mine.bad_expert = expert_of(p, static_cast<std::int64_t>(bad));
-    publish(now, &words_in(now, window, me).announced, kBadExpert);
+    if (threadIdx.x == 0) refuse_selection(now, p, window, static_cast<std::int64_t>(bad));
     return;
   }
   for (int line = static_cast<int>(threadIdx.x); line < plan::count_lines(slots); line += kLowLatencyThreads) {
@@ -177,7 +205,7 @@ __device__ void route_to(const Now& now, const Params& p, const Shared& shared, 
   // The signature was written before the block's barriers.
   if (threadIdx.x != kLowLatencyThreads - 1) return;
   publish(now, &words_in(now, window, me).announced, kSame);
-  count_sent(common, dst, static_cast<std::uint64_t>(counters.carry[slots]) * p.message_bytes);
+  count_sent(p.common, dst, static_cast<std::uint64_t>(counters.carry[slots]) * p.message_bytes);
 }
 
 }  // namespace

@@ -161,8 +161,8 @@ struct PieceOf<Rows::kFp32> {
   using Type = FloatPiece<Fp32>;
 };
 
-// A warp: what goes beside a token's row, with its first piece. One destination.
-__device__ __noinline__ void send_beside(const Params& p, std::byte* message, int dst, int token,
+// A warp: what goes beside a token's row, with its first piece. One destination; `rank`: of the lane's selection.
+__device__ __noinline__ void send_beside(const Params& p, std::byte* message, int dst, int rank, int token,
                                          std::uint32_t number, int lane) {
   if (p.scales != nullptr) {
     for (int line = lane; line * plan::kLineWords < p.shape.num_scales; line += 32) {
@@ -182,22 +182,16 @@ __device__ __noinline__ void send_beside(const Params& p, std::byte* message, in
                reinterpret_cast<const std::int32_t*>(p.side[i]) + std::int64_t{token} * words, words, number, lane);
   }
   if (!p.shape.topk_weights) return;
-  const int first = plan::kLineWords * lane;
-  if (first >= p.num_topk) return;
-  const auto word = [&](int i) {
-    const bool given = first + i < p.num_topk && (p.common.rank == dst || !p.mask_topk_weights);
-    return given ? __float_as_uint(p.topk_weights[std::int64_t{token} * p.num_topk + first + i]) : 0u;
-  };
-  ptx::store_whole_system(message + p.lines.weights_at + plan::kLineBytes * lane,
-                          {word(0), word(1), word(2), number});
+  const bool given = lane < p.num_topk && (rank == dst || !p.mask_topk_weights);
+  const float weight = given ? p.topk_weights[std::int64_t{token} * p.num_topk + lane] : 0;
+  send_words(message + p.lines.weights_at, p.num_topk, __float_as_uint(weight), number, lane);
 }
 
 // A warp: one piece of one token to all its ranks.
 template <Rows kRows>
 __device__ void send_piece(const Now& now, const Params& p, const Shared& shared,
-                           const typename PieceOf<kRows>::Type& loaded, std::int64_t expert, int token, int piece,
-                           int lane) {
-  const int rank = replica_of(p, shared.peers, expert, token).rank;
+                           const typename PieceOf<kRows>::Type& loaded, int rank, int token, int piece, int lane) {
+  if (rank >= 0 && !shared.peers.active(rank)) rank = -1;
   const Outgoing out = loaded.outgoing(p, token, piece, lane);
   const unsigned same = __match_any_sync(kAllLanes, rank);
   const unsigned leaders = __ballot_sync(kAllLanes, rank >= 0 && (same & ((1u << lane) - 1)) == 0);
@@ -211,7 +205,7 @@ __device__ void send_piece(const Now& now, const Params& p, const Shared& shared
     if (kRows != Rows::kAsTheyAre && writes_scales(p, count, lane))
       ptx::store_whole_system(message + p.lines.scales_at + scale_line(piece, lane),
                               {out.scales[0], out.scales[1], out.scales[2], number});
-    if (beside) send_beside(p, message, dst, token, number, lane);
+    if (beside) send_beside(p, message, dst, rank, token, number, lane);
   }
 }
 
@@ -221,28 +215,32 @@ __device__ bool send(const Now& now, const Params& p, const Shared& shared, cons
   const int ranks = p.common.num_ranks;
   const int units = p.num_tokens * p.pieces;
   int unit = at.number(ranks);  // blocks that route take rows last
-  int token = 0, piece = 0;
+  int token = 0, piece = 0, rank = -1;
   typename PieceOf<kRows>::Type loaded;
-  std::int64_t expert = -1;
   const auto look = [&] {  // starts the loads of a unit
     token = unit / p.pieces, piece = unit - token * p.pieces;
     loaded.load(p, token, piece, at.lane);
-    expert = at.lane < p.num_topk ? expert_of(p, std::int64_t{token} * p.num_topk + at.lane) : -1;
+    rank = at.lane < p.num_topk
+               ? replica_of(p, expert_of(p, std::int64_t{token} * p.num_topk + at.lane), token).rank
+               : -1;
   };
   if (unit < units) look();
   shared.peers.load(p.common);
-  if (at.block < ranks) RouteCounters(shared, p.max_slots).clear(route_warps(p.max_slots));
+  // All that can be read is read before anybody may be written to.
+  RouteAhead ahead;
+  if (at.block < ranks) {
+    ahead = RouteAhead(p, at.block, at);
+    RouteCounters(shared, p.max_slots).clear(route_warps(p.max_slots));
+  }
   if (!open_operation(now, p.window, p.ticket, at, (p.phases & kReceive) != 0)) return false;
-  for (int dst = at.block; dst < ranks; dst += at.blocks) {
-    if (dst != at.block) {  // fewer blocks than ranks
-      __syncthreads();
-      RouteCounters(shared, p.max_slots).clear(route_warps(p.max_slots));
-      __syncthreads();
-    }
-    if (shared.peers.active(dst)) route_to(now, p, shared, dst, at);
+  if (at.block < ranks && shared.peers.active(at.block)) route_to(now, p, shared, at.block, ahead, at);
+  for (int dst = at.block + at.blocks; dst < ranks; dst += at.blocks) {  // fewer blocks than ranks
+    __syncthreads();
+    RouteCounters(shared, p.max_slots).clear(route_warps(p.max_slots));
+    if (shared.peers.active(dst)) route_to(now, p, shared, dst, RouteAhead(p, dst, at), at);
   }
   while (unit < units) {
-    send_piece<kRows>(now, p, shared, loaded, expert, token, piece, at.lane);
+    send_piece<kRows>(now, p, shared, loaded, rank, token, piece, at.lane);
     unit += at.warps();
     if (unit < units) look();
   }

@@ -23,8 +23,8 @@ inline constexpr int kPieceVectors = 3;
 inline constexpr int kPieceBytes = kPieceVectors * 512;
 inline constexpr int kPieceLineBytes = 4 * 32 * kLineBytes;
 
-/// More tokens than this cost more by the third that lines add than they save.
-inline constexpr int kFewTokens = 32;
+/// Combine: more rows than this cost more by the third that lines add than they save.
+inline constexpr int kFewRows = 256;
 
 EP_HOST_DEVICE constexpr int pieces_of_row(std::int64_t row_bytes) {
   return static_cast<int>((row_bytes + kPieceBytes - 1) / kPieceBytes);
@@ -34,13 +34,23 @@ EP_HOST_DEVICE constexpr std::size_t word_lines(int words) {
   return static_cast<std::size_t>((words + kLineWords - 1) / kLineWords) * kLineBytes;
 }
 
-/// Combine: a row and the weights that come home with it, in the slot of a selection.
+/// Combine: a row and the weights that come home with it, in a slot.
 EP_HOST_DEVICE constexpr std::size_t combine_slot_lines(std::int64_t row_bytes, int num_topk) {
-  return align_up(static_cast<std::size_t>(pieces_of_row(row_bytes)) * kPieceLineBytes + word_lines(num_topk), kRegionAlignment);
+  return align_up(static_cast<std::size_t>(pieces_of_row(row_bytes)) * kPieceLineBytes + word_lines(num_topk),
+                  kRegionAlignment);
 }
-inline std::size_t combine_lines(int max_tokens, int num_topk, std::int64_t row_bytes) {
-  return static_cast<std::size_t>(max_tokens) * num_topk * combine_slot_lines(row_bytes, num_topk);
-}
+
+/// Combine: the slots of a token, one for each of its selections, or one for each rank where these are fewer and only
+/// one row of a rank comes home.
+struct CombineSlots {
+  int of_token = 0;
+  bool by_rank = false;
+
+  static CombineSlots place(int num_ranks, int num_topk, bool one_row_per_rank) {
+    const bool by_rank = one_row_per_rank && num_ranks < num_topk;
+    return {by_rank ? num_ranks : num_topk, by_rank};
+  }
+};
 
 /// Dispatch: what one token's message holds.
 //   [ heads: a line for each selection (slot, row, arrival) | weights | pieces of the row | scales | side 0 | ... ]
@@ -85,7 +95,7 @@ inline std::size_t dispatch_lines(int num_ranks, int max_tokens, int max_slots, 
   return ranks * (count_bytes(max_slots) + static_cast<std::size_t>(max_tokens) * message.bytes);
 }
 
-/// Bytes of lines that one ticket needs: every dispatch within `capacity`, and combine of few tokens.
+/// Bytes of lines that one ticket needs: every dispatch within `capacity`, and combine of few rows.
 inline std::size_t line_bytes(const LowLatencyCapacity& capacity, int num_ranks, int max_slots) {
   RowShape shape;
   shape.row_bytes = capacity.row_bytes;
@@ -95,11 +105,11 @@ inline std::size_t line_bytes(const LowLatencyCapacity& capacity, int num_ranks,
   shape.num_side = 1;
   // Scales and several side tensors take up lines of their own.
   shape.side_bytes[0] = capacity.side_bytes + (kMaxSide + 1) * kLineBytes;
-  const int few = std::min(capacity.max_tokens_per_rank, kFewTokens);
   const std::size_t dispatch =
       dispatch_lines(num_ranks, capacity.max_tokens_per_rank, max_slots, LineMessage::place(shape));
+  const auto rows = static_cast<std::size_t>(std::min(capacity.max_tokens_per_rank * capacity.num_topk, kFewRows));
   const std::size_t combine =
-      combine_lines(few, capacity.num_topk, static_cast<std::int64_t>(capacity.row_bytes));
+      rows * combine_slot_lines(static_cast<std::int64_t>(capacity.row_bytes), capacity.num_topk);
   return align_up(std::max(dispatch, combine), kRegionAlignment);
 }
 
