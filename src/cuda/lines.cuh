@@ -105,6 +105,16 @@ __device__ inline bool await_line(const Now& now, const std::byte* at, uint4& li
   return true;
 }
 
+/// A warp, each lane for a line of its own or none. False: in vain.
+__device__ inline bool await_watched(const Now& now, const std::byte* at, int peer) {
+  for (int looks = 1;; ++looks) {
+    const bool came =
+        at == nullptr || ptx::load_whole_system(at).w == static_cast<std::uint32_t>(now.epoch);
+    if (__all_sync(kAllLanes, came)) return true;
+    if (looks % kLooksBetweenClocks == 0 && gives_up(now, came, peer)) return false;
+  }
+}
+
 /// A warp: any number of words from memory as lines, and back.
 __device__ inline void send_array(std::byte* lines, const std::int32_t* words, int count, std::uint32_t number,
                                   int lane) {

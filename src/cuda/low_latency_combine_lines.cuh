@@ -149,9 +149,12 @@ __device__ bool sum_chunk_of_lines(const Now& now, const Params& p, const Terms&
       for (int r = 0; r < kAtOnce; ++r)
         if (first + r < t.count && mine && !rows[r].came(number)) missing = first + r;
       if (__all_sync(kAllLanes, missing < 0)) break;
-      if (looks % kLooksBetweenClocks != 0) continue;
       const int peer = __shfl_sync(kAllLanes, rank, missing < 0 ? 0 : missing);
-      if (gives_up(now, missing < 0, peer)) return false;
+      if (looks % kLooksBetweenClocks == 0 && gives_up(now, missing < 0, peer)) return false;
+      // Waiting looks at one line of each row: at all of them, hundreds of warps would hold up those who write.
+      const bool watches = lane >= first && lane < min(first + kAtOnce, t.count);
+      const std::byte* const watched = of_token + std::uint64_t{static_cast<std::uint32_t>(slot)} * slots.stride;
+      if (!await_watched(now, watches ? watched + 512 * plan::kPieceVectors : nullptr, rank)) return false;
     }
 #pragma unroll
     for (int r = 0; r < kAtOnce; ++r) {

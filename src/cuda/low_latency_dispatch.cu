@@ -9,8 +9,10 @@
 
 namespace deep_ep::cuda {
 
+namespace low_latency {
+
 template <Rows kRows>
-__global__ void __launch_bounds__(kLowLatencyThreads, 1) low_latency_dispatch(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kLowLatencyThreads, 1) dispatch(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) std::byte memory[];
   fetch_parameters(p);
   const Place at;
@@ -31,6 +33,8 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1) low_latency_dispatch(co
   if (!good) abandon_operation(now);
 }
 
+}  // namespace low_latency
+
 __global__ void abandon(const __grid_constant__ AbandonParams p) {
   const Now now(p.common, *p.ticket);
   tell_peers(now, p.common.state->epoch, 0, static_cast<int>(threadIdx.x));
@@ -40,10 +44,10 @@ __global__ void abandon(const __grid_constant__ AbandonParams p) {
 }
 
 const void* low_latency_dispatch_kernel(bool quantize, DType dtype) {
-  if (!quantize) return reinterpret_cast<const void*>(&low_latency_dispatch<Rows::kAsTheyAre>);
-  if (dtype == DType::kBf16) return reinterpret_cast<const void*>(&low_latency_dispatch<Rows::kBf16>);
-  if (dtype == DType::kFp16) return reinterpret_cast<const void*>(&low_latency_dispatch<Rows::kFp16>);
-  return reinterpret_cast<const void*>(&low_latency_dispatch<Rows::kFp32>);
+  if (!quantize) return reinterpret_cast<const void*>(&low_latency::dispatch<Rows::kAsTheyAre>);
+  if (dtype == DType::kBf16) return reinterpret_cast<const void*>(&low_latency::dispatch<Rows::kBf16>);
+  if (dtype == DType::kFp16) return reinterpret_cast<const void*>(&low_latency::dispatch<Rows::kFp16>);
+  return reinterpret_cast<const void*>(&low_latency::dispatch<Rows::kFp32>);
 }
 
 const void* abandon_kernel() { return reinterpret_cast<const void*>(&abandon); }
