@@ -90,18 +90,20 @@ __device__ void send_sum_by_lines(const Now& now, const Params& p, const LineSlo
   joined.send(home.piece(from.token, slot, from.part), count, static_cast<std::uint32_t>(now.epoch), lane);
 }
 
-// Weights that travel home: where rows are joined all of the arrival's with its row, else one with each.
+// Weights that travel home: where a slot is all that a rank sends, all of the arrival's with its row, else one with each.
 __device__ void send_weights_by_lines(const Now& now, const Params& p, const LineSlots& home, const Arrival& from,
                                       unsigned selected, int lane) {
   const auto number = static_cast<std::uint32_t>(now.epoch);
-  if (p.layout == OutputLayout::kByRank) {
-    const float weight = lane < p.num_topk ? p.x_weights[from.arrival * p.num_topk + lane] : 0;
-    send_words(home.weight(from.token, home.slot(31 - __clz(selected), p.common.rank), 0), p.num_topk,
-               __float_as_uint(weight), number, lane);
+  const bool joined = p.layout == OutputLayout::kByRank;
+  float weight = 0;
+  if (joined && lane < p.num_topk) weight = p.x_weights[from.arrival * p.num_topk + lane];
+  if (!joined && from.row >= 0) weight = p.x_weights[from.row];
+  const std::uint32_t word = __float_as_uint(weight);
+  if (joined || home.slots.by_rank) {
+    const int slot = home.slot(31 - __clz(selected), p.common.rank);
+    send_words(home.weight(from.token, slot, 0), p.num_topk, word, number, lane);
   } else if (from.row >= 0) {
-    const std::uint32_t weight = __float_as_uint(p.x_weights[from.row]);
-    ptx::store_whole_system(home.weight(from.token, home.slot(lane, p.common.rank), lane),
-                            {weight, weight, weight, number});
+    ptx::store_whole_system(home.weight(from.token, home.slot(lane, p.common.rank), lane), {word, word, word, number});
   }
 }
 

@@ -104,7 +104,7 @@ __device__ bool gather(const Now& now, const Params& p, const Shared& shared, co
   return true;
 }
 
-// Block 0, for the handle and the statistics.
+// One block, for the handle and the statistics.
 __device__ void write_tables(const Params& p, const Gathered& g) {
   const int ranks = p.common.num_ranks, slots = p.num_slots, first = static_cast<int>(threadIdx.x);
   for (int i = first; i <= ranks; i += kLowLatencyThreads) p.tables.first_arrival[i] = g.first_arrival[i];

@@ -169,6 +169,7 @@ __device__ bool receive(const Now& now, const Params& p, const Shared& shared, c
   const Gathered g = gathered_of(p, shared);
   bool good = at.block != at.blocks - 1 || hear(now, p.window, shared.peers, at);
   if (!gather(now, p, shared, g, at)) return false;
+  if (at.block == at.blocks - 1) write_tables(p, g);
   const int ranks = p.common.num_ranks;
   const Messages messages(now, p, p.window);
   int tokens = 0;
@@ -180,7 +181,6 @@ __device__ bool receive(const Now& now, const Params& p, const Shared& shared, c
     good = receive_piece(now, p, g, messages.of(src, token), src, token, piece, at.lane);
   }
   clear_unwritten(p, g, at);
-  if (at.block == 0) write_tables(p, g);
   return good;
 }
 
