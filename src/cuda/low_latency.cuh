@@ -17,8 +17,18 @@ struct Place {
   int block = static_cast<int>(blockIdx.x);
   int blocks = static_cast<int>(gridDim.x);
   __device__ int warps() const { return blocks * kLowLatencyWarps; }
-  /// Of this warp among all; the first `skip` blocks come last.
-  __device__ int number(int skip = 0) const { return (block + blocks - skip % blocks) % blocks + warp * blocks; }
+  /// Which blocks have something else to do: the last one tells the peers of our call and hears of theirs, the one before
+  /// tells them how far we are.
+  __device__ bool speaks() const { return block == blocks - 1; }
+  __device__ bool tells() const { return block == (blocks > 1 ? blocks - 2 : 0); }
+  /// Of this warp among all. Warps of those blocks, and of the first `busy`, come last: what they have to do first would
+  /// hold up a row.
+  __device__ int number(int busy = 0) const {
+    const int free = blocks - busy - 2, index = block - busy;
+    if (free <= 0) return block + warp * blocks;
+    if (index >= 0 && index < free) return index + warp * free;
+    return free * kLowLatencyWarps + (index < 0 ? block : block - free) + warp * (blocks - free);
+  }
 };
 
 /// Kernel parameters are fetched line by line as they are first used, and a line that is not there is waited for. At the
@@ -130,8 +140,7 @@ __device__ inline bool open_operation(const Now& now, std::byte* window, std::ui
   const Common& common = now.common;
   const std::uint64_t needed = place_before(now, slots_depth(common));
   bool room = true;
-  // In the block that gets rows last.
-  if (at.block == at.blocks - 1 && at.warp == kLowLatencyWarps - 2) {
+  if (at.tells() && at.warp == kLowLatencyWarps - 2) {
     tell_peers(now, now.epoch - 1, needed, at.lane);
     // Known to later kernels only, and they begin when this one has ended.
     if (receives && at.lane == 0) common.state->ended[now.epoch % plan::kOperationsInFlight] = now.epoch;
@@ -150,7 +159,7 @@ __device__ inline bool open_operation(const Now& now, std::byte* window, std::ui
 
 /// One warp of one block of a kernel that only receives.
 __device__ inline void open_receiving(const Now& now, const Place& at) {
-  if (at.block != at.blocks - 1 || at.warp != kLowLatencyWarps - 2) return;
+  if (!at.tells() || at.warp != kLowLatencyWarps - 2) return;
   State& state = *now.common.state;
   tell_peers(now, state.epoch, 0, at.lane);
   if (at.lane == 0) state.ended[now.epoch % plan::kOperationsInFlight] = now.epoch;
@@ -213,7 +222,8 @@ __device__ inline bool is_our_call(const Now& now, int peer, std::int64_t field,
 /// sees it.
 __device__ inline bool hear(const Now& now, std::byte* window, const Peers& peers, const Place& at) {
   bool good = true;
-  for (int peer = at.warp; peer < now.common.num_ranks; peer += kLowLatencyWarps) {
+  // The last warps: the first have rows to wait for.
+  for (int peer = kLowLatencyWarps - 1 - at.warp; peer < now.common.num_ranks; peer += kLowLatencyWarps) {
     if (!peers.active(peer)) continue;
     std::uint32_t value = 0;
     if (!await_word(now, peer, &words_in(now, window, peer).announced, value, true, at.lane)) {

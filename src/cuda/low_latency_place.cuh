@@ -167,9 +167,9 @@ __device__ void clear_unwritten(const Params& p, const Gathered& g, const Place&
 // Phases hear, gather, place. False: not all has come.
 __device__ bool receive(const Now& now, const Params& p, const Shared& shared, const Place& at) {
   const Gathered g = gathered_of(p, shared);
-  bool good = at.block != at.blocks - 1 || hear(now, p.window, shared.peers, at);
+  bool good = !at.speaks() || hear(now, p.window, shared.peers, at);
   if (!gather(now, p, shared, g, at)) return false;
-  if (at.block == at.blocks - 1) write_tables(p, g);
+  if (at.speaks()) write_tables(p, g);
   const int ranks = p.common.num_ranks;
   const Messages messages(now, p, p.window);
   int tokens = 0;
