@@ -40,7 +40,7 @@ __device__ bool send(const Now& now, const Params& p, const Peers& peers, std::i
   peers.load(p.common);
   flags.clear();
   if (!open_operation(now, p.window, p.ticket, at, (p.phases & kReceive) != 0)) return false;
-  if (at.block == at.blocks - 1)
+  if (at.speaks())
     for (int peer = at.warp; peer < ranks; peer += kLowLatencyWarps) {
       if (!peers.active(peer)) continue;
       write_signature(now, peers.window(peer), at.lane);
@@ -72,7 +72,7 @@ __device__ bool send(const Now& now, const Params& p, const Peers& peers, std::i
 // Phases hear, sum. False: not all has come.
 template <class Number, bool kLevels, class Form>
 __device__ bool receive(const Now& now, const Params& p, const Peers& peers, const Place& at) {
-  const bool good = at.block != at.blocks - 1 || hear(now, p.window, peers, at);
+  const bool good = !at.speaks() || hear(now, p.window, peers, at);
   if constexpr (kLines<Form>)
     return sum_lines<Number, kLevels>(now, p, peers, at) && good;
   else
