@@ -108,8 +108,7 @@ __device__ inline bool await_line(const Now& now, const std::byte* at, uint4& li
 /// A warp, each lane for a line of its own or none. False: in vain.
 __device__ inline bool await_watched(const Now& now, const std::byte* at, int peer) {
   for (int looks = 1;; ++looks) {
-    const bool came =
-        at == nullptr || ptx::load_whole_system(at).w == static_cast<std::uint32_t>(now.epoch);
+    const bool came = at == nullptr || ptx::load_whole_system(at).w == static_cast<std::uint32_t>(now.epoch);
     if (__all_sync(kAllLanes, came)) return true;
     if (looks % kLooksBetweenClocks == 0 && gives_up(now, came, peer)) return false;
   }

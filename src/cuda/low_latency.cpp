@@ -34,9 +34,9 @@ class Pieces {
   std::size_t bytes_ = 0;
 };
 
-plan::RowParts parts_of(const Context& context, const plan::RowShape& shape, int max_tokens) {
+plan::RowParts parts_of(const Context& context, std::size_t row_bytes, int max_tokens) {
   const std::size_t flags = context.layout().flags_of_ticket / static_cast<std::size_t>(context.num_ranks);
-  return plan::RowParts::cut(shape, false, static_cast<std::size_t>(max_tokens), flags);
+  return plan::RowParts::cut(row_bytes, static_cast<std::size_t>(max_tokens), flags);
 }
 
 // An operation between its two kernels. `Launch` launches one of them.
@@ -312,11 +312,9 @@ class Combine {
     const CombineInput& in = call_.in;
     require(!in.pre_reduce || !in.weights.given() || handle_.arrival_weights.given(),
             "pre_reduce: weights are given, but the dispatch carried none");
-    plan::RowShape shape;
-    shape.row_bytes = call_.row_bytes;
     p.common = context_.common(sent_.call, call_.signature);
     p.window = context_.window();
-    p.parts = parts_of(context_, shape, handle_.max_tokens_per_rank);
+    p.parts = parts_of(context_, call_.row_bytes, handle_.max_tokens_per_rank);
     p.layout = handle_.layout;
     p.order = in.order;
     p.dtype = call_.dtype;
@@ -325,8 +323,8 @@ class Combine {
     p.num_topk = handle_.num_topk;
     p.row_bytes = static_cast<std::int64_t>(call_.row_bytes);
     p.pieces = plan::pieces_of_row(p.row_bytes);
-    p.slots = plan::CombineSlots::place(context_.num_ranks, p.num_topk,
-                                        p.pre_reduce || p.layout == OutputLayout::kByRank);
+    p.slots =
+        plan::CombineSlots::place(context_.num_ranks, p.num_topk, p.pre_reduce || p.layout == OutputLayout::kByRank);
     p.slot_lines = plan::combine_slot_lines(p.row_bytes, p.num_topk);
     p.wire = in.wire;
     p.encoded = plan::EncodedRow::place(in.wire, call_.hidden);

@@ -17,12 +17,12 @@ struct Place {
   int block = static_cast<int>(blockIdx.x);
   int blocks = static_cast<int>(gridDim.x);
   __device__ int warps() const { return blocks * kLowLatencyWarps; }
-  /// Which blocks have something else to do: the last one tells the peers of our call and hears of theirs, the one before
-  /// tells them how far we are.
+  /// Which blocks have something else to do: the last one tells the peers of our call and hears of theirs, the one
+  /// before tells them how far we are.
   __device__ bool speaks() const { return block == blocks - 1; }
   __device__ bool tells() const { return block == (blocks > 1 ? blocks - 2 : 0); }
-  /// Of this warp among all. Warps of those blocks, and of the first `busy`, come last: what they have to do first would
-  /// hold up a row.
+  /// Of this warp among all. Warps of those blocks, and of the first `busy`, come last: what they have to do first
+  /// would hold up a row.
   __device__ int number(int busy = 0) const {
     const int free = blocks - busy - 2, index = block - busy;
     if (free <= 0) return block + warp * blocks;
@@ -31,8 +31,8 @@ struct Place {
   }
 };
 
-/// Kernel parameters are fetched line by line as they are first used, and a line that is not there is waited for. At the
-/// start each warp asks for another one: they come side by side.
+/// Kernel parameters are fetched line by line as they are first used, and a line that is not there is waited for. At
+/// the start each warp asks for another one: they come side by side.
 template <class Params>
 __device__ __forceinline__ void fetch_parameters(const Params& p) {
   constexpr unsigned kLine = 64, kLines = (sizeof(Params) + kLine - 1) / kLine;

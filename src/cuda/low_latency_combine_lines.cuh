@@ -90,7 +90,8 @@ __device__ void send_sum_by_lines(const Now& now, const Params& p, const LineSlo
   joined.send(home.piece(from.token, slot, from.part), count, static_cast<std::uint32_t>(now.epoch), lane);
 }
 
-// Weights that travel home: where a slot is all that a rank sends, all of the arrival's with its row, else one with each.
+// Weights that travel home: where a slot is all that a rank sends, all of the arrival's with its row, else one with
+// each.
 __device__ void send_weights_by_lines(const Now& now, const Params& p, const LineSlots& home, const Arrival& from,
                                       unsigned selected, int lane) {
   const auto number = static_cast<std::uint32_t>(now.epoch);

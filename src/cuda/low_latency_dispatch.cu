@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 // Low-latency dispatch. Rows are cut into pieces; a warp reads a piece of a token, quantises it if asked, and writes it
-// to every rank that the token goes to, at the place of its number, without asking anybody. Meanwhile one block for each
-// destination counts, and tells it which tokens come and where their rows belong. All that travels are lines, which say
-// themselves that they have come (plan/lines.h). A warp of the receiver waits for a piece and puts it at each of its
-// experts. Phases: open, route | send ... hear, gather, place.
+// to every rank that the token goes to, at the place of its number, without asking anybody. Meanwhile one block for
+// each destination counts, and tells it which tokens come and where their rows belong. All that travels are lines,
+// which say themselves that they have come (plan/lines.h). A warp of the receiver waits for a piece and puts it at each
+// of its experts. Phases: open, route | send ... hear, gather, place.
 #include "cuda/low_latency_place.cuh"
 #include "cuda/low_latency_send.cuh"
 

@@ -32,8 +32,8 @@ __host__ __device__ std::size_t gathered_words(int ranks, int slots) {
          static_cast<std::size_t>(ranks) * slots;
 }
 
-// Every thread of a block takes lines of what the sources have counted. Numbers of a peer that makes another call may be
-// anything: they are bounded here, and what follows from them by whoever writes there.
+// Every thread of a block takes lines of what the sources have counted. Numbers of a peer that makes another call may
+// be anything: they are bounded here, and what follows from them by whoever writes there.
 __device__ bool take_counts(const Now& now, const Params& p, const Peers& peers, const Gathered& g) {
   const int ranks = p.common.num_ranks, slots = p.num_slots, lines = plan::count_lines(slots);
   const Messages messages(now, p, p.window);
@@ -88,8 +88,8 @@ __device__ bool gather(const Now& now, const Params& p, const Shared& shared, co
       sum += rows;
     }
     g.slot_rows[slot] = sum;
-    g.slot_first[slot] = padded ? slot * padded_rows
-                                : (sum + p.expert_alignment - 1) / p.expert_alignment * p.expert_alignment;
+    g.slot_first[slot] =
+        padded ? slot * padded_rows : (sum + p.expert_alignment - 1) / p.expert_alignment * p.expert_alignment;
     if (padded && sum > padded_rows) {  // duplicate ids only
       report(now, Fault::kFullSlot, p.common.rank, sum, padded_rows);
       good = false;

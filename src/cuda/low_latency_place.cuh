@@ -129,8 +129,8 @@ __device__ bool receive_piece(const Now& now, const Params& p, const Gathered& g
     const bool came = told && row.came(count, number) && (!scaled || scales.w == number);
     if (__all_sync(kAllLanes, came)) break;
     if (looks % kLooksBetweenClocks == 0 && gives_up(now, came, src)) return false;
-    // Waiting looks at two lines, the head's first and, once that says that the token comes, the piece's last: at all of
-    // them, hundreds of warps would hold up those who write.
+    // Waiting looks at two lines, the head's first and, once that says that the token comes, the piece's last: at all
+    // of them, hundreds of warps would hold up those who write.
     const std::byte* const last = message + p.lines.row_at + piece * plan::kPieceLineBytes + 512 * plan::kPieceVectors;
     const bool heads = __any_sync(kAllLanes, !told) != 0;
     if (!await_watched(now, lane == 0 ? (heads ? message : last) : nullptr, src)) return false;

@@ -75,9 +75,9 @@ __device__ Routed route_step(const Params& p, const Peers& peers, std::int32_t* 
 // The head of a token's message: each selection a line of its own.
 __device__ void write_head(const Params& p, std::byte* message, const Routed& r, int row, int arrival,
                            std::uint32_t number) {
-  ptx::store_whole_system(message + plan::kLineBytes * r.k, {static_cast<std::uint32_t>(r.slot),
-                                                             static_cast<std::uint32_t>(row),
-                                                             static_cast<std::uint32_t>(arrival), number});
+  ptx::store_whole_system(message + plan::kLineBytes * r.k,
+                          {static_cast<std::uint32_t>(r.slot), static_cast<std::uint32_t>(row),
+                           static_cast<std::uint32_t>(arrival), number});
 }
 
 // Counters of a block that routes: of all tokens so far, then of each warp's.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Low-latency dispatch, send: a warp reads a piece of a row, quantises it if asked, and writes it to every rank that the
-// token goes to.
+// Low-latency dispatch, send: a warp reads a piece of a row, quantises it if asked, and writes it to every rank that
+// the token goes to.
 #pragma once
 
 #include "cuda/low_latency_route.cuh"
@@ -52,8 +52,7 @@ __device__ __noinline__ AnyCodes encode_any_vector(const std::byte* at, bool in_
   const plan::Fp8Scaling scaling = plan::fp8_scaling(largest, kind);
   std::uint32_t codes[4] = {};
 #pragma unroll 1
-  for (int i = 0; i < 16; ++i)
-    codes[i / 4] |= std::uint32_t{plan::fp8_encode(x[i], scaling.factor)} << (8 * (i % 4));
+  for (int i = 0; i < 16; ++i) codes[i / 4] |= std::uint32_t{plan::fp8_encode(x[i], scaling.factor)} << (8 * (i % 4));
   return {{codes[0], codes[1], codes[2], codes[3]}, scaling.scale};
 }
 
@@ -134,9 +133,8 @@ struct FloatPiece {
 #pragma unroll
     for (int i = 0; i < plan::kPieceVectors; ++i) {
       const int group = piece * (plan::kPieceBytes / plan::kFp8Group) + i * kGroupsOfPass + lane / kLanesOfGroup;
-      std::uint32_t word = group * plan::kFp8Group < p.hidden
-                               ? plan::ue8m0_in_word(__uint_as_float(out.scales[i]), group)
-                               : 0;
+      std::uint32_t word =
+          group * plan::kFp8Group < p.hidden ? plan::ue8m0_in_word(__uint_as_float(out.scales[i]), group) : 0;
       word |= __shfl_xor_sync(kAllLanes, word, 8);
       word |= __shfl_xor_sync(kAllLanes, word, 16);
       out.scales[i] = word;
@@ -220,9 +218,8 @@ __device__ bool send(const Now& now, const Params& p, const Shared& shared, cons
   const auto look = [&] {  // starts the loads of a unit
     token = unit / p.pieces, piece = unit - token * p.pieces;
     loaded.load(p, token, piece, at.lane);
-    rank = at.lane < p.num_topk
-               ? replica_of(p, expert_of(p, std::int64_t{token} * p.num_topk + at.lane), token).rank
-               : -1;
+    rank =
+        at.lane < p.num_topk ? replica_of(p, expert_of(p, std::int64_t{token} * p.num_topk + at.lane), token).rank : -1;
   };
   if (unit < units) look();
   shared.peers.load(p.common);

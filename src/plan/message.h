@@ -77,36 +77,25 @@ inline std::size_t low_latency_ticket_bytes(const LowLatencyCapacity& capacity, 
   return align_up(dispatch > combine ? dispatch : combine, kRegionAlignment);
 }
 
-/// How a row is cut on GPUs into parts that arrive one by one, each with a flag of its own. Follows from what all ranks
-/// agree on.
+/// How a row of combine is cut on GPUs into parts that arrive one by one, each with a flag of its own. Follows from
+/// what all ranks agree on.
 struct RowParts {
   int count = 1;
-  int bytes = 0;   // of a part but the last, a multiple of kUnit
-  int scales = 0;  // words that go with a part
+  int bytes = 0;  // of a part but the last, a multiple of kUnit
 
   static constexpr std::size_t kUnit = 1024;
 
-  /// `flags`: that a source has for all its tokens, at least one for each. FP8 rows have as many channels in a part as
-  /// 16-bit rows.
-  static RowParts cut(const RowShape& shape, bool fp8, std::size_t max_tokens, std::size_t flags) {
-    const auto parts_of = [&](std::size_t bytes) {
-      return shape.row_bytes > 0 ? (shape.row_bytes + bytes - 1) / bytes : 1;
-    };
+  /// `flags`: that a source has for all its tokens, at least one for each.
+  static RowParts cut(std::size_t row_bytes, std::size_t max_tokens, std::size_t flags) {
+    const auto parts_of = [&](std::size_t bytes) { return row_bytes > 0 ? (row_bytes + bytes - 1) / bytes : 1; };
     const std::size_t most = flags / max_tokens > 0 ? flags / max_tokens : 1;
-    std::size_t bytes = fp8 ? kUnit : 2 * kUnit;
-    if (parts_of(bytes) > most) bytes = align_up((shape.row_bytes + most - 1) / most, kUnit);
-    const std::size_t count = parts_of(bytes);
-    // Quantised rows: the scales of a part's own channels. The caller's: even shares.
-    const auto scales = static_cast<std::size_t>(shape.num_scales);
-    const std::size_t groups = (shape.row_bytes + 127) / 128;
-    const std::size_t of_part = scales == groups             ? bytes / 128
-                                : scales == (groups + 3) / 4 ? bytes / 512
-                                                             : (scales + count - 1) / count;
-    return {static_cast<int>(count), static_cast<int>(bytes), static_cast<int>(of_part)};
+    std::size_t bytes = 2 * kUnit;
+    if (parts_of(bytes) > most) bytes = align_up((row_bytes + most - 1) / most, kUnit);
+    return {static_cast<int>(parts_of(bytes)), static_cast<int>(bytes)};
   }
 };
 
-/// Flags of one ticket: one for each part of each token of each source (combine: of each home).
+/// Flags of one ticket: one for each part of each token, from each rank that may send rows of it.
 inline std::size_t low_latency_flags(const LowLatencyCapacity& capacity, int num_ranks) {
   const std::size_t parts = (capacity.row_bytes + RowParts::kUnit - 1) / RowParts::kUnit;
   constexpr std::size_t kLeast = 4;  // so that smaller rows may be more
