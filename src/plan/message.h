@@ -14,9 +14,7 @@ namespace deep_ep::plan {
 //   |
 //   ... ]   each 16-byte aligned
 // On hosts a source's messages lie in order of arrival and say which token each is; inside a node the part up to the
-// row lies at the destination, and the rest, once for all destinations, at the source. On GPUs they lie at their
-// token's number, so that nobody has to count before writing, and say which arrival each is (-1: this token does not
-// come), and as the how-manieth of its source each selection comes to its slot.
+// row lies at the destination, and the rest, once for all destinations, at the source. GPUs have plan/lines.h instead.
 struct MessageLayout {
   static constexpr std::size_t kAlignment = 16;
 
