@@ -58,8 +58,10 @@ MemoryPlan Config::plan(int num_ranks) const {
          fmt::format("counts of {} ranks and {} experts from each peer, per operation", num_ranks, max_experts));
   region("replies", w.replies_at, w.flags_at,
          fmt::format("first row of each of {} experts at each peer, per operation", max_experts));
-  region("low-latency flags", w.flags_at, w.low_latency_at,
+  region("low-latency flags", w.flags_at, w.lines_at,
          "one for each part of a row that may arrive; touched on GPUs only");
+  region("low-latency lines", w.lines_at, w.low_latency_at,
+         fmt::format("{} tickets of what travels with its number; touched on GPUs only", w.num_tickets));
   region("low-latency slots", w.low_latency_at, w.arena_at,
          fmt::format("{} tickets x {} ranks x {} tokens", w.num_tickets, num_ranks, low_latency.max_tokens_per_rank));
   region("arena", w.arena_at, w.total_bytes,
