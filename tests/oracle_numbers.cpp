@@ -42,10 +42,7 @@ float decode_bits(const Format& f, int code) {
 
 int encode_bits(const Format& f, float value) {
   const int largest_field = f.field_mask();
-  if (std::isnan(value)) {
-    return f.has_infinity ? (largest_field << f.mantissa_bits) | (1 << (f.mantissa_bits - 1))
-                          : (largest_field << f.mantissa_bits) | f.mantissa_mask();
-  }
+  if (std::isnan(value)) return (largest_field << f.mantissa_bits) | f.mantissa_mask();
   const int sign = std::signbit(value) ? 1 << (f.exponent_bits + f.mantissa_bits) : 0;
   const int beyond =
       f.has_infinity ? largest_field << f.mantissa_bits : ((largest_field << f.mantissa_bits) | f.mantissa_mask()) - 1;

@@ -74,7 +74,7 @@ EP_ALWAYS_INLINE __m256 from_fp16_8(const std::uint16_t* codes) { return _mm256_
 
 EP_ALWAYS_INLINE void to_fp16_8(std::uint16_t* codes, __m256 x) {
   // The instruction keeps sign and payload of a NaN; plan::to_fp16 has one NaN, so each becomes that one first.
-  const __m256 one_nan = _mm256_castsi256_ps(all(0x7fc00000));
+  const __m256 one_nan = _mm256_castsi256_ps(all(plan::kFloatMagnitude));
   const __m256 cleaned = _mm256_blendv_ps(x, one_nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm256_cvtps_ph(cleaned, _MM_FROUND_TO_NEAREST_INT));
 }

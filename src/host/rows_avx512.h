@@ -41,7 +41,7 @@ EP_ALWAYS_INLINE __m512 from_fp16_16(const std::uint16_t* codes) { return _mm512
 
 EP_ALWAYS_INLINE __m256i to_fp16_16(__m512 x) {
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  const __m512 cleaned = _mm512_mask_mov_ps(x, nan, _mm512_castsi512_ps(wide(0x7fc00000)));
+  const __m512 cleaned = _mm512_mask_mov_ps(x, nan, _mm512_castsi512_ps(wide(plan::kFloatMagnitude)));
   return _mm512_cvtps_ph(cleaned, _MM_FROUND_TO_NEAREST_INT);
 }
 

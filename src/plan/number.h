@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
 // The number formats of a row and their conversions: the same bits on the host (any instruction set) and on the device.
 //
-// Every narrowing rounds to nearest, ties to even, subnormals included. bf16 and fp16 have one NaN each on output
-// (positive, quiet): sign and payload of a NaN that arithmetic made differ between machines, and results must not.
+// Every narrowing rounds to nearest, ties to even, subnormals included. bf16 and fp16 have one NaN each on output: sign
+// and payload of a NaN that arithmetic made differ between machines, and results must not. It is the one that a GPU's
+// narrowing makes, whose instruction then needs no mending.
 // Nothing branches, so that loops vectorise. Expects -ffp-contract=off and the default rounding mode.
 #pragma once
 
@@ -14,8 +15,8 @@ namespace deep_ep::plan {
 
 inline constexpr std::int32_t kFloatInfBits = 0x7f800000;
 inline constexpr std::int32_t kFloatMagnitude = 0x7fffffff;
-inline constexpr std::uint16_t kBf16Nan = 0x7fc0;
-inline constexpr std::uint16_t kFp16Nan = 0x7e00;
+inline constexpr std::uint16_t kBf16Nan = 0x7fff;
+inline constexpr std::uint16_t kFp16Nan = 0x7fff;
 inline constexpr std::uint8_t kE4m3Nan = 0x7f;
 inline constexpr float kE4m3Max = 448.0f;
 

@@ -150,8 +150,8 @@ TEST(Number, every_e4m3_code_widens_to_its_value) {
 TEST(Number, every_code_survives_a_round_trip) {
   for (std::uint32_t code = 0; code < 65536; ++code) {
     const std::uint16_t c = static_cast<std::uint16_t>(code);
-    EXPECT_EQ(to_bf16(from_bf16(c)), std::isnan(value(kBf16, code)) ? 0x7fc0 : c);
-    EXPECT_EQ(to_fp16(from_fp16(c)), std::isnan(value(kFp16, code)) ? 0x7e00 : c);
+    EXPECT_EQ(to_bf16(from_bf16(c)), std::isnan(value(kBf16, code)) ? kBf16Nan : c);
+    EXPECT_EQ(to_fp16(from_fp16(c)), std::isnan(value(kFp16, code)) ? kFp16Nan : c);
   }
   for (std::uint32_t code = 0; code < 256; ++code) EXPECT_EQ(to_e4m3(from_e4m3(static_cast<std::uint8_t>(code))), code);
 }
@@ -170,10 +170,10 @@ TEST(Number, e4m3_takes_the_nearest_value_and_even_at_a_tie) {
 
 TEST(Number, every_kind_of_nan_becomes_the_one_nan_of_its_format) {
   for (const std::uint32_t bits : {0x7f800001u, 0x7fbfffffu, 0x7fc00000u, 0x7fffffffu}) {
-    EXPECT_EQ(to_bf16(from_raw(bits)), 0x7fc0);
-    EXPECT_EQ(to_bf16(from_raw(bits | 0x80000000u)), 0x7fc0);
-    EXPECT_EQ(to_fp16(from_raw(bits)), 0x7e00);
-    EXPECT_EQ(to_fp16(from_raw(bits | 0x80000000u)), 0x7e00);
+    EXPECT_EQ(to_bf16(from_raw(bits)), kBf16Nan);
+    EXPECT_EQ(to_bf16(from_raw(bits | 0x80000000u)), kBf16Nan);
+    EXPECT_EQ(to_fp16(from_raw(bits)), kFp16Nan);
+    EXPECT_EQ(to_fp16(from_raw(bits | 0x80000000u)), kFp16Nan);
     EXPECT_EQ(to_e4m3(from_raw(bits)), 0x7f);
     EXPECT_EQ(to_e4m3(from_raw(bits | 0x80000000u)), 0xff);
   }
