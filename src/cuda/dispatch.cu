@@ -27,19 +27,31 @@ __device__ void receive(const Now& now, const DispatchParams& p) {
 
 enum class Rows { kAsTheyAre, kBf16, kFp16, kFp32 };
 
+// A block's shared memory: destinations, targets of each mover warp, stages.
+struct Parts {
+  std::size_t targets_at, stages_at;
+  __host__ __device__ Parts(int num_ranks, int movers)
+      : targets_at((sizeof(Destination) * num_ranks + 127) / 128 * 128),
+        stages_at(targets_at + 32 * sizeof(Target) * movers) {}
+};
+
 }  // namespace
 
 template <Rows kRows>
 __global__ void __launch_bounds__(crew_of(kRows != Rows::kAsTheyAre).threads(), 1)
     dispatch(const __grid_constant__ DispatchParams p) {
   extern __shared__ __align__(128) std::byte shared[];
-  __shared__ std::uint64_t barriers[kMaxMoverWarps * kStages];
-  constexpr Crew crew = crew_of(kRows != Rows::kAsTheyAre);
+  constexpr bool kQuantize = kRows != Rows::kAsTheyAre;
+  constexpr Crew crew = crew_of(kQuantize);
+  constexpr int kBarriers = crew.movers * stages_of(kQuantize);
+  __shared__ std::uint64_t barriers[kBarriers];
   const Now now(p.common);
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
-  const auto destinations_bytes = (sizeof(Destination) * p.common.num_ranks + 127) / 128 * 128;
+  const Parts parts(p.common.num_ranks, p.mover_warps);
   auto* const to = reinterpret_cast<Destination*>(shared);
-  std::byte* const stages = shared + destinations_bytes;
+  const Stages stages{reinterpret_cast<Target*>(shared + parts.targets_at) + 32 * warp,
+                      shared + parts.stages_at + std::int64_t{warp} * stages_of(kQuantize) * p.stage_bytes,
+                      barriers + warp * stages_of(kQuantize)};
 
   bool good = __syncthreads_and(!has_failed(now));  // notify's verdict
   const Incoming incoming(p);
@@ -51,8 +63,8 @@ __global__ void __launch_bounds__(crew_of(kRows != Rows::kAsTheyAre).threads(), 
   for (int dst = static_cast<int>(threadIdx.x); good && dst < p.common.num_ranks; dst += static_cast<int>(blockDim.x))
     good = await_reply(now, p, dst, to[dst]);
 #if EP_BULK_COPY
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kMaxMoverWarps * kStages; ++i) ptx::barrier_init(barriers + i, 1);
+  if (threadIdx.x < kBarriers) {
+    ptx::barrier_init(barriers + threadIdx.x, 1);
     ptx::barrier_init_done();
   }
 #endif
@@ -62,7 +74,7 @@ __global__ void __launch_bounds__(crew_of(kRows != Rows::kAsTheyAre).threads(), 
       clear_unwritten(p, to[p.common.rank], warp - p.mover_warps, crew.companions, lane);
       count_rows_sent(p, to, warp - p.mover_warps, crew.companions, lane);
     } else if constexpr (kRows == Rows::kAsTheyAre) {
-      move_rows(p, to, stages, barriers, warp, lane);
+      move_rows(p, to, stages, warp, lane);
     } else if constexpr (kRows == Rows::kBf16) {
       quantize_rows<Bf16>(p, to, stages, warp, lane);
     } else if constexpr (kRows == Rows::kFp16) {
@@ -88,15 +100,25 @@ void share_rows(DispatchParams& p, std::size_t room) {
   p.pieces = static_cast<int>(pieces);
   p.piece_bytes = static_cast<int>(piece);
   p.stage_bytes = static_cast<int>(plan::align_up(piece, 128));
-  const auto fit = static_cast<int>(room / (static_cast<std::size_t>(p.stage_bytes) * kStages));
+  const auto fit = static_cast<int>(room / (static_cast<std::size_t>(p.stage_bytes) * kMoveStages));
   p.mover_warps = std::clamp(fit, 1, crew_of(false).movers);
 }
 
+// Pieces of whole passes, as even as can be.
+template <class Number>
 void share_quantised_rows(DispatchParams& p) {
-  p.piece_bytes = kPassChannels * (p.x_dtype == DType::kFp32 ? kPassesOf<Fp32> : kPassesOf<Bf16>);
-  p.pieces = static_cast<int>((p.shape.row_bytes + p.piece_bytes - 1) / p.piece_bytes);
-  p.stage_bytes = 0;
+  const auto passes = static_cast<int>((p.hidden + kPassChannels - 1) / kPassChannels);
+  const int pieces = std::max(1, (passes + kPassesOf<Number> - 1) / kPassesOf<Number>);
+  p.piece_bytes = std::max(1, (passes + pieces - 1) / pieces) * kPassChannels;
+  p.pieces = std::max(1, static_cast<int>((p.hidden + p.piece_bytes - 1) / p.piece_bytes));
+  p.stage_bytes = p.piece_bytes * Number::kBytes;
   p.mover_warps = crew_of(true).movers;
+}
+
+void share(DispatchParams& p, bool quantize, std::size_t room) {
+  if (!quantize) return share_rows(p, room);
+  if (p.x_dtype == DType::kFp32) return share_quantised_rows<Fp32>(p);
+  share_quantised_rows<Bf16>(p);
 }
 
 const void* kernel_of(bool quantize, DType dtype) {
@@ -109,19 +131,16 @@ const void* kernel_of(bool quantize, DType dtype) {
 }  // namespace
 
 void launch_dispatch(DispatchParams params, bool quantize, int blocks, cudaStream_t stream, int shared_limit) {
-  const std::size_t head = (sizeof(Destination) * params.common.num_ranks + 127) / 128 * 128;
-  if (quantize) {
-    share_quantised_rows(params);
-  } else {
-    share_rows(params, static_cast<std::size_t>(shared_limit) - head);
-  }
+  share(params, quantize,
+        static_cast<std::size_t>(shared_limit) - Parts(params.common.num_ranks, crew_of(quantize).movers).stages_at);
   params.chunks = (params.num_topk + 31) / 32;
-  const std::size_t of_warp = quantize ? 32 * sizeof(Target) : static_cast<std::size_t>(params.stage_bytes) * kStages;
-  const std::size_t stages = params.mover_warps * of_warp;
+  const Parts parts(params.common.num_ranks, params.mover_warps);
+  const std::size_t stages =
+      static_cast<std::size_t>(params.mover_warps) * stages_of(quantize) * static_cast<std::size_t>(params.stage_bytes);
   void* arguments[] = {&params};
   const dim3 threads(static_cast<unsigned>(params.mover_warps + crew_of(quantize).companions) * 32);
   cudaLaunchKernel(kernel_of(quantize, params.x_dtype), dim3(static_cast<unsigned>(blocks)), threads, arguments,
-                   head + stages, stream);
+                   parts.stages_at + stages, stream);
 }
 
 const void* dispatch_kernel(bool quantize, DType dtype) { return kernel_of(quantize, dtype); }

@@ -42,6 +42,20 @@ struct Ring {
   }
 };
 
+// Where a selection is written by this block's movers.
+struct Target {
+  std::byte* row;        // null: nowhere
+  std::int32_t* scales;  // of the row; quantised rows only
+  std::int64_t scale_stride;
+};
+
+// A mover warp's part of the shared memory.
+struct Stages {
+  Target* targets;
+  std::byte* ring;
+  std::uint64_t* full;  // a barrier for each stage
+};
+
 __device__ Jobs jobs_of(const DispatchParams& p, int warp) {
   const int block = static_cast<int>(blockIdx.x);
   const bool far = block < p.roles.far;
@@ -50,37 +64,65 @@ __device__ Jobs jobs_of(const DispatchParams& p, int warp) {
   return {p, first, blocks * p.mover_warps};
 }
 
-__device__ int bytes_of_piece(const DispatchParams& p, int piece) {
-  const std::int64_t left = static_cast<std::int64_t>(p.shape.row_bytes) - std::int64_t{piece} * p.piece_bytes;
-  return left < p.piece_bytes ? static_cast<int>(left) : p.piece_bytes;
-}
-
-// Where a lane's selection is written by this block's movers.
-struct Target {
-  std::byte* row;        // null: nowhere
-  std::int32_t* scales;  // of the row; quantised rows only
-  std::int64_t scale_stride;
-};
-
-// A mover warp's targets in the order of its jobs, one per lane for each token and chunk. The routes of one are read
-// while the rows of another move.
+// A mover warp's targets in the order of its jobs: lists in shared memory, for as many tokens at once as the warp has
+// lanes for their selections. The routes of the next tokens are read while the rows of these move. All lanes.
 class Targets {
  public:
-  __device__ Targets(const DispatchParams& p, const Destination* to, const Jobs& jobs, int lane)
-      : p_(p), to_(to), jobs_(jobs), lane_(lane), at_(jobs.begin()), route_(read_route(p, at_.token, 0, lane)) {}
-
-  __device__ Target next() {
-    const Target now = resolve();
-    jobs_.skip_pieces(at_);
-    route_ = read_route(p_, at_.token, at_.chunk, lane_);
-    return now;
+  // `entries`: room for 32.
+  __device__ Targets(const DispatchParams& p, const Destination* to, const Jobs& jobs, Target* entries, int lane)
+      : p_(p),
+        to_(to),
+        jobs_(jobs),
+        entries_(entries),
+        lane_(lane),
+        lanes_(min(p.num_topk, 32)),
+        tokens_(p.chunks > 1 ? 1 : 32 / lanes_),
+        listed_(tokens_),
+        ahead_(jobs.begin()) {
+    read_routes();
   }
 
+  // The next token's, or those of its next 32 selections.
+  __device__ void next() {
+    if (++listed_ >= tokens_) {
+      list_tokens();
+      listed_ = 0;
+    }
+    list_ = entries_ + listed_ * lanes_;
+    size_ = __popc(given_ & lanes_of(listed_));
+  }
+  __device__ const Target* list() const { return list_; }
+  __device__ int size() const { return size_; }
+
  private:
+  __device__ int token_here() const { return lane_ / lanes_; }
+  __device__ int token() const { return ahead_.token + token_here() * jobs_.step; }
+  __device__ unsigned lanes_of(int token_here) const {
+    return (lanes_ == 32 ? kAllLanes : (1u << lanes_) - 1) << (token_here * lanes_);
+  }
+  __device__ void read_routes() {
+    route_ = {-1, 0, 0};
+    if (token_here() < tokens_) route_ = read_route(p_, token(), ahead_.chunk * 32 + lane_ % lanes_);
+  }
+  __device__ void list_tokens() {
+    const Target target = resolve();
+    given_ = __ballot_sync(kAllLanes, target.row != nullptr);
+    __syncwarp();  // the last tokens' have been read
+    if (target.row != nullptr)
+      entries_[token_here() * lanes_ + __popc(given_ & lanes_of(token_here()) & ((1u << lane_) - 1))] = target;
+    __syncwarp();
+    if (p_.chunks > 1) {
+      jobs_.skip_pieces(ahead_);
+    } else {
+      ahead_.token += tokens_ * jobs_.step;
+    }
+    read_routes();
+  }
   __device__ Target resolve() const {
     int rank = route_.rank;
     if (rank >= 0 && !(to_[rank].block != nullptr && to_[rank].writes_here)) rank = -1;
-    if (p_.layout == OutputLayout::kByRank && !first_to_rank(p_, rank, at_.token, 0, at_.chunk, lane_)) rank = -1;
+    if (p_.layout == OutputLayout::kByRank && !first_to_rank(p_, rank, token(), token_here(), ahead_.chunk, lane_))
+      rank = -1;
     if (rank < 0) return {};
     const Destination& there = to_[rank];
     const std::int64_t row = final_row(p_, there, route_);
@@ -92,92 +134,122 @@ class Targets {
   const DispatchParams& p_;
   const Destination* to_;
   const Jobs jobs_;
-  const int lane_;
-  Job at_;
+  Target* const entries_;
+  const int lane_, lanes_, tokens_;  // of a token; at once
+  int listed_;                       // the present one, among those
+  Job ahead_;
   Route route_;
+  unsigned given_ = 0;
+  const Target* list_ = nullptr;
+  int size_ = 0;
 };
 
-// The targets of one token, one after the other in shared memory, where they cost no registers. All lanes.
-class TargetList {
- public:
-  __device__ explicit TargetList(Target* entries) : entries_(entries) {}
-  __device__ void set(const Target& target, int lane) {
-    const unsigned given = __ballot_sync(kAllLanes, target.row != nullptr);
-    __syncwarp();  // the last token's have been read
-    if (target.row != nullptr) entries_[__popc(given & ((1u << lane) - 1))] = target;
-    count_ = __popc(given);
-    __syncwarp();
+// How the caller's rows are cut.
+struct Cut {
+  std::int64_t row_bytes;
+  int piece_bytes;
+  __device__ int bytes(int piece) const {
+    const std::int64_t left = row_bytes - std::int64_t{piece} * piece_bytes;
+    return left < piece_bytes ? static_cast<int>(left) : piece_bytes;
   }
-  __device__ int size() const { return count_; }
-  __device__ const Target& operator[](int i) const { return entries_[i]; }
+};
+
+#if EP_BULK_COPY
+// The pieces of a mover warp's jobs on their way in: a ring of stages in shared memory, each filled by one bulk load.
+template <int kStages>
+class Intake {
+ public:
+  __device__ Intake(const DispatchParams& p, const Jobs& jobs, const Cut& cut, const Stages& stages, int lane)
+      : p_(p), jobs_(jobs), cut_(cut), stages_(stages), lane_(lane), ahead_(jobs.begin()) {}
+  // The next job's piece, once a stage is free for it.
+  __device__ void load() {
+    if (!jobs_.has(ahead_)) return;
+    if (lane_ == 0)
+      ptx::bulk_load(stages_.ring + filling_.at * p_.stage_bytes,
+                     p_.x + ahead_.token * cut_.row_bytes + std::int64_t{ahead_.piece} * cut_.piece_bytes,
+                     static_cast<std::uint32_t>(cut_.bytes(ahead_.piece)), stages_.full + filling_.at);
+    jobs_.advance(ahead_);
+    filling_.advance();
+  }
+  // The oldest piece, once it is there.
+  __device__ const std::byte* await(const Job&) const {
+    ptx::barrier_wait(stages_.full + emptying_.at, emptying_.parity);
+    return stages_.ring + emptying_.at * p_.stage_bytes;
+  }
+  __device__ void drop() { emptying_.advance(); }
 
  private:
-  Target* const entries_;
-  int count_ = 0;
+  const DispatchParams& p_;
+  const Jobs jobs_;
+  const Cut cut_;
+  const Stages stages_;
+  const int lane_;
+  Job ahead_;
+  Ring<kStages> filling_, emptying_;
 };
+#else
+// Without bulk copies pieces are read where they lie.
+template <int kStages>
+class Intake {
+ public:
+  __device__ Intake(const DispatchParams& p, const Jobs&, const Cut& cut, const Stages&, int) : p_(p), cut_(cut) {}
+  __device__ void load() {}
+  __device__ const std::byte* await(const Job& job) const {
+    return p_.x + job.token * cut_.row_bytes + std::int64_t{job.piece} * cut_.piece_bytes;
+  }
+  __device__ void drop() {}
 
-template <typename T>
-__device__ T* of_lane(T* mine, int from) {
-  return reinterpret_cast<T*>(__shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(mine), from));
-}
+ private:
+  const DispatchParams& p_;
+  const Cut cut_;
+};
+#endif
 
 // Movers of rows as they are.
-__device__ void move_rows(const DispatchParams& p, const Destination* to, std::byte* stages, std::uint64_t* barriers,
-                          int warp, int lane) {
+__device__ void move_rows(const DispatchParams& p, const Destination* to, const Stages& stages, int warp, int lane) {
   const Jobs jobs = jobs_of(p, warp);
+  const Cut cut{static_cast<std::int64_t>(p.shape.row_bytes), p.piece_bytes};
+  Intake<kMoveStages> intake(p, jobs, cut, stages, lane);
 #if EP_BULK_COPY
-  // A ring of stages: one bulk load fills a stage, each lane with a destination empties it by one bulk store. A stage
-  // is filled again once the stores of the job before the last have read it.
-  std::byte* const ring = stages + std::int64_t{warp} * kStages * p.stage_bytes;
-  std::uint64_t* const full = barriers + warp * kStages;
-  Job ahead = jobs.begin();
-  Ring<kStages> filling, emptying;
-  const auto load = [&] {
-    if (!jobs.has(ahead)) return;
-    if (lane == 0)
-      ptx::bulk_load(
-          ring + filling.at * p.stage_bytes,
-          p.x + ahead.token * static_cast<std::int64_t>(p.shape.row_bytes) + std::int64_t{ahead.piece} * p.piece_bytes,
-          bytes_of_piece(p, ahead.piece), full + filling.at);
-    jobs.advance(ahead);
-    filling.advance();
-  };
-  for (int i = 0; i < kStages - 1; ++i) load();
-  Targets targets(p, to, jobs, lane);
+  // Each lane with a destination empties a stage by one bulk store. A stage is filled again once the stores of the job
+  // before the last have read it.
+  for (int i = 0; i < kMoveStages - 1; ++i) intake.load();
+  Targets targets(p, to, jobs, stages.targets, lane);
   std::byte* dst = nullptr;
-  for (Job job = jobs.begin(); jobs.has(job); jobs.advance(job), emptying.advance()) {
-    if (job.piece == 0) dst = targets.next().row;
-    ptx::barrier_wait(full + emptying.at, emptying.parity);
+  for (Job job = jobs.begin(); jobs.has(job); jobs.advance(job)) {
+    if (job.piece == 0) {
+      targets.next();
+      dst = lane < targets.size() ? targets.list()[lane].row : nullptr;
+    }
+    const std::byte* const piece = intake.await(job);
     if (dst != nullptr)
-      ptx::bulk_store(dst + std::int64_t{job.piece} * p.piece_bytes, ring + emptying.at * p.stage_bytes,
-                      bytes_of_piece(p, job.piece));
+      ptx::bulk_store(dst + std::int64_t{job.piece} * p.piece_bytes, piece,
+                      static_cast<std::uint32_t>(cut.bytes(job.piece)));
     ptx::bulk_commit();
     ptx::bulk_wait_read<1>();
+    intake.drop();
     __syncwarp();
-    load();
+    intake.load();
   }
   ptx::bulk_wait_all();
 #else
-  (void)stages, (void)barriers;
   constexpr int kAhead = 4;
-  Targets targets(p, to, jobs, lane);
-  std::byte* dst = nullptr;
+  Targets targets(p, to, jobs, stages.targets, lane);
   for (Job job = jobs.begin(); jobs.has(job); jobs.advance(job)) {
-    if (job.piece == 0) dst = targets.next().row;
+    if (job.piece == 0) targets.next();
+    const std::byte* const src = intake.await(job);
     const std::int64_t piece_at = std::int64_t{job.piece} * p.piece_bytes;
-    const std::byte* const src = p.x + job.token * static_cast<std::int64_t>(p.shape.row_bytes) + piece_at;
-    const unsigned lanes = __ballot_sync(kAllLanes, dst != nullptr);
-    const int vectors = bytes_of_piece(p, job.piece) / 16;
+    const int vectors = cut.bytes(job.piece) / 16;
     for (int first = lane; first - lane < vectors; first += 32 * kAhead) {
       uint4 v[kAhead];
 #pragma unroll
       for (int i = 0; i < kAhead; ++i)
         if (first + 32 * i < vectors) v[i] = ptx::load_streaming(src + 16 * (first + 32 * i));
-      for (unsigned rest = lanes; rest != 0; rest &= rest - 1) {
-        std::byte* const at = of_lane(dst, __ffs(rest) - 1);
+      for (int t = 0; t < targets.size(); ++t) {
+        std::byte* const at = targets.list()[t].row + piece_at;
 #pragma unroll
         for (int i = 0; i < kAhead; ++i)
-          if (first + 32 * i < vectors) ptx::store_streaming(at + piece_at + 16 * (first + 32 * i), v[i]);
+          if (first + 32 * i < vectors) ptx::store_streaming(at + 16 * (first + 32 * i), v[i]);
       }
     }
   }
@@ -185,17 +257,17 @@ __device__ void move_rows(const DispatchParams& p, const Destination* to, std::b
 }
 
 // The stored words of a batch's scales: of passes first_pass .. + passes, the lane holding the scale of its group in
-// pass lane % kLanesOfGroup. The exponents of a pass's four groups share a word.
+// the pass that it answers for. The exponents of a pass's four groups share a word.
 struct ScaleWord {
   std::int32_t word;
   int at;     // among the row's
   bool mine;  // this lane stores it
 };
 
-__device__ ScaleWord scale_word(const DispatchParams& p, float scale, int first_pass, int passes, int lane) {
-  const int pass = first_pass + lane % kLanesOfGroup, in_pass = lane / kLanesOfGroup;
+__device__ ScaleWord scale_word(const DispatchParams& p, float scale, int pass, bool answers, int lane) {
+  const int in_pass = lane / kLanesOfGroup;
   const int group = pass * kGroupsOfPass + in_pass;
-  bool mine = lane % kLanesOfGroup < passes && group < static_cast<int>(plan::num_fp8_groups(p.hidden));
+  const bool mine = answers && group < static_cast<int>(plan::num_fp8_groups(p.hidden));
   if (p.scale_kind != plan::Fp8Scale::kUe8m0) return {__float_as_int(scale), group, mine};
   static_assert(plan::kUe8m0PerWord == kGroupsOfPass);
   std::uint32_t word = mine ? plan::ue8m0_in_word(scale, in_pass) : 0;
@@ -205,69 +277,56 @@ __device__ ScaleWord scale_word(const DispatchParams& p, float scale, int first_
 
 // A batch that holds a NaN, an infinity or what is nearly one. Not inlined: the quick path needs the registers.
 template <class Number>
-__device__ __noinline__ void write_any_batch(const DispatchParams& p, TargetList targets, Channels channels, int batch,
-                                             int lane) {
-  constexpr int kPasses = kPassesOf<Number>;
-  for (int pass = 0; pass < kPasses && pass * kPassChannels < channels.left; ++pass) {
-    const int ahead = pass * kPassChannels, left = channels.left - ahead - channel_of_lane(lane);
-    const int row_at = (batch * kPasses + pass) * kPassChannels + channel_of_lane(lane);
+__device__ __noinline__ void write_any_batch(const DispatchParams& p, const Target* targets, int num_targets,
+                                             const std::byte* piece, int first_channel, int lane) {
+  const int left = static_cast<int>(p.hidden) - first_channel;
+  for (int at = 0; at < p.piece_bytes && at < left; at += kPassChannels) {
+    const int channel = at + channel_of_lane(lane);
     float of_group;
-    const Codes codes = encode_any_pass<Number>(channels.at + ahead * Number::kBytes, left, p.scale_kind, &of_group);
-    const ScaleWord scale = scale_word(p, of_group, batch * kPasses + pass, 1, lane);
-    for (int i = 0; i < targets.size(); ++i) {
+    const uint4 codes =
+        encode_any_pass<Number>(piece + channel * Number::kBytes, channel < left, p.scale_kind, &of_group);
+    const ScaleWord scale =
+        scale_word(p, of_group, (first_channel + at) / kPassChannels, lane % kLanesOfGroup == 0, lane);
+    for (int i = 0; i < num_targets; ++i) {
       const Target to = targets[i];
       if (scale.mine) to.scales[scale.at * to.scale_stride] = scale.word;
-      for (int run = 0; run < 2; ++run)
-        if (run * kRunsApart < left) ptx::store_streaming(to.row + row_at + run * kRunsApart, codes.run[run]);
+      if (channel < left) ptx::store_streaming(to.row + first_channel + channel, codes);
     }
   }
 }
 
-// Mover warps that quantise. The next batch is loaded pair by pair, as the present one's registers become free.
-// `shared`: room for 32 targets for each mover warp.
+// Mover warps that quantise: a piece is one batch, which a warp's registers hold while its stage is filled again.
 template <class Number>
-__device__ void quantize_rows(const DispatchParams& p, const Destination* to, std::byte* shared, int warp, int lane) {
-  constexpr int kPasses = kPassesOf<Number>;
-  using MyBatch = Batch<Number, kPasses>;
+__device__ void quantize_rows(const DispatchParams& p, const Destination* to, const Stages& stages, int warp,
+                              int lane) {
+  using MyBatch = Batch<Number, kPassesOf<Number>>;
   const Jobs jobs = jobs_of(p, warp);
-  if (!jobs.has(jobs.begin())) return;
-  const auto channels_of = [&](const Job& job) {
-    const int first = job.piece * MyBatch::kChannels;
-    return Channels{p.x + (job.token * p.hidden + first + channel_of_lane(lane)) * Number::kBytes,
-                    static_cast<int>(p.hidden) - first};
-  };
-  Targets targets(p, to, jobs, lane);
-  TargetList list(reinterpret_cast<Target*>(shared) + 32 * warp);
-  Channels channels = channels_of(jobs.begin());
-  MyBatch batch;
-#pragma unroll
-  for (int pair = 0; pair < MyBatch::kPairs; ++pair) batch.load_pair(pair, channels, lane);
-  for (Job job = jobs.begin(); jobs.has(job);) {
-    if (job.piece == 0) list.set(targets.next(), lane);
-    const int number = job.piece;
-    jobs.advance(job);
-    const Channels next = jobs.has(job) ? channels_of(job) : channels;
+  Intake<kQuantizeStages> intake(p, jobs, {p.hidden * Number::kBytes, p.piece_bytes * Number::kBytes}, stages, lane);
+  for (int i = 0; i < kQuantizeStages; ++i) intake.load();
+  Targets targets(p, to, jobs, stages.targets, lane);
+  for (Job job = jobs.begin(); jobs.has(job); jobs.advance(job)) {
+    if (job.piece == 0) targets.next();
+    const int first = job.piece * p.piece_bytes, left = min(static_cast<int>(p.hidden) - first, p.piece_bytes);
+    const std::byte* const piece = intake.await(job);
+    MyBatch batch;
+    batch.load(piece, left, lane);
     const std::uint32_t peak = batch.peak(lane);
-    if (__all_sync(kAllLanes, peak < kLargestQuick)) {
-      const plan::Fp8Scaling scaling = quick_scaling(static_cast<std::int32_t>(peak), p.scale_kind);
-      const ScaleWord scale = scale_word(p, scaling.scale, number * kPasses, kPasses, lane);
-      for (int i = 0; scale.mine && i < list.size(); ++i) list[i].scales[scale.at * list[i].scale_stride] = scale.word;
-      const int row_at = number * MyBatch::kChannels + channel_of_lane(lane);
-#pragma unroll
-      for (int pair = 0; pair < MyBatch::kPairs; ++pair) {
-        Codes codes[2];
-        const bool there = MyBatch::has_pair(pair, channels.left);
-        if (there) batch.encode_pair(pair, scaling.factor, codes);
-        batch.load_pair(pair, next, lane);
-        for (int i = 0; there && i < list.size(); ++i)
-          MyBatch::store_pair(pair, list[i].row + row_at, codes, channels.left, lane);
-      }
-    } else {
-      write_any_batch<Number>(p, list, channels, number, lane);
-#pragma unroll
-      for (int pair = 0; pair < MyBatch::kPairs; ++pair) batch.load_pair(pair, next, lane);
+    const bool quick = __all_sync(kAllLanes, peak < kLargestQuick);
+    if (!quick) write_any_batch<Number>(p, targets.list(), targets.size(), piece, first, lane);
+    intake.drop();
+    __syncwarp();  // all lanes have read the stage
+    intake.load();
+    if (!quick) continue;
+    const plan::Fp8Scaling scaling = quick_scaling(static_cast<std::int32_t>(peak), p.scale_kind);
+    const int pass = MyBatch::pass_of_lane(lane);
+    const ScaleWord scale = scale_word(p, scaling.scale, first / kPassChannels + pass,
+                                       MyBatch::answers(lane) && pass * kPassChannels < left, lane);
+    batch.encode(scaling.factor);
+    for (int i = 0; i < targets.size(); ++i) {
+      const Target& target = targets.list()[i];
+      batch.store(target.row + first + channel_of_lane(lane), left, lane);
+      if (scale.mine) target.scales[scale.at * target.scale_stride] = scale.word;
     }
-    channels = next;
   }
 }
 

@@ -8,17 +8,18 @@
 namespace deep_ep::cuda {
 namespace {  // a part of one kernel, included by its file alone
 
-constexpr int kMaxMoverWarps = 16;
-// Warps of one block. Quantising takes registers for two batches of channels: fewer warps, each with more.
+// Warps of one block. Quantising takes registers for a batch of channels: fewer warps, each with more.
 struct Crew {
   int movers, companions;
   __host__ __device__ constexpr int threads() const { return (movers + companions) * 32; }
 };
-__host__ __device__ constexpr Crew crew_of(bool quantize) { return quantize ? Crew{14, 2} : Crew{kMaxMoverWarps, 8}; }
-constexpr int kStages = 3;  // row pieces that one mover warp has in shared memory
-// Passes of one batch of a quantising warp: as many as its registers hold.
+__host__ __device__ constexpr Crew crew_of(bool quantize) { return quantize ? Crew{12, 2} : Crew{16, 8}; }
+// Row pieces that one mover warp has in shared memory. Whoever quantises frees a stage before it writes.
+constexpr int kMoveStages = 3, kQuantizeStages = 2;
+__host__ __device__ constexpr int stages_of(bool quantize) { return quantize ? kQuantizeStages : kMoveStages; }
+// Passes of one batch of a quantising warp: as many as its registers hold. Seven cut 7168 channels in two.
 template <class Number>
-constexpr int kPassesOf = 16 / Number::kBytes;
+constexpr int kPassesOf = Number::kBytes == 4 ? 3 : 7;
 
 // One receiver's output, seen from here.
 struct Destination {
@@ -72,12 +73,14 @@ __device__ void reply(const Now& now, const DispatchParams& p, const Incoming& i
       }
       now.reply(src, me) = answer;
     }
-    __threadfence_system();  // every lane's first rows, before lane 0's release
-    __syncwarp();
+    __syncwarp();  // every lane's first rows come before lane 0's release
     if (lane != 0) continue;
     plan::Words& words = now.words(src, me);
-    if (p.cached) publish(now, &words.announced, kSame);
-    publish(now, &words.replied, 0);
+    if (p.cached) {
+      publish(now, &words.announced, kSame, &words.replied, 0);
+    } else {
+      publish(now, &words.replied, 0);
+    }
   }
 }
 
@@ -116,9 +119,8 @@ struct Route {
   std::int32_t row, slot;
 };
 
-// Selections `chunk * 32 ..` of a token, one per lane.
-__device__ Route read_route(const DispatchParams& p, int token, int chunk, int lane) {
-  const int k = chunk * 32 + lane;
+// Of a token's selection k, if there is one.
+__device__ Route read_route(const DispatchParams& p, int token, int k) {
   Route route{-1, 0, 0};
   if (token >= p.num_tokens || k >= p.num_topk) return route;
   const std::int64_t at = std::int64_t{token} * p.num_topk + k;

@@ -9,17 +9,15 @@
 
 namespace deep_ep::cuda {
 
-// Each number type: widen, exact, and narrow, rounded to nearest even, of four elements; narrow_all of many.
-//
-// A NaN that the machine's narrowing makes is 0x7fff in the 16-bit types, which no number becomes. It is looked for in
-// many words at once; only where there is one, nearly never, are they gone over again for the one NaN that results
-// hold.
+// Each number type: widen, exact, and narrow, rounded to nearest even, of four elements; narrow_all of many;
+// widen_sixteen and narrow_sixteen of sixteen bytes, where a NaN may lose its sign. The NaN that
+// the machine's narrowing makes, 0x7fff in the 16-bit types, is the one of plan/number.h.
 //
 // largest_bits: the largest |x| of four as a float's bits, where a NaN counts as the largest of all.
 //
-// peak: the largest |x| of sixteen channels for each of two passes, in Number::kWordsOfPair words, as largest_bits
-// has it; larger_peak: of two such words; peak_bits: of one pass, as a float's bits.
-template <std::uint16_t kNan, class Machine>
+// peak: the largest |x| of sixteen channels for each of two passes, in Number::kWordsOfPair words, whose signs mean
+// nothing; larger_peak: of two such words; peak_bits: of one pass, as largest_bits has it.
+template <class Machine>
 struct Half {
   static constexpr int kBytes = 2;
   static constexpr int kWordsOfPair = 1;
@@ -30,22 +28,20 @@ struct Half {
     Machine::widen_any(v.x, x[0], x[1]), Machine::widen_any(v.y, x[2], x[3]);
   }
   __device__ static uint2 narrow(const float (&x)[4]) {
-    return {one_nan(Machine::narrow(x[0], x[1])), one_nan(Machine::narrow(x[2], x[3]))};
+    return {Machine::narrow(x[0], x[1]), Machine::narrow(x[2], x[3])};
   }
   template <int kFours>
   __device__ static void narrow_all(const float (&x)[kFours][4], uint2 (&out)[kFours]) {
-    std::uint32_t nan = 0;
 #pragma unroll
-    for (int i = 0; i < kFours; ++i) {
-      out[i] = {Machine::narrow(x[i][0], x[i][1]), Machine::narrow(x[i][2], x[i][3])};
-      nan = Machine::larger(nan, Machine::larger(out[i].x, out[i].y));
-    }
-    if ((nan & 0xffff) != 0x7fff && nan >> 16 != 0x7fff) return;
-#pragma unroll
-    for (int i = 0; i < kFours; ++i) out[i] = {one_nan(out[i].x), one_nan(out[i].y)};
+    for (int i = 0; i < kFours; ++i) out[i] = narrow(x[i]);
   }
 
-  __device__ static void load(const std::byte* at, Eight& v) { v = ptx::load_streaming(at); }
+  __device__ static void widen_sixteen(uint4 v, float (&x)[8]) { widen_eight(v, x); }
+  __device__ static uint4 narrow_sixteen(const float (&x)[8]) {
+    return {Machine::narrow(x[0], x[1]), Machine::narrow(x[2], x[3]), Machine::narrow(x[4], x[5]),
+            Machine::narrow(x[6], x[7])};
+  }
+  __device__ static void load(const std::byte* at, Eight& v) { v = *reinterpret_cast<const uint4*>(at); }
   __device__ static void widen_eight(const Eight& v, float (&x)[8]) {
     Machine::widen(v.x, x[0], x[1]), Machine::widen(v.y, x[2], x[3]);
     Machine::widen(v.z, x[4], x[5]), Machine::widen(v.w, x[6], x[7]);
@@ -60,21 +56,16 @@ struct Half {
   }
   __device__ static void peak(const Eight (&a)[2], const Eight (&b)[2], std::uint32_t* word) {
     const std::uint32_t of_a = peak_of(a), of_b = peak_of(b);  // each of even and of odd channels
-    *word = __vmaxu2(__byte_perm(of_a, of_b, 0x5410) & 0x7fff7fffu, __byte_perm(of_a, of_b, 0x7632) & 0x7fff7fffu);
+    *word = Machine::magnitude(__byte_perm(of_a, of_b, 0x5410), __byte_perm(of_a, of_b, 0x7632));
   }
-  __device__ static std::uint32_t larger_peak(std::uint32_t a, std::uint32_t b) { return __vmaxu2(a, b); }
+  __device__ static std::uint32_t larger_peak(std::uint32_t a, std::uint32_t b) { return Machine::magnitude(a, b); }
   __device__ static std::uint32_t peak_bits(std::uint32_t word, bool second) {
     float low, high;
     Machine::widen(word, low, high);
-    return __float_as_uint(second ? high : low);
+    return __float_as_uint(second ? high : low) & 0x7fffffffu;
   }
 
  private:
-  __device__ static std::uint32_t one_nan(std::uint32_t v) {
-    if ((v & 0xffff) == 0x7fff) v = (v & 0xffff0000u) | kNan;
-    if (v >> 16 == 0x7fff) v = (v & 0xffff) | std::uint32_t{kNan} << 16;
-    return v;
-  }
   __device__ static std::uint32_t peak_of(const Eight (&v)[2]) {
     return Machine::magnitude(
         Machine::magnitude(Machine::magnitude(v[0].x, v[0].y), Machine::magnitude(v[0].z, v[0].w)),
@@ -88,7 +79,6 @@ struct Bf16Machine {
   }
   __device__ static void widen_any(std::uint32_t v, float& low, float& high) { widen(v, low, high); }
   __device__ static std::uint32_t narrow(float low, float high) { return ptx::to_bf16x2(low, high); }
-  __device__ static std::uint32_t larger(std::uint32_t a, std::uint32_t b) { return ptx::larger_bf16x2(a, b); }
   __device__ static std::uint32_t magnitude(std::uint32_t a, std::uint32_t b) { return ptx::magnitude_bf16x2(a, b); }
 };
 
@@ -101,12 +91,12 @@ struct Fp16Machine {
     low = plan::from_fp16(static_cast<std::uint16_t>(v)), high = plan::from_fp16(static_cast<std::uint16_t>(v >> 16));
   }
   __device__ static std::uint32_t narrow(float low, float high) { return ptx::to_fp16x2(low, high); }
-  __device__ static std::uint32_t larger(std::uint32_t a, std::uint32_t b) { return ptx::larger_fp16x2(a, b); }
   __device__ static std::uint32_t magnitude(std::uint32_t a, std::uint32_t b) { return ptx::magnitude_fp16x2(a, b); }
 };
 
-using Bf16 = Half<plan::kBf16Nan, Bf16Machine>;
-using Fp16 = Half<plan::kFp16Nan, Fp16Machine>;
+static_assert(plan::kBf16Nan == 0x7fff && plan::kFp16Nan == 0x7fff);
+using Bf16 = Half<Bf16Machine>;
+using Fp16 = Half<Fp16Machine>;
 
 struct Fp32 {
   static constexpr int kBytes = 4;
@@ -128,8 +118,10 @@ struct Fp32 {
     for (int i = 0; i < kFours; ++i) out[i] = narrow(x[i]);
   }
 
+  __device__ static void widen_sixteen(uint4 v, float (&x)[4]) { widen(v, x); }
+  __device__ static uint4 narrow_sixteen(const float (&x)[4]) { return narrow(x); }
   __device__ static void load(const std::byte* at, Eight& v) {
-    v = {ptx::load_streaming(at), ptx::load_streaming(at + 16)};
+    v = {reinterpret_cast<const uint4*>(at)[0], reinterpret_cast<const uint4*>(at)[1]};
   }
   __device__ static void widen_eight(const Eight& v, float (&x)[8]) {
     float low[4], high[4];

@@ -7,6 +7,7 @@
 #include "cuda/exchange.h"
 #include "plan/fp8.h"
 #include "plan/placement.h"
+#include "plan/sum_order.h"
 #include "plan/tuning.h"
 
 namespace deep_ep::cuda {
@@ -87,9 +88,13 @@ struct DispatchParams {
 /// One step of a token's sum with what it needs, so that whoever adds reads one word of 16 bytes.
 struct alignas(16) Term {
   enum Closes : std::int32_t { kRank = 1, kNode = 2 };
-  std::int32_t row, rank, k;
+  std::int32_t row, rank;
+  float weight;
   std::int32_t closes;  // the sums that are complete after it
 };
+
+/// Steps of a token that a thread keeps to itself: memory of its own is nearer than the GPU's.
+inline constexpr int kMostLocalSteps = 32;
 
 struct CombineParams {
   Common common;
@@ -106,7 +111,7 @@ struct CombineParams {
   std::uint64_t x_at, weights_at;
   float* weights_out;
   WeightsHome weights_home;
-  void* steps;              // plan::SumStep [tokens, topk], scratch
+  plan::SumStep* steps;     // [tokens, topk], scratch; none: num_topk is at most kMostLocalSteps
   Term* terms;              // [tokens, topk]
   std::int32_t* num_terms;  // [tokens]
 };

@@ -68,10 +68,12 @@ __device__ int row_key(const NotifyParams& p, int rank, int slot) {
   return rank < 0 ? -1 : p.common.num_ranks + p.first_copy[rank] + slot;
 }
 
+// What memory must bring is asked for this many steps at once.
+constexpr int kAhead = 8;
+
 // Phase route: one warp's tokens, and how many of them go where.
 __device__ void route_segment(const NotifyParams& p, const Segment& segment, std::int32_t* counters, int lane) {
   const int lanes = lanes_at_work(p);
-  constexpr int kAhead = 4;  // the tables are read for so many steps at once: each is a chain of loads
   for (std::int64_t base = segment.first; base < segment.end; base += kAhead * lanes) {
     int rank[kAhead], slot[kAhead];
 #pragma unroll
@@ -83,6 +85,7 @@ __device__ void route_segment(const NotifyParams& p, const Segment& segment, std
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const std::int64_t at = base + i * lanes + lane;
+      if (at - lane >= segment.end) break;
       if (lane < lanes && at < segment.end) {
         p.routes.dst_rank[at] = rank[i];
         p.routes.slot[at] = slot[i];
@@ -95,21 +98,41 @@ __device__ void route_segment(const NotifyParams& p, const Segment& segment, std
   }
 }
 
+// The number of the selection's arrival: `own`, or, where the token has come to that rank before, that of the earlier
+// selection, which with few selections is another lane's. All lanes.
+__device__ std::int32_t arrival_of(const NotifyParams& p, std::int64_t at, bool mine, std::int64_t earlier,
+                                   std::int32_t own, int lane) {
+  if (p.num_topk <= 32) return __shfl_sync(kAllLanes, own, earlier >= 0 ? lane - static_cast<int>(at - earlier) : lane);
+  if (mine && earlier < 0) p.routes.relative_arrival[at] = own;
+  __syncwarp();
+  return earlier >= 0 ? p.routes.relative_arrival[earlier] : own;
+}
+
 // Phase number: the same walk again, now that each segment knows how many came before it.
 __device__ void number_segment(const NotifyParams& p, const Segment& segment, std::int32_t* counters, int lane) {
   const int lanes = lanes_at_work(p);
-  for (std::int64_t base = segment.first; base < segment.end; base += lanes) {
-    const std::int64_t at = base + lane;
-    const bool mine = lane < lanes && at < segment.end;
-    const int rank = mine ? p.routes.dst_rank[at] : -1;
-    const int slot = mine ? p.routes.slot[at] : -1;
-    const std::int64_t earlier = earlier_selection(p, at, rank, lane);
-    const std::int32_t arrival = take_numbers(counters, rank >= 0 && earlier < 0 ? rank : -1, lane);
-    const std::int32_t row = take_numbers(counters, row_key(p, rank, slot), lane);
-    if (mine && earlier < 0) p.routes.relative_arrival[at] = arrival;
-    __syncwarp();
-    if (mine && earlier >= 0) p.routes.relative_arrival[at] = p.routes.relative_arrival[earlier];
-    if (mine) p.routes.relative_row[at] = row;
+  for (std::int64_t base = segment.first; base < segment.end; base += kAhead * lanes) {
+    int rank[kAhead], slot[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const std::int64_t at = base + i * lanes + lane;
+      const bool mine = lane < lanes && at < segment.end;
+      rank[i] = mine ? p.routes.dst_rank[at] : -1;
+      slot[i] = mine ? p.routes.slot[at] : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const std::int64_t at = base + i * lanes + lane;
+      if (at - lane >= segment.end) break;
+      const bool mine = lane < lanes && at < segment.end;
+      const std::int64_t earlier = earlier_selection(p, at, rank[i], lane);
+      const std::int32_t own = take_numbers(counters, rank[i] >= 0 && earlier < 0 ? rank[i] : -1, lane);
+      const std::int32_t row = take_numbers(counters, row_key(p, rank[i], slot[i]), lane);
+      const std::int32_t arrival = arrival_of(p, at, mine, earlier, own, lane);
+      if (!mine) continue;
+      p.routes.relative_arrival[at] = arrival;
+      p.routes.relative_row[at] = row;
+    }
   }
 }
 
@@ -165,8 +188,7 @@ __device__ void announce(const Now& now, const NotifyParams& p, int warp, int la
       mine.bad_expert = p.topk_idx_64 ? static_cast<const std::int64_t*>(p.topk_idx)[at]
                                       : static_cast<const std::int32_t*>(p.topk_idx)[at];
     }
-    __threadfence_system();  // every lane's part, before lane 0's release
-    __syncwarp();
+    __syncwarp();  // every lane's part comes before lane 0's release
     if (lane == 0) publish(now, &now.words(peer, p.common.rank).announced, bad != 0 ? kBadExpert : kSame);
   }
 }

@@ -272,12 +272,14 @@ class Combine {
     p.out = static_cast<std::byte*>(out.x.data);
     p.weights_out = static_cast<float*>(out.topk_weights.data);
     p.weights_home = call_.in.weights_home;
-    const Tensor steps = context_.local_tensor(DType::kU8, {std::max<std::int64_t>(handle_.num_tokens, 1),
-                                                            handle_.num_topk, static_cast<std::int64_t>(kStepBytes)});
+    Tensor steps;
+    if (handle_.num_topk > kMostLocalSteps)
+      steps = context_.local_tensor(DType::kU8, {std::max<std::int64_t>(handle_.num_tokens, 1), handle_.num_topk,
+                                                 static_cast<std::int64_t>(sizeof(plan::SumStep))});
     const Tensor terms = context_.local_tensor(DType::kU8, {std::max<std::int64_t>(handle_.num_tokens, 1),
                                                             handle_.num_topk, static_cast<std::int64_t>(sizeof(Term))});
     const Tensor num_steps = context_.local_tensor(DType::kI32, {handle_.num_tokens});
-    p.steps = steps.data;
+    p.steps = static_cast<plan::SumStep*>(steps.data);
     p.terms = static_cast<Term*>(terms.data);
     p.num_terms = num_steps.as<std::int32_t>();
     launch_combine(p, now_.blocks, now_.stream);
@@ -287,8 +289,6 @@ class Combine {
   }
 
  private:
-  static constexpr std::size_t kStepBytes = 12;  // plan::SumStep
-
   // Rows in our arena stay there, others are copied into it once. Where there is no room the peers hear it.
   bool stage(CombineParams& p) {
     try {

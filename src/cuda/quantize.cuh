@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 // A warp turns channels into FP8 codes and scales, by the rule of plan/fp8.h and bit for bit. It works in passes of 512
-// channels: eight lanes share a group of 128, and a lane has two runs of eight channels of it, so that loads of sixteen
-// bytes and stores of eight fill whole sectors. Everything stays in registers.
+// channels: eight lanes share a group of 128, and a lane has sixteen of them in a row, whose codes it stores at once.
 #pragma once
 
 #include "cuda/encode.cuh"
@@ -11,18 +10,10 @@ namespace deep_ep::cuda {
 inline constexpr int kPassChannels = 512;
 inline constexpr int kGroupsOfPass = kPassChannels / plan::kFp8Group;
 inline constexpr int kLanesOfGroup = 32 / kGroupsOfPass;
-inline constexpr int kRunChannels = 8;
-inline constexpr int kRunsApart = plan::kFp8Group / 2;  // channels between a lane's two runs
+inline constexpr int kLaneChannels = kPassChannels / 32;
 
 /// A lane's first channel in each pass.
-__device__ inline int channel_of_lane(int lane) {
-  return lane / kLanesOfGroup * plan::kFp8Group + lane % kLanesOfGroup * kRunChannels;
-}
-
-/// Codes of a lane's two runs.
-struct Codes {
-  uint2 run[2];
-};
+__device__ inline int channel_of_lane(int lane) { return lane * kLaneChannels; }
 
 /// 448 / amax as division rounds it, for 1e-4 <= amax < kLargestQuick: a reciprocal refined once, a quotient corrected
 /// once by its exact remainder. Compared with __fdiv_rn for every such float.
@@ -52,120 +43,132 @@ __device__ inline std::uint32_t quick_codes(const float* x, float factor) {
 #endif
 }
 
-/// Where a batch of channels lies.
-struct Channels {
-  const std::byte* at;  // the lane's first
-  int left;             // of the row from the batch's first channel on: the same for all lanes
-};
-
-/// What one lane holds of a batch of passes. Passes are taken two by two; what lies beyond the row costs nothing.
+/// What one lane holds of a batch of passes: channels, then their codes.
 template <class Number, int kPasses>
 class Batch {
  public:
   static constexpr int kChannels = kPasses * kPassChannels;
-  static constexpr int kPairs = kPasses / 2;
-  static_assert(kPasses % 2 == 0 && kPasses <= kLanesOfGroup);
 
-  /// Of a lane's run, counted from the lane's first.
-  __device__ static constexpr int channel(int pass, int run) { return pass * kPassChannels + run * kRunsApart; }
-  __device__ static bool has_pair(int pair, int left) { return pair * 2 * kPassChannels < left; }
-  /// Nearly all pairs are whole: their loads and stores must not each stand in a branch of its own.
-  __device__ static bool whole_pair(int pair, int left) { return (pair + 1) * 2 * kPassChannels <= left; }
-  __device__ static bool in_row(int pass, int run, int left, int lane) {
-    return channel(pass, run) + channel_of_lane(lane) < left;
-  }
-
-  /// Zeros beyond the row.
-  __device__ void load_pair(int pair, const Channels& from, int lane) {
-    if (whole_pair(pair, from.left)) {
+  /// `piece`: the batch's first channel; zeros from its channel `left` on. Nearly all batches are whole: their loads
+  /// and stores must not each stand in a branch of its own.
+  __device__ void load(const std::byte* piece, int left, int lane) {
+    const std::byte* const at = piece + channel_of_lane(lane) * Number::kBytes;
+    swapped_ = lane / 4 % 2 != 0;
+    if (left >= kChannels) {
 #pragma unroll
-      for (int i = 4 * pair; i < 4 * pair + 4; ++i)
-        Number::load(from.at + channel(i / 2, i % 2) * Number::kBytes, x_[i / 2][i % 2]);
+      for (int pass = 0; pass < kPasses; ++pass) load_pass(at, pass);
     } else {
 #pragma unroll
-      for (int i = 4 * pair; i < 4 * pair + 4; ++i) {
-        x_[i / 2][i % 2] = {};
-        if (in_row(i / 2, i % 2, from.left, lane))
-          Number::load(from.at + channel(i / 2, i % 2) * Number::kBytes, x_[i / 2][i % 2]);
+      for (int pass = 0; pass < kPasses; ++pass) {
+        x_[pass][0] = x_[pass][1] = {};
+        if (in_row(pass, left, lane)) load_pass(at, pass);
       }
     }
   }
 
-  /// The largest magnitude of one group as a float's bits, in lane i of the group's eight that of pass i; NaN counts as
-  /// the largest.
+  /// The largest magnitude of one group as a float's bits: of the lane's own, in the pass that it answers for. NaN
+  /// counts as the largest.
   __device__ std::uint32_t peak(int lane) const {
-    constexpr int kWords = kPairs * Number::kWordsOfPair;
-    std::uint32_t words[kWords];
+    std::uint32_t words[kWords] = {};
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) Number::peak(x_[2 * i], x_[2 * i + 1], words + i * Number::kWordsOfPair);
+    for (int i = 0; i < kPasses; i += 2) {
+      const typename Number::Eight none[2] = {};
+      Number::peak(x_[i], i + 1 < kPasses ? x_[(i + 1) % kPasses] : none, words + i / 2 * Number::kWordsOfPair);
+    }
+    // Each step halves either the words, of which a lane keeps those that it answers for, or nothing.
+    int left = kWords;
 #pragma unroll
-    for (int lanes = 1; lanes < kLanesOfGroup; lanes *= 2)
+    for (int lanes = kLanesOfGroup / 2; lanes > 0; lanes /= 2) {
+      const bool upper = (lane & lanes) != 0;
+      if (left == 1) {
+        words[0] = Number::larger_peak(words[0], __shfl_xor_sync(kAllLanes, words[0], lanes));
+      } else {
+        left /= 2;
 #pragma unroll
-      for (int i = 0; i < kWords; ++i)
-        words[i] = Number::larger_peak(words[i], __shfl_xor_sync(kAllLanes, words[i], lanes));
-    // words[pass * kWordsOfPair / 2], bit by bit of that index: an array with a computed index would lie in memory.
-    const int pass = lane % kLanesOfGroup, wanted = pass * Number::kWordsOfPair / 2;
-#pragma unroll
-    for (int step = 1; step < kWords; step *= 2)
-#pragma unroll
-      for (int i = 0; i + step < kWords; i += 2 * step) words[i] = (wanted & step) != 0 ? words[i + step] : words[i];
-    return Number::peak_bits(words[0], pass % 2 != 0);
-  }
-
-  /// Codes of one pair of passes. `factor`: of the lane's own group, in lane i that of pass i.
-  __device__ void encode_pair(int pair, float factor, Codes (&codes)[2]) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int pass = 2 * pair + i;
-      const float of_pass = __shfl_sync(kAllLanes, factor, pass, kLanesOfGroup);
-#pragma unroll
-      for (int run = 0; run < 2; ++run) {
-        float x[kRunChannels];
-        Number::widen_eight(x_[pass][run], x);
-        codes[i].run[run] = {quick_codes(x, of_pass), quick_codes(x + 4, of_pass)};
+        for (int i = 0; i < kWords / 2; ++i) {
+          if (i >= left) continue;
+          const std::uint32_t given = upper ? words[i] : words[i + left], kept = upper ? words[i + left] : words[i];
+          words[i] = Number::larger_peak(kept, __shfl_xor_sync(kAllLanes, given, lanes));
+        }
       }
+    }
+    return Number::peak_bits(words[0], lane % 2 != 0);
+  }
+  /// Lanes of a group answer for passes in turn; where there are more lanes than passes, several for one.
+  __device__ static int pass_of_lane(int lane) { return lane % kLanesOfGroup / kLanesOfPass; }
+  __device__ static bool answers(int lane) { return lane % kLanesOfPass == 0 && pass_of_lane(lane) < kPasses; }
+
+  /// `factor`: of the lane's own group, in the pass that it answers for.
+  __device__ void encode(float factor) {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const float of_pass = __shfl_sync(kAllLanes, factor, pass * kLanesOfPass, kLanesOfGroup);
+      const uint2 first = codes_of(x_[pass][0], of_pass), second = codes_of(x_[pass][1], of_pass);
+      codes_[pass] = {swapped_ ? second.x : first.x, swapped_ ? second.y : first.y, swapped_ ? first.x : second.x,
+                      swapped_ ? first.y : second.y};
     }
   }
 
   /// `at`: where the lane's first channel of the batch goes.
-  __device__ static void store_pair(int pair, std::byte* at, const Codes (&codes)[2], int left, int lane) {
-    if (whole_pair(pair, left)) {
+  __device__ void store(std::byte* at, int left, int lane) const {
+    if (left >= kChannels) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) ptx::store_streaming(at + channel(2 * pair + i / 2, i % 2), codes[i / 2].run[i % 2]);
+      for (int pass = 0; pass < kPasses; ++pass) ptx::store_streaming(at + pass * kPassChannels, codes_[pass]);
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (in_row(2 * pair + i / 2, i % 2, left, lane))
-          ptx::store_streaming(at + channel(2 * pair + i / 2, i % 2), codes[i / 2].run[i % 2]);
+      for (int pass = 0; pass < kPasses; ++pass)
+        if (in_row(pass, left, lane)) ptx::store_streaming(at + pass * kPassChannels, codes_[pass]);
     }
   }
 
  private:
+  // Words that hold the peaks of a power of two of passes.
+  static constexpr int kPassesHeld = kPasses <= 2 ? 2 : kPasses <= 4 ? 4 : 8;
+  static constexpr int kWords = kPassesHeld / 2 * Number::kWordsOfPair;
+  static constexpr int kLanesOfPass = kLanesOfGroup / kPassesHeld;
+  static_assert(kPasses <= kLanesOfGroup);
+
+  __device__ static bool in_row(int pass, int left, int lane) {
+    return pass * kPassChannels + channel_of_lane(lane) < left;
+  }
+  // Every other four lanes load their two halves the other way round: so each load of a warp meets all banks of shared
+  // memory alike.
+  __device__ void load_pass(const std::byte* at, int pass) {
+    constexpr int kHalf = kLaneChannels / 2 * Number::kBytes;
+    at += pass * kPassChannels * Number::kBytes;
+    Number::load(at + (swapped_ ? kHalf : 0), x_[pass][0]);
+    Number::load(at + (swapped_ ? 0 : kHalf), x_[pass][1]);
+  }
+  __device__ static uint2 codes_of(const typename Number::Eight& eight, float factor) {
+    float x[8];
+    Number::widen_eight(eight, x);
+    return {quick_codes(x, factor), quick_codes(x + 4, factor)};
+  }
+
   typename Number::Eight x_[kPasses][2];
+  uint4 codes_[kPasses];
+  bool swapped_;
 };
 
-/// One pass by the rule itself, for whatever it may hold; reads the row again.
+/// A lane's codes of one pass by the rule itself, for whatever it may hold.
 template <class Number>
-__device__ Codes encode_any_pass(const std::byte* at, int left, plan::Fp8Scale kind, float* scale) {
-  float x[2][kRunChannels];
+__device__ uint4 encode_any_pass(const std::byte* at, bool in_row, plan::Fp8Scale kind, float* scale) {
+  float x[2][8];
   std::int32_t largest = 0;
-  for (int run = 0; run < 2; ++run) {
+  for (int half = 0; half < 2; ++half) {
     typename Number::Eight v{};
-    if (run * kRunsApart < left) Number::load(at + run * kRunsApart * Number::kBytes, v);
-    Number::widen_any(v, x[run]);
-    for (float value : x[run]) largest = max(largest, plan::fp8_magnitude(value));
+    if (in_row) Number::load(at + half * 8 * Number::kBytes, v);
+    Number::widen_any(v, x[half]);
+    for (float value : x[half]) largest = max(largest, plan::fp8_magnitude(value));
   }
   for (int lanes = 1; lanes < kLanesOfGroup; lanes *= 2)
     largest = max(largest, __shfl_xor_sync(kAllLanes, largest, lanes));
   const plan::Fp8Scaling scaling = plan::fp8_scaling(largest, kind);
   *scale = scaling.scale;
-  Codes codes{};
-  for (int run = 0; run < 2; ++run)
-    for (int i = 0; i < kRunChannels; ++i) {
-      const std::uint32_t code = plan::fp8_encode(x[run][i], scaling.factor);
-      (i < 4 ? codes.run[run].x : codes.run[run].y) |= code << (8 * (i % 4));
-    }
-  return codes;
+  std::uint32_t codes[4] = {};
+  for (int i = 0; i < kLaneChannels; ++i)
+    codes[i / 4] |= std::uint32_t{plan::fp8_encode(x[i / 8][i % 8], scaling.factor)} << (8 * (i % 4));
+  return {codes[0], codes[1], codes[2], codes[3]};
 }
 
 }  // namespace deep_ep::cuda

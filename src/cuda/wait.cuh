@@ -98,6 +98,14 @@ __device__ inline void publish(const Now& now, std::uint64_t* word, std::uint32_
   ptx::store_release_system(word, now.epoch << 32 | value);
 }
 
+/// The same for two words at once: the fence before them makes both stores releases, and is waited for once.
+__device__ inline void publish(const Now& now, std::uint64_t* first, std::uint32_t value, std::uint64_t* second,
+                               std::uint32_t second_value) {
+  __threadfence_system();
+  ptx::store_relaxed_system(first, now.epoch << 32 | value);
+  ptx::store_relaxed_system(second, now.epoch << 32 | second_value);
+}
+
 /// The operation that used our places in the peers' windows last, `depth` operations ago; 0: none.
 __device__ inline std::uint64_t place_before(const Now& now, int depth) {
   return now.epoch > static_cast<std::uint64_t>(depth) ? now.epoch - depth : 0;
@@ -127,12 +135,13 @@ __device__ __noinline__ inline bool is_same_call(const Now& now, int peer, std::
     report(now, Fault::kRefused, peer, 0, 0, 0, theirs.refusal);
     return false;
   }
-  for (int field = 0; field < Signature::kNumFields; ++field) {
-    if (theirs.signature[field] == now.common.signature[field]) continue;
-    report(now, Fault::kDiffers, peer, now.common.signature[field], theirs.signature[field], field);
-    return false;
-  }
-  return true;
+  int differs = -1;
+#pragma unroll
+  for (int field = Signature::kNumFields - 1; field >= 0; --field)  // all are read before any is looked at
+    if (theirs.signature[field] != now.common.signature[field]) differs = field;
+  if (differs < 0) return true;
+  report(now, Fault::kDiffers, peer, now.common.signature[differs], theirs.signature[differs], differs);
+  return false;
 }
 
 /// One thread: the peer's announcement has come and its call is ours.
@@ -199,11 +208,13 @@ __device__ __noinline__ inline std::uint64_t advance_released(const Now& now, st
   return state.released = released;
 }
 
-/// Tells a peer how far we are. Release: our reads come before the peer's next writes in the same places.
+/// Tells a peer how far we are. The fence makes both words releases: our reads come before the peer's next writes in
+/// the same places.
 __device__ inline void tell_progress(const Now& now, int peer, std::uint64_t released, std::uint64_t sent) {
   Progress& there = now.progress(peer, now.common.rank);
-  ptx::store_release_system(&there.sent, sent);
-  ptx::store_release_system(&there.released, released);
+  __threadfence_system();
+  ptx::store_relaxed_system(&there.sent, sent);
+  ptx::store_relaxed_system(&there.released, released);
 }
 
 /// The last block ends the operation: its places may be used again, and the next one counts on.
@@ -216,7 +227,10 @@ __device__ inline void finish(const Now& now) {
     released = advance_released(now, now.epoch);
   }
   __syncthreads();
-  for (int peer = static_cast<int>(threadIdx.x); peer < now.common.num_ranks; peer += static_cast<int>(blockDim.x))
+  // Other warps, where there are any: thread 0 has to wait for a fence of its own.
+  const auto threads = static_cast<int>(blockDim.x);
+  for (int peer = (static_cast<int>(threadIdx.x) + threads - 32) % threads; peer < now.common.num_ranks;
+       peer += threads)
     tell_progress(now, peer, released, now.epoch);
   if (threadIdx.x != 0) return;
   state.barrier = state.blocks_done = 0;
