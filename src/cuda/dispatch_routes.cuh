@@ -13,7 +13,7 @@ struct Crew {
   int movers, companions;
   __host__ __device__ constexpr int threads() const { return (movers + companions) * 32; }
 };
-__host__ __device__ constexpr Crew crew_of(bool quantize) { return quantize ? Crew{12, 2} : Crew{16, 8}; }
+__host__ __device__ constexpr Crew crew_of(bool quantize) { return quantize ? Crew{12, 4} : Crew{16, 8}; }
 // Row pieces that one mover warp has in shared memory. Whoever quantises frees a stage before it writes.
 constexpr int kMoveStages = 3, kQuantizeStages = 2;
 __host__ __device__ constexpr int stages_of(bool quantize) { return quantize ? kQuantizeStages : kMoveStages; }
