@@ -104,11 +104,9 @@ Context::Context(const BackendInput& input)
   low_latency_blocks_ = input.options.num_workers > 0 ? default_blocks_ : most_blocks_;
   layout_ = plan::WindowLayout::place(config, num_ranks, arena_bytes(config, ranks_here));
 
-  cuda::check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
-  // Another priority, another queue: a copy must not stand behind kernels of a rank of this process that wait for us.
-  int least = 0, greatest = 0;
-  cuda::check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
-  cuda::check(cudaStreamCreateWithPriority(&copies_, cudaStreamNonBlocking, greatest), "cudaStreamCreateWithPriority");
+  stream_.emplace(StreamUse::kExchange);
+  copies_.emplace(
+      StreamUse::kShort);  // a copy must not stand behind kernels of a rank of this process that wait for us
   cuda::check(cudaEventCreateWithFlags(&last_done_, cudaEventDisableTiming), "cudaEventCreate");
   returns_ = std::make_shared<Returns>(device);
   sharing_ = choose_sharing(device, neighbours.machines);
@@ -127,7 +125,7 @@ void Context::place_own_memory() {
                     peers_at = plan::take(end, sizeof(Peer) * num_ranks),
                     nodes_at = plan::take(end, sizeof(std::int32_t) * num_ranks);
   on_device_ = own_device_memory(device, sharing_, end);
-  cuda::check(cudaMemsetAsync(on_device_.get(), 0, end, copies_), "cudaMemsetAsync");
+  cuda::check(cudaMemsetAsync(on_device_.get(), 0, end, copies_->get()), "cudaMemsetAsync");
   state_ = reinterpret_cast<State*>(on_device_.get() + state_at);
   counters_.peers = reinterpret_cast<Statistics::Peer*>(on_device_.get() + counters_at);
   counters_.rows_per_slot = reinterpret_cast<std::uint64_t*>(counters_.peers + num_ranks);
@@ -221,15 +219,15 @@ Context::~Context() {
   // Enqueued calls have deadlines: this ends.
   cudaSetDevice(device);
   if (last_stream_ != nullptr) cudaEventSynchronize(last_done_);
-  for (cudaStream_t stream : {stream_, copies_})
-    if (stream != nullptr) cudaStreamSynchronize(stream), cudaStreamDestroy(stream);
+  for (const auto& stream : {stream_, copies_})
+    if (stream) cudaStreamSynchronize(stream->get());
   if (last_done_ != nullptr) cudaEventDestroy(last_done_);
 }
 
 void Context::copy(void* dst, const void* src, std::size_t bytes, cudaMemcpyKind kind) const {
   const OutsideCapture outside;
-  cuda::check(cudaMemcpyAsync(dst, src, bytes, kind, copies_), "cudaMemcpyAsync");
-  cuda::check(cudaStreamSynchronize(copies_), "cudaStreamSynchronize");
+  cuda::check(cudaMemcpyAsync(dst, src, bytes, kind, copies_->get()), "cudaMemcpyAsync");
+  copies_->wait("a copy of the buffer's own");
 }
 
 void Context::upload_peers() { copy(device_peers_, peers_.data(), sizeof(Peer) * num_ranks, cudaMemcpyHostToDevice); }
@@ -279,8 +277,8 @@ Statistics Context::statistics() const {
 void Context::reset_statistics() {
   const OutsideCapture outside;
   cuda::check(cudaSetDevice(device), "cudaSetDevice");
-  cuda::check(cudaMemsetAsync(counters_.peers, 0, counters_bytes(), copies_), "cudaMemsetAsync");
-  cuda::check(cudaStreamSynchronize(copies_), "cudaStreamSynchronize");
+  cuda::check(cudaMemsetAsync(counters_.peers, 0, counters_bytes(), copies_->get()), "cudaMemsetAsync");
+  copies_->wait("cudaMemsetAsync");
   std::lock_guard lock(mutex_);
   statistics_ = {};
   statistics_.peers.resize(num_ranks);

@@ -9,12 +9,14 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
 
 #include "backend.h"
 #include "cuda/kernels.h"
+#include "cuda/own_stream.h"
 #include "cuda/returns.h"
 #include "cuda/window.h"
 #include "plan/arena.h"
@@ -176,9 +178,9 @@ class Context {
   Mailbox* device_mailbox_ = nullptr;  // the same, as kernels see it
   std::int32_t* first_row_ = nullptr;  // counts that the host reads
   std::int32_t* device_first_row_ = nullptr;
-  Counters counters_{};            // one piece that begins with the peers
-  cudaStream_t stream_ = nullptr;  // of calls that bring none
-  cudaStream_t copies_ = nullptr;  // set-up copies, never part of a capture
+  Counters counters_{};              // one piece that begins with the peers
+  std::optional<OwnStream> stream_;  // of calls that bring none
+  std::optional<OwnStream> copies_;  // set-up copies, never part of a capture
   cudaEvent_t last_done_ = nullptr;
   cudaStream_t last_stream_ = nullptr;
   int default_blocks_ = 1, most_blocks_ = 1;

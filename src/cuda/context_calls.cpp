@@ -20,7 +20,7 @@ using Clock = std::chrono::steady_clock;
 Call Context::begin_local(Stream stream) {
   Call call;
   call.wait = stream == nullptr;
-  call.stream = call.wait ? stream_ : static_cast<cudaStream_t>(stream);
+  call.stream = call.wait ? stream_->get() : static_cast<cudaStream_t>(stream);
   take_turn(call);
   return call;
 }

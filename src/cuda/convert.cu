@@ -64,20 +64,20 @@ __global__ void unpack(UnpackRows p) {
 }  // namespace
 
 void pack_rows(const PackRows& p) {
-  const OwnStream stream;
+  const OwnStream stream(StreamUse::kShort);
   pack<<<grid_for(p.rows * p.width), kThreads, 0, stream.get()>>>(p);
   stream.wait("pack_rows");
 }
 
 void unpack_rows(const UnpackRows& p) {
-  const OwnStream stream;
+  const OwnStream stream(StreamUse::kShort);
   unpack<<<grid_for(p.rows * p.columns), kThreads, 0, stream.get()>>>(p);
   stream.wait("unpack_rows");
 }
 
 void copy_bytes(void* to, const void* from, std::size_t bytes) {
   if (bytes == 0) return;
-  const OwnStream stream;
+  const OwnStream stream(StreamUse::kShort);
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream.get()), "cudaMemcpyAsync");
   stream.wait("cudaMemcpyAsync");
 }

@@ -67,7 +67,7 @@ void weigh_rows(const WeighRows& p) {
   if (p.gradient.numel() == 0) return;
   constexpr std::int64_t kRowsPerBlock = kThreads / kLanes, kMostBlocks = 64;
   const auto blocks = std::min<std::int64_t>((p.gradient.shape[0] + kRowsPerBlock - 1) / kRowsPerBlock, kMostBlocks);
-  const OwnStream stream;
+  const OwnStream stream(StreamUse::kShort);
   const dim3 grid(static_cast<unsigned>(blocks));
   if (p.gradient.dtype == DType::kBf16) {
     weigh<Item<DType::kBf16>><<<grid, kThreads, 0, stream.get()>>>(p);

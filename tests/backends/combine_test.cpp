@@ -3,7 +3,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "exchange.h"
 
@@ -166,11 +165,11 @@ TEST_P(CombineEveryLayout, stages_many_rows_piece_by_piece) {
     Tensor memory;
     if (rank % 2 == 1) {
       memory = buffer.allocate(DType::kU8, {static_cast<std::int64_t>(in.x.bytes())});
-      std::memcpy(memory.data, in.x.data, in.x.bytes());
+      overwrite(memory, in.x.data);
       in.x.data = memory.data;
     }
     for (int repeat = 0; repeat < 3; ++repeat) EXPECT_EQ(difference(expected[rank], buffer.combine(in)), "");
-    if (rank % 2 == 0) {
+    if (rank % 2 == 0 && !on_cuda()) {  // a GPU has room for all of them
       EXPECT_LT(buffer.statistics().arena_bytes_high_water, before + in.x.bytes());
     }
   });

@@ -3,7 +3,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cstring>
 #include <optional>
 #include <thread>
 
@@ -242,12 +241,13 @@ TEST_P(LowLatencyEveryLayout, combines_rows_that_change_after_the_send) {
     const auto sent = buffer.low_latency_dispatch(series.worlds[0].input(rank)).receive();
     CombineInput in = combine_input(series.homes[0], rank, sent.handle, SumOrder::by_topk());
     const TensorView rows = in.x;
+    const std::vector<std::byte> other(rows.bytes(), std::byte{0x55});
     const Tensor mine = buffer.allocate(DType::kU8, {static_cast<std::int64_t>(rows.bytes())});
     in.x.data = mine.data;
     for (int repeat = 0; repeat < 6; ++repeat) {
-      std::memcpy(mine.data, rows.data, rows.bytes());
+      overwrite(mine, rows.data);
       auto ticket = buffer.low_latency_combine(in);
-      std::memset(mine.data, 0x55, rows.bytes());
+      overwrite(mine, other.data());
       EXPECT_EQ(difference(series.sums[0][rank], ticket.receive()), "") << "repeat " << repeat;
     }
   });
@@ -261,17 +261,18 @@ TEST_P(LowLatencyEveryLayout, reads_rows_in_place_and_keeps_them_until_all_have_
     const auto sent = buffer.low_latency_dispatch(series.worlds[0].input(rank)).receive();
     CombineInput in = combine_input(series.homes[0], rank, sent.handle, SumOrder::by_topk());
     const TensorView rows = in.x;
+    const std::vector<std::byte> other(rows.bytes(), std::byte{0x55});
     in.zero_copy = rank % 2 == 0;
     for (int repeat = 0; repeat < 20; ++repeat) {
       std::optional<Ticket<CombineOutput>> ticket;
       {
         const Tensor mine = buffer.allocate(DType::kU8, {static_cast<std::int64_t>(rows.bytes())});
-        std::memcpy(mine.data, rows.data, rows.bytes());
+        overwrite(mine, rows.data);
         in.x.data = mine.data;
         ticket = buffer.low_latency_combine(in);
       }
       const Tensor next = buffer.allocate(DType::kU8, {static_cast<std::int64_t>(rows.bytes())});
-      std::memset(next.data, 0x55, rows.bytes());
+      overwrite(next, other.data());
       EXPECT_EQ(difference(series.sums[0][rank], ticket->receive()), "") << "repeat " << repeat;
     }
   });
@@ -288,7 +289,7 @@ TEST_P(LowLatencyEveryLayout, gives_kept_rows_back_once_all_have_left) {
     std::size_t most = 0;
     for (int repeat = 0; repeat < 40; ++repeat) {
       const Tensor mine = buffer.allocate(DType::kU8, {static_cast<std::int64_t>(rows.bytes())});
-      std::memcpy(mine.data, rows.data, rows.bytes());
+      overwrite(mine, rows.data);
       in.x.data = mine.data;
       buffer.low_latency_combine(in).receive();
       if (repeat == 20) most = buffer.statistics().arena_bytes_high_water;
