@@ -60,6 +60,17 @@ void make_room(CombineInput& input, std::vector<Tensor>& keep) {
 
 }  // namespace
 
+Tensor AnyBuffer::allocate_rows(const CombineInput& input) {
+  CombineInput roomy = input;
+  std::vector<Tensor> keep;
+  make_room(roomy, keep);
+  const Tensor memory = allocate(DType::kU8, {static_cast<std::int64_t>(roomy.x.bytes())});
+  overwrite(memory, roomy.x.data);
+  TensorView rows = roomy.x;
+  rows.data = memory.data;
+  return Tensor(rows, memory.owner);
+}
+
 CombineInput AnyBuffer::place(const CombineInput& input, std::vector<Tensor>& keep) const {
   CombineInput there = input;
   make_room(there, keep);

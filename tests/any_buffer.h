@@ -28,6 +28,8 @@ class AnyBuffer {
   Support supports(const CallShape& shape) const { return buffer_->supports(shape); }
   void close() { buffer_->close(); }
   Tensor allocate(DType dtype, std::initializer_list<std::int64_t> shape) { return buffer_->allocate(dtype, shape); }
+  /// input.x, of ordinary memory, in memory of the buffer and in the shape that the handle wants there.
+  Tensor allocate_rows(const CombineInput& input);
 
   /// Counts in ordinary memory.
   DispatchLayout dispatch_layout(const TensorView& topk_idx, int num_experts,

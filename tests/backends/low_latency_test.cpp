@@ -239,15 +239,13 @@ TEST_P(LowLatencyEveryLayout, combines_rows_that_change_after_the_send) {
   run_ranks(4, series.worlds[0].config(), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     const auto sent = buffer.low_latency_dispatch(series.worlds[0].input(rank)).receive();
-    CombineInput in = combine_input(series.homes[0], rank, sent.handle, SumOrder::by_topk());
-    const TensorView rows = in.x;
-    const std::vector<std::byte> other(rows.bytes(), std::byte{0x55});
-    const Tensor mine = buffer.allocate(DType::kU8, {static_cast<std::int64_t>(rows.bytes())});
-    in.x.data = mine.data;
+    const CombineInput plain = combine_input(series.homes[0], rank, sent.handle, SumOrder::by_topk());
     for (int repeat = 0; repeat < 6; ++repeat) {
-      overwrite(mine, rows.data);
+      CombineInput in = plain;
+      const Tensor mine = buffer.allocate_rows(plain);
+      in.x = mine;
       auto ticket = buffer.low_latency_combine(in);
-      overwrite(mine, other.data());
+      spoil(mine);
       EXPECT_EQ(difference(series.sums[0][rank], ticket.receive()), "") << "repeat " << repeat;
     }
   });
@@ -259,20 +257,17 @@ TEST_P(LowLatencyEveryLayout, reads_rows_in_place_and_keeps_them_until_all_have_
   run_ranks(4, series.worlds[0].config(), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     const auto sent = buffer.low_latency_dispatch(series.worlds[0].input(rank)).receive();
-    CombineInput in = combine_input(series.homes[0], rank, sent.handle, SumOrder::by_topk());
-    const TensorView rows = in.x;
-    const std::vector<std::byte> other(rows.bytes(), std::byte{0x55});
-    in.zero_copy = rank % 2 == 0;
+    const CombineInput plain = combine_input(series.homes[0], rank, sent.handle, SumOrder::by_topk());
     for (int repeat = 0; repeat < 20; ++repeat) {
       std::optional<Ticket<CombineOutput>> ticket;
       {
-        const Tensor mine = buffer.allocate(DType::kU8, {static_cast<std::int64_t>(rows.bytes())});
-        overwrite(mine, rows.data);
-        in.x.data = mine.data;
+        CombineInput in = plain;
+        in.zero_copy = rank % 2 == 0;
+        const Tensor mine = buffer.allocate_rows(plain);
+        in.x = mine;
         ticket = buffer.low_latency_combine(in);
       }
-      const Tensor next = buffer.allocate(DType::kU8, {static_cast<std::int64_t>(rows.bytes())});
-      overwrite(next, other.data());
+      spoil(buffer.allocate_rows(plain));
       EXPECT_EQ(difference(series.sums[0][rank], ticket->receive()), "") << "repeat " << repeat;
     }
   });
@@ -283,14 +278,13 @@ TEST_P(LowLatencyEveryLayout, gives_kept_rows_back_once_all_have_left) {
   run_ranks(4, series.worlds[0].config(), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     const auto sent = buffer.low_latency_dispatch(series.worlds[0].input(rank)).receive();
-    CombineInput in = combine_input(series.homes[0], rank, sent.handle, SumOrder::by_topk());
-    const TensorView rows = in.x;
-    in.zero_copy = true;
+    const CombineInput plain = combine_input(series.homes[0], rank, sent.handle, SumOrder::by_topk());
     std::size_t most = 0;
     for (int repeat = 0; repeat < 40; ++repeat) {
-      const Tensor mine = buffer.allocate(DType::kU8, {static_cast<std::int64_t>(rows.bytes())});
-      overwrite(mine, rows.data);
-      in.x.data = mine.data;
+      CombineInput in = plain;
+      in.zero_copy = true;
+      const Tensor mine = buffer.allocate_rows(plain);
+      in.x = mine;
       buffer.low_latency_combine(in).receive();
       if (repeat == 20) most = buffer.statistics().arena_bytes_high_water;
     }
@@ -321,6 +315,11 @@ TEST(LowLatency, brings_topk_weights_home) {
       EXPECT_EQ(difference(expected[rank], back.receive()), "") << world.shape.to_string();
     });
   }
+}
+
+void spoil(const TensorView& rows) {
+  const std::vector<std::byte> other(rows.bytes(), std::byte{0x55});
+  overwrite(rows, other.data());
 }
 
 }  // namespace

@@ -99,7 +99,7 @@ TEST_P(StalledAfter, harms_no_output_of_the_others_when_it_continues) {
     go_on(*buffer, scene, board);
   });
   Blackboard& board = processes.board();
-  ASSERT_TRUE(Blackboard::wait_for(board.progress[kStalled], GetParam()));
+  ASSERT_TRUE(Blackboard::wait_for(board.progress[kStalled], GetParam(), 40s));
   ::kill(processes.pid(kStalled), SIGSTOP);
   for (int rank = 0; rank < kRanks; ++rank) {
     if (rank == kStalled) continue;
