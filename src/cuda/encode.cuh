@@ -164,4 +164,16 @@ __device__ inline std::uint32_t encode4(const float (&x)[4], float factor, bool 
   return codes;
 }
 
+/// Four codes, each multiplied by its scale as plan::fp8_decode does.
+__device__ inline void decode4(std::uint32_t codes, float scale, float (&x)[4]) {
+#if EP_FP8_CONVERSION
+  const uint2 pairs = ptx::from_e4m3x4(codes);
+  x[0] = ptx::from_fp16(pairs.x), x[1] = ptx::from_fp16(pairs.x >> 16);
+  x[2] = ptx::from_fp16(pairs.y), x[3] = ptx::from_fp16(pairs.y >> 16);
+  for (float& value : x) value = plan::mul_rn(value, scale);
+#else
+  for (int i = 0; i < 4; ++i) x[i] = plan::fp8_decode(static_cast<std::uint8_t>(codes >> (8 * i)), scale);
+#endif
+}
+
 }  // namespace deep_ep::cuda

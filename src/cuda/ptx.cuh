@@ -104,6 +104,15 @@ __device__ __forceinline__ std::uint32_t to_e4m3x4(float a, float b, float c, fl
       : "f"(a), "f"(b), "f"(c), "f"(d));
   return codes;
 }
+// And back, exactly: two packed FP16 numbers each for the lower and the higher two.
+__device__ __forceinline__ uint2 from_e4m3x4(std::uint32_t codes) {
+  uint2 pairs;
+  asm("{ .reg .b16 low, high;\n mov.b32 {low, high}, %2;\n"
+      " cvt.rn.f16x2.e4m3x2 %0, low;\n cvt.rn.f16x2.e4m3x2 %1, high; }"
+      : "=r"(pairs.x), "=r"(pairs.y)
+      : "r"(codes));
+  return pairs;
+}
 #else
 #define EP_FP8_CONVERSION 0
 #endif

@@ -113,11 +113,8 @@ struct Fp8 {
   template <class Number>
   __device__ static uint4 decode(const Raw& raw) {
     float x[2][4];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const std::uint32_t code = (i < 4 ? raw.codes.x : raw.codes.y) >> (8 * (i % 4)) & 0xff;
-      x[i / 4][i % 4] = plan::fp8_decode(static_cast<std::uint8_t>(code), raw.scale);
-    }
+    decode4(raw.codes.x, raw.scale, x[0]);
+    decode4(raw.codes.y, raw.scale, x[1]);
     return narrow_eight<Number>(x);
   }
   template <class Number>
