@@ -233,6 +233,11 @@ TEST_P(LowLatencyEveryLayout, writes_the_sum_where_it_is_told_and_reads_allocate
   });
 }
 
+void spoil(const TensorView& rows) {
+  const std::vector<std::byte> other(rows.bytes(), std::byte{0x55});
+  overwrite(rows, other.data());
+}
+
 // Without zero_copy the send has copied what it needs.
 TEST_P(LowLatencyEveryLayout, combines_rows_that_change_after_the_send) {
   const Series series(GetParam(), 1);
@@ -315,11 +320,6 @@ TEST(LowLatency, brings_topk_weights_home) {
       EXPECT_EQ(difference(expected[rank], back.receive()), "") << world.shape.to_string();
     });
   }
-}
-
-void spoil(const TensorView& rows) {
-  const std::vector<std::byte> other(rows.bytes(), std::byte{0x55});
-  overwrite(rows, other.data());
 }
 
 }  // namespace
