@@ -35,13 +35,12 @@ struct StagingRing {
   }
 
   bool worthwhile() const { return tokens >= kFewestTokens; }
-  std::size_t bytes() const { return place(kPieces, 0, 0); }
+  std::size_t rows_of_home() const { return rows_per_token * static_cast<std::size_t>(tokens); }  // in a piece
+  std::size_t bytes() const { return kPieces * num_ranks * rows_of_home() * row_bytes; }
   /// Of a home's row in a piece, by its number there.
   std::size_t place(std::int64_t piece, int home, std::size_t row) const {
-    const std::size_t rows = rows_per_token * static_cast<std::size_t>(tokens);
-    const std::size_t before =
-        static_cast<std::size_t>(piece == kPieces ? kPieces : piece % kPieces) * num_ranks + home;
-    return (before * rows + row) * row_bytes;
+    const std::size_t homes_before = static_cast<std::size_t>(piece % kPieces) * num_ranks + home;
+    return (homes_before * rows_of_home() + row) * row_bytes;
   }
 };
 
