@@ -168,9 +168,14 @@ TEST_P(CombineEveryLayout, stages_many_rows_piece_by_piece) {
       overwrite(memory, in.x.data);
       in.x.data = memory.data;
     }
-    for (int repeat = 0; repeat < 3; ++repeat) EXPECT_EQ(difference(expected[rank], buffer.combine(in)), "");
+    std::size_t result = 0;  // lies in the arena too
+    for (int repeat = 0; repeat < 3; ++repeat) {
+      const CombineOutput got = buffer.combine(in);
+      EXPECT_EQ(difference(expected[rank], got), "");
+      result = got.x.bytes();
+    }
     if (rank % 2 == 0 && !on_cuda()) {  // a GPU has room for all of them
-      EXPECT_LT(buffer.statistics().arena_bytes_high_water, before + in.x.bytes());
+      EXPECT_LT(buffer.statistics().arena_bytes_high_water, before + in.x.bytes() + result);
     }
   });
 }
