@@ -1,11 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
 """Tables from the reports that bench/internode.py wrote. As a program: writes them into docs/performance.md, between its markers."""
-import argparse
-import json
-from pathlib import Path
 
-from tables import ROOT, TITLES, aligned, markdown, time_text, update_page
+from tables import TITLES, aligned, markdown, page_main, time_text
 
 BEGIN, END = "<!-- internode tables: begin -->", "<!-- internode tables: end -->"
 HEADER = ["operation", "n", "ours median", "p99", "at the put", "over payload", "GB/s", "of iperf3", "CPU: ours user + kernel", "share of cores", "MPI median",
@@ -89,15 +86,5 @@ def as_markdown(file, report):
     return "\n".join([f"### {file.stem}", "", *(f"- {fact}" for fact in facts(report)), "", *markdown(HEADER, rows_of(report)), ""])
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder with the reports, internode_*.json")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page does not match the reports")
-    args = parser.parse_args()
-    files = sorted(args.results.glob("internode_*.json"))
-    body = "\n".join(as_markdown(file, json.loads(file.read_text())) for file in files)
-    return 0 if update_page(BEGIN, END, body, args.check) else 1
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(page_main(__doc__, "internode_*.json", (BEGIN, END), as_markdown))

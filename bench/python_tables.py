@@ -3,11 +3,8 @@
 """Tables of what bench/python_overhead.py and bench/python_exchange.py measured. As a program: writes them into docs/performance.md,
 between its Python markers, from the reports python_*.json that bench/run.py made."""
 
-import argparse
-import json
-from pathlib import Path
 
-from tables import ROOT, TITLES, aligned, markdown, time_text, update_page
+from tables import TITLES, aligned, markdown, page_main, time_text
 
 BEGIN, END = "<!-- python tables: begin -->", "<!-- python tables: end -->"
 OVERHEAD_HEADER = ["call", "median", "p99", "the extension's call beneath", "goal"]
@@ -99,15 +96,5 @@ def as_markdown(file, report):
     return "\n".join([*lines, *markdown(EXCHANGE_HEADER, exchange_rows(exchange)), ""])
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder with the reports")
-    args = parser.parse_args()
-    files = sorted(args.results.glob("python_*.json"))
-    body = "\n".join(as_markdown(file, json.loads(file.read_text())) for file in files)
-    update_page(BEGIN, END, body)
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(page_main(__doc__, "python_*.json", (BEGIN, END), as_markdown))

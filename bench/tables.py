@@ -21,6 +21,7 @@ TITLES = {
     "ll_dispatch_fp8": "low latency: dispatch FP8",
     "ll_combine_bf16_in_place": "low latency: combine BF16, in place",
     "ll_combine_bf16_staged": "low latency: combine BF16, staged",
+    "ll_combine_bf16": "low latency: combine BF16",  # of reports from before it was two operations
     "ll_round_trip_fp8_bf16": "low latency: FP8 there, BF16 back",
 }
 HEADER = ["operation", "n", "ours median", "p99", "limit", "limit / ours", "no protocol", "MPI median", "times faster"]
@@ -151,15 +152,16 @@ def update_page(begin, end, body, check=False):
     return not check or wanted == text
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder with the reports, host_*.json")
+def page_main(description, pattern, markers, section):
+    """The program of a tables module: section(file, report) of every report whose name matches `pattern` goes between the
+    `markers` of the page. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help=f"folder with the reports, {pattern}")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where the page does not match the reports")
     args = parser.parse_args()
-    files = sorted(args.results.glob("host_*.json"))
-    body = "\n".join(as_markdown(file, json.loads(file.read_text())) for file in files)
-    return 0 if update_page(BEGIN, END, body, args.check) else 1
+    body = "\n".join(section(file, json.loads(file.read_text())) for file in sorted(args.results.glob(pattern)))
+    return 0 if update_page(*markers, body, args.check) else 1
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(page_main(__doc__, "host_*.json", (BEGIN, END), as_markdown))
