@@ -4,36 +4,16 @@
 #include <cuda_runtime.h>
 
 #include <cstring>
-#include <map>
-#include <mutex>
 
 #include "cuda/failure.h"
+#include "cuda/pool.h"
 
 namespace deep_ep::cuda {
 
 namespace {
 
-// Never destroyed: buffers may be closed after all static objects are gone.
-struct PinnedPool {
-  std::mutex mutex;
-  std::multimap<std::size_t, void*> free;  // by bytes
-
-  void* take(std::size_t bytes) {
-    std::lock_guard lock(mutex);
-    const auto found = free.find(bytes);
-    if (found == free.end()) return nullptr;
-    void* memory = found->second;
-    free.erase(found);
-    return memory;
-  }
-  void give(std::size_t bytes, void* memory) {
-    std::lock_guard lock(mutex);
-    free.emplace(bytes, memory);
-  }
-};
-
-PinnedPool& pinned_pool() {
-  static auto* pool = new PinnedPool;
+Pool<std::size_t, void*>& pinned_pool() {  // by bytes
+  static auto* pool = new Pool<std::size_t, void*>;
   return *pool;
 }
 
@@ -46,7 +26,7 @@ std::shared_ptr<std::byte> own_device_memory(int device, Sharing sharing, std::s
 }
 
 std::shared_ptr<std::byte> own_pinned_memory(std::size_t bytes) {
-  void* memory = pinned_pool().take(bytes);
+  void* memory = pinned_pool().take(bytes).value_or(nullptr);
   if (memory == nullptr)
     check(cudaHostAlloc(&memory, bytes, cudaHostAllocMapped | cudaHostAllocPortable), "cudaHostAlloc");
   std::memset(memory, 0, bytes);

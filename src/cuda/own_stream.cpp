@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 #include "cuda/own_stream.h"
 
-#include <map>
-#include <mutex>
 #include <utility>
+
+#include "cuda/pool.h"
 
 namespace deep_ep::cuda {
 
@@ -11,31 +11,18 @@ namespace {
 
 using Kind = std::pair<int, StreamUse>;  // GPU, use
 
-// Never destroyed: buffers may be closed after all static objects are gone.
-struct Pool {
-  std::mutex mutex;
-  std::multimap<Kind, cudaStream_t> free;
-
-  cudaStream_t take(Kind kind) {
-    const std::lock_guard lock(mutex);
-    for (auto found = free.find(kind); found != free.end(); found = free.find(kind)) {
-      const cudaStream_t stream = found->second;
-      free.erase(found);
-      // Not where the GPU was reset meanwhile.
-      if (cudaStreamQuery(stream) == cudaSuccess) return stream;
-      (void)cudaGetLastError();
-    }
-    return nullptr;
-  }
-  void give(Kind kind, cudaStream_t stream) {
-    const std::lock_guard lock(mutex);
-    free.emplace(kind, stream);
-  }
-};
-
-Pool& pool() {
-  static auto* streams = new Pool;
+Pool<Kind, cudaStream_t>& pool() {
+  static auto* streams = new Pool<Kind, cudaStream_t>;
   return *streams;
+}
+
+// Not one that was made before the GPU was reset.
+cudaStream_t take(Kind kind) {
+  while (const auto stream = pool().take(kind)) {
+    if (cudaStreamQuery(*stream) == cudaSuccess) return *stream;
+    (void)cudaGetLastError();
+  }
+  return nullptr;
 }
 
 cudaStream_t make(StreamUse use) {
@@ -52,7 +39,7 @@ cudaStream_t make(StreamUse use) {
 OwnStream::OwnStream(StreamUse use) {
   Kind kind{0, use};
   check(cudaGetDevice(&kind.first), "cudaGetDevice");
-  cudaStream_t stream = pool().take(kind);
+  cudaStream_t stream = take(kind);
   if (stream == nullptr) stream = make(use);
   stream_ = {stream, [kind](cudaStream_t s) { pool().give(kind, s); }};
 }
