@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>  // program_invocation_short_name
 #include <csignal>
 #include <cstdio>
 #include <functional>
@@ -269,8 +270,14 @@ inline int count_gpus() {
   return WIFEXITED(status) ? WEXITSTATUS(status) : 0;
 }
 
-/// Runs `body` on every rank; 0 if all went well. With several GPUs but fewer than ranks, ranks share them as threads.
-inline int run_gpu_ranks(int num_ranks, int num_gpus, const std::function<void(GpuRank&)>& body) {
+/// Runs `body` on every rank; 0 if all went well, an exit code otherwise. With fewer GPUs than ranks, ranks share them
+/// as threads.
+inline int run_gpu_ranks(int num_ranks, const std::function<void(GpuRank&)>& body) {
+  const int num_gpus = count_gpus();
+  if (num_gpus == 0) {
+    std::fprintf(stderr, "%s: there is no GPU\n", program_invocation_short_name);
+    return 1;
+  }
   const Mapping shared = map_shared(sizeof(GpuBoard));
   auto& board = *reinterpret_cast<GpuBoard*>(shared.get());
   const bool processes = num_gpus >= num_ranks && num_ranks > 1;
