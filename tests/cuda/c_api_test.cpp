@@ -84,6 +84,32 @@ deep_ep_dispatch_input c_dispatch(const deep_ep_tensor& x, const deep_ep_tensor&
   return in;
 }
 
+deep_ep_tensor rows_of(const deep_ep_dispatch_result* came) {
+  deep_ep_tensor rows{};
+  rows.size = sizeof rows;
+  EXPECT_EQ(deep_ep_dispatch_result_tensor(came, DEEP_EP_DISPATCH_X, &rows), DEEP_EP_OK);
+  return rows;
+}
+
+deep_ep_combine_input c_combine(const deep_ep_dispatch_result* came, const deep_ep_tensor& rows,
+                                const deep_ep_tensor& out) {
+  deep_ep_combine_input back{};
+  back.size = sizeof back;
+  back.handle = deep_ep_dispatch_result_handle(came);
+  back.x = &rows;
+  back.out = &out;
+  return back;
+}
+
+// Every token came home as often as `copies` says.
+void expect_sums(const Tensor& out, int rank, const std::vector<int>& copies) {
+  const auto sums = bytes_of(out);
+  for (int t = 0; t < kTokens; ++t)
+    for (int c = 0; c < kHidden; ++c)
+      EXPECT_EQ(reinterpret_cast<const float*>(sums.data())[t * kHidden + c],
+                value(rank, t, c) * static_cast<float>(copies[static_cast<std::size_t>(t)]));
+}
+
 TEST(CudaCApi, takes_device_pointers_there_and_back_also_on_a_stream) {
   EP_NEEDS_GPU();
   run_c_ranks(2, [](const CRank& me) {
@@ -98,23 +124,13 @@ TEST(CudaCApi, takes_device_pointers_there_and_back_also_on_a_stream) {
       in.stream = on;
       deep_ep_dispatch_result* came = nullptr;
       ASSERT_EQ(deep_ep_dispatch(buffer, &in, &came), DEEP_EP_OK) << deep_ep_last_error();
-      deep_ep_tensor rows{};
-      rows.size = sizeof rows;
-      ASSERT_EQ(deep_ep_dispatch_result_tensor(came, DEEP_EP_DISPATCH_X, &rows), DEEP_EP_OK);
-      deep_ep_combine_input back{};
-      back.size = sizeof back;
-      back.handle = deep_ep_dispatch_result_handle(came);
-      back.x = &rows;
-      back.out = &out;
+      const deep_ep_tensor rows = rows_of(came);
+      deep_ep_combine_input back = c_combine(came, rows, out);
       back.stream = on;
       deep_ep_combine_result* home = nullptr;
       ASSERT_EQ(deep_ep_combine(buffer, &back, &home), DEEP_EP_OK) << deep_ep_last_error();
       EXPECT_EQ(deep_ep_check(buffer), DEEP_EP_OK) << deep_ep_last_error();
-      const auto sums = bytes_of(tokens.out);
-      for (int t = 0; t < kTokens; ++t)
-        for (int c = 0; c < kHidden; ++c)
-          EXPECT_EQ(reinterpret_cast<const float*>(sums.data())[t * kHidden + c],
-                    value(me.rank, t, c) * static_cast<float>(tokens.copies[static_cast<std::size_t>(t)]));
+      expect_sums(tokens.out, me.rank, tokens.copies);
       deep_ep_combine_result_free(home);
       deep_ep_dispatch_result_free(came);
     }
@@ -144,22 +160,13 @@ TEST(CudaCApi, sends_and_receives_low_latency_tickets_on_device_pointers) {
     deep_ep_dispatch_ticket_free(dropped);
     ASSERT_EQ(deep_ep_low_latency_dispatch_receive(ticket, &came), DEEP_EP_OK) << deep_ep_last_error();
     deep_ep_dispatch_ticket_free(ticket);
-    deep_ep_tensor rows{};
-    rows.size = sizeof rows;
-    ASSERT_EQ(deep_ep_dispatch_result_tensor(came, DEEP_EP_DISPATCH_X, &rows), DEEP_EP_OK);
-    deep_ep_combine_input back{};
-    back.size = sizeof back;
-    back.handle = deep_ep_dispatch_result_handle(came);
-    back.x = &rows;
-    back.out = &out;
+    const deep_ep_tensor rows = rows_of(came);
+    deep_ep_combine_input back = c_combine(came, rows, out);
     deep_ep_combine_ticket* returning = nullptr;
     deep_ep_combine_result* home = nullptr;
     ASSERT_EQ(deep_ep_low_latency_combine(buffer, &back, &returning), DEEP_EP_OK) << deep_ep_last_error();
     ASSERT_EQ(deep_ep_low_latency_combine_receive(returning, &home), DEEP_EP_OK) << deep_ep_last_error();
-    const auto sums = bytes_of(tokens.out);
-    for (int t = 0; t < kTokens; ++t)  // a row for each selection
-      for (int c = 0; c < kHidden; ++c)
-        EXPECT_EQ(reinterpret_cast<const float*>(sums.data())[t * kHidden + c], value(me.rank, t, c) * kTopk);
+    expect_sums(tokens.out, me.rank, std::vector<int>(kTokens, kTopk));  // a row for each selection
     deep_ep_combine_result_free(home);
     deep_ep_combine_ticket_free(returning);
     deep_ep_dispatch_result_free(came);

@@ -11,15 +11,17 @@ namespace {
 
 constexpr int kRanks = 4;
 
+Shape shape_of(OutputLayout layout, bool low_latency) {
+  Shape s;
+  s.layout = layout;
+  s.low_latency = low_latency;
+  s.tokens = 12;
+  return s;
+}
+
 class MaskedRank : public testing::TestWithParam<std::tuple<OutputLayout, bool>> {
  protected:
-  Shape shape() const {
-    Shape s;
-    s.layout = std::get<0>(GetParam());
-    s.low_latency = std::get<1>(GetParam());
-    s.tokens = 12;
-    return s;
-  }
+  Shape shape() const { return shape_of(std::get<0>(GetParam()), std::get<1>(GetParam())); }
 };
 
 INSTANTIATE_TEST_SUITE_P(All, MaskedRank,
@@ -85,10 +87,7 @@ TEST_P(MaskedRank, is_taken_back) {
 
 // What a rank reads in others' memory is theirs again once they have masked it and gone on.
 TEST(MaskedReader, notices_that_what_it_reads_may_have_been_written_over) {
-  Shape shape;
-  shape.low_latency = true;
-  shape.layout = OutputLayout::kPadded;
-  shape.tokens = 12;
+  const Shape shape = shape_of(OutputLayout::kPadded, true);
   const World all(shape);
   const World without = World(shape).without({false, false, true, false});
   const Homeward home = homeward(without, {});
@@ -113,10 +112,7 @@ TEST(MaskedReader, notices_that_what_it_reads_may_have_been_written_over) {
 
 // As long as the memory is not needed, a late rank still gets all of it.
 TEST(MaskedReader, still_gets_what_was_sent_before_it_was_masked) {
-  Shape shape;
-  shape.low_latency = true;
-  shape.layout = OutputLayout::kPadded;
-  shape.tokens = 12;
+  const Shape shape = shape_of(OutputLayout::kPadded, true);
   const World all(shape);
   Barrier barrier(kRanks);
   run_ranks(kRanks, all.config(), [&](AnyBuffer& buffer) {
@@ -136,13 +132,7 @@ TEST(MaskedReader, still_gets_what_was_sent_before_it_was_masked) {
 
 class SilentRank : public testing::TestWithParam<std::tuple<OutputLayout, bool>> {
  protected:
-  Shape shape() const {
-    Shape s;
-    s.layout = std::get<0>(GetParam());
-    s.low_latency = true;
-    s.tokens = 12;
-    return s;
-  }
+  Shape shape() const { return shape_of(std::get<0>(GetParam()), true); }
   template <typename Input>
   static Input patiently(Input in) {
     in.mask_silent = true;
