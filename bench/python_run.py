@@ -40,7 +40,7 @@ def run(program, options, about, file):
         python, "python_overhead.py", ["--reps", "200"] if quick else [], about["environment"]
     )
     fewer = [word for name, count in FEWER.items() if name not in options for word in (name, count)]
-    turns = ["--program", program, "--rounds", 1 if quick else 5, "--", *options, *fewer]
+    turns = ["--program", Path(program).resolve(), "--rounds", 1 if quick else 5, "--", *options, *fewer]
     report["exchange"] = measured(python, "python_exchange.py", turns, about["environment"])
     if report["overhead"] is None or report["exchange"] is None:
         raise SystemExit("run.py: the Python part failed, or its results differ from those of the C++ program")

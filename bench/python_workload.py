@@ -2,7 +2,7 @@
 """The exchange of bench/workload.h in numpy: the same routing and the same rows from the same seed, and the digest by which two
 programs are seen to have made the same exchange."""
 
-from typing import Any, NamedTuple, Tuple
+from typing import Any, List, NamedTuple, Tuple
 
 import numpy as np
 import torch
@@ -37,19 +37,21 @@ def _draws(seed: int, count: int) -> np.ndarray:
 
 
 def routing(work: Workload, rank: int, num_tokens: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """(expert ids int64, weights float32), each [num_tokens, topk]; ids of a token are distinct."""
-    draws = _draws(work.seed * 1000003 + rank, 2 * num_tokens * work.topk)
-    high = (draws[0::2] >> np.uint64(32)).tolist()
-    units = ((draws[1::2] >> np.uint64(40)).astype(np.float32)) * np.float32(2.0**-24)
-    experts, ids = list(range(work.experts)), []
-    for i, word in enumerate(high):
-        k = i % work.topk
-        j = k + (word * (work.experts - k) >> 32)
-        experts[k], experts[j] = experts[j], experts[k]
-        ids.append(experts[k])
+    """(expert ids int64, weights float32), each [num_tokens, topk]: C++'s routing `uniform`, ids of a token distinct."""
+    draws = _draws(work.seed * 1000003 + rank, 2 * num_tokens * work.topk).reshape(num_tokens, 2, work.topk)
+    ids = [_distinct(words, work.experts) for words in (draws[:, 0] >> np.uint64(32)).tolist()]
+    units = (draws[:, 1] >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
     weights = (np.float32(0.5) + units) / np.float32(work.topk)
-    shape = (num_tokens, work.topk)
-    return torch.tensor(ids, dtype=torch.int64).view(shape), torch.from_numpy(weights).view(shape)
+    return torch.tensor(ids, dtype=torch.int64).view(num_tokens, work.topk), torch.from_numpy(weights)
+
+
+def _distinct(words: List[int], count: int) -> List[int]:
+    """Distinct numbers below count, one for each random word of 32 bits."""
+    order = list(range(count))
+    for k, word in enumerate(words):
+        j = k + (word * (count - k) >> 32)
+        order[k], order[j] = order[j], order[k]
+    return order[: len(words)]
 
 
 def rows(work: Workload, rank: int, num_rows: int) -> torch.Tensor:
