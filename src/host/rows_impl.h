@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "host/rows.h"
 #include "plan/fp8.h"
@@ -264,7 +265,9 @@ void sum_rows(const SumRows& sum) {
     Pieces<Number> acc;
     for (int row = 0; row < sum.count; ++row) {
       const Code* from = static_cast<const Code*>(sum.rows[row]) + i;
-      _mm_prefetch(reinterpret_cast<const char*>(from) + kPrefetchBytes, _MM_HINT_T0);  // past the end it does no harm
+      for (std::size_t line = 0; line < Pieces<Number>::kChannels * sizeof(Code); line += kLine)
+        _mm_prefetch(reinterpret_cast<const char*>(from) + kPrefetchBytes + line,
+                     _MM_HINT_T0);  // past the end: no harm
       if constexpr (kWeighted) {
         acc.add(from, sum.weights[row]);
       } else {
@@ -370,10 +373,28 @@ EP_ALWAYS_INLINE float quantize_group(const typename Number::Code* __restrict sr
   return scaling.scale;
 }
 
+#ifdef __AVX512F__
+EP_ALWAYS_INLINE float quantize_bf16_group(const std::uint16_t* __restrict src, std::uint8_t* __restrict codes,
+                                           plan::Fp8Scale kind) {
+  __m512i largest_of_32 = _mm512_setzero_si512();
+  for (int i = 0; i < plan::kFp8Group; i += kWideBf16)
+    largest_of_32 = _mm512_max_epu16(largest_of_32, magnitude32(load_32_words(src + i)));
+  const std::int32_t largest = largest_bf16(largest_of_32);
+  // An infinity or a NaN among them is rare enough for the plain loop.
+  if (largest >= plan::kFloatInfBits) return quantize_group<Bf16>(src, codes, plan::kFp8Group, kind);
+  const plan::Fp8Scaling scaling = plan::fp8_scaling(largest, kind);
+  const __m512 factor = _mm512_set1_ps(scaling.factor);
+  for (int i = 0; i < plan::kFp8Group; i += kWideBf16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), fp8_encode32_bf16(load_32_words(src + i), factor));
+  return scaling.scale;
+}
+#endif
+
 template <class Number>
 EP_ALWAYS_INLINE float quantize_full_group(const typename Number::Code* __restrict src, std::uint8_t* __restrict codes,
                                            plan::Fp8Scale kind) {
 #ifdef __AVX512F__
+  if constexpr (std::is_same_v<Number, Bf16>) return quantize_bf16_group(src, codes, kind);
   constexpr int kWides = plan::kFp8Group / kWide;
   __m512 x[kWides];
   __m512i largest_of_16 = _mm512_setzero_si512();
@@ -387,7 +408,7 @@ EP_ALWAYS_INLINE float quantize_full_group(const typename Number::Code* __restri
   const plan::Fp8Scaling scaling = plan::fp8_scaling(largest, kind);
   const __m512 factor = _mm512_set1_ps(scaling.factor);
   for (int i = 0; i < kWides; ++i)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i * kWide), _mm512_cvtepi32_epi8(fp8_encode16(x[i], factor)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i * kWide), fp8_encode16(x[i], factor));
   return scaling.scale;
 #elif defined(__AVX2__)
   __m256i largest_of_8 = _mm256_setzero_si256();
