@@ -14,8 +14,8 @@ namespace deep_ep::host {
 /// The rows of kPieces pieces, in turn. A piece holds, for each home, the rows of as many of its tokens, in order
 /// (token, selection). All ranks compute the same.
 struct StagingRing {
-  static constexpr int kPieces = 2;
-  static constexpr std::size_t kPieceBytes = std::size_t{6} << 20;
+  static constexpr int kPieces = 3;
+  static constexpr std::size_t kPieceBytes = std::size_t{3} << 20;
   static constexpr std::int64_t kFewestTokens = 8;  // fewer are not worth the meeting of all ranks
 
   std::int64_t tokens = 0;         // of each home in a piece
