@@ -17,19 +17,22 @@ namespace {
 
 // Slots of one ticket in an owner's window:
 //   [ rows: max_tokens x topk | weights: max_tokens x topk x (f32 x topk) | numbers: i32 x max_tokens x topk ]
+// Rows lie as far apart as the ticket has room for, whatever their size: so the slots of two ranks are apart even where
+// their calls do not match, which receive() finds out when they have written.
 struct Slots {
   std::byte* base = nullptr;
-  std::size_t row_stride = 0;
-  std::size_t weights_stride = 0;
   std::size_t num_slots = 0;
+  std::size_t weights_stride = 0;
+  std::size_t row_stride = 0;
 
   Slots(const Context& context, const Epoch& epoch, const CombineCall& call, int owner)
       : base(context.low_latency(owner, epoch.ticket)),
-        row_stride(plan::align_up(call.wire_bytes, plan::MessageLayout::kAlignment)),
+        num_slots(static_cast<std::size_t>(call.in.handle->max_tokens_per_rank) * call.in.handle->num_topk),
         weights_stride(plan::combine_weights_stride(call.in.handle->num_topk)),
-        num_slots(static_cast<std::size_t>(call.in.handle->max_tokens_per_rank) * call.in.handle->num_topk) {}
+        row_stride(plan::combine_row_stride(context.layout().low_latency_ticket_bytes,
+                                            call.in.handle->max_tokens_per_rank, call.in.handle->num_topk)) {}
 
-  std::byte* row(std::size_t slot) const { return base + slot * row_stride; }
+  std::byte* row(std::size_t slot) const { return base + row_at(slot); }
   // All weights of the row in a slot: one for each selection.
   float* weights(std::size_t slot) const { return reinterpret_cast<float*>(base + weights_at(slot)); }
   // Of the selection's row among the rows of the rank that took it, where that rank leaves it in place.
@@ -123,10 +126,11 @@ class Sender {
     const auto put = [&](std::size_t at, std::size_t bytes) {
       context_.link()->put_low_latency(home, epoch_.ticket, {epoch_.number, at, bytes, epoch_.deadline});
     };
+    const std::size_t wire_bytes = plan::align_up(call_.wire_bytes, plan::MessageLayout::kAlignment);
     std::uint64_t puts = 0;
     for (int k = topk - 1; k >= 0; --k) {
       if (row[k] < 0) continue;
-      if (call_.hidden > 0) put(slots.row_at(first + k), slots.row_stride), ++puts;
+      if (call_.hidden > 0) put(slots.row_at(first + k), wire_bytes), ++puts;
       if (call_.in.topk_weights.given()) put(slots.weights_at(first + k), slots.weights_stride), ++puts;
       if (handle_.layout == OutputLayout::kByRank) break;
     }

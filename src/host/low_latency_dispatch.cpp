@@ -37,8 +37,10 @@ struct Sent {
     return slots(source, source) + static_cast<std::size_t>(token) * message.bytes;
   }
   std::byte* slots(int owner, int source) const {
-    const std::size_t per_source = static_cast<std::size_t>(call.max_tokens_per_rank) * message.bytes;
-    return context->low_latency(owner, epoch.ticket) + per_source * source;
+    // Whatever the size of a message, so that sources write apart even where their calls do not match.
+    const std::size_t stride =
+        plan::dispatch_source_stride(context->layout().low_latency_ticket_bytes, context->num_ranks);
+    return context->low_latency(owner, epoch.ticket) + stride * source;
   }
 };
 
@@ -242,7 +244,11 @@ class Placer {
       ops.copy(block + at_.x_at + row * call_.shape.row_bytes, body + from.row_at, call_.shape.row_bytes);
       const auto* scales = reinterpret_cast<const std::int32_t*>(body + from.scales_at);
       std::int32_t* to = reinterpret_cast<std::int32_t*>(block + at_.scales_at) + at_.first_scale(row);
-      for (int i = 0; i < call_.shape.num_scales; ++i) to[i * at_.scale_column_stride] = scales[i];
+      if (at_.scale_column_stride == 1) {
+        std::copy_n(scales, call_.shape.num_scales, to);
+      } else {
+        for (int i = 0; i < call_.shape.num_scales; ++i) to[i * at_.scale_column_stride] = scales[i];
+      }
       if (call_.shape.topk_weights && !by_rank) reinterpret_cast<float*>(block + at_.topk_weights_at)[row] = weights[k];
     }
     for (int i = 0; i < call_.shape.num_side; ++i)

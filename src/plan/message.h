@@ -57,7 +57,20 @@ inline std::size_t combine_weights_stride(int num_topk) {
 /// hosts its number where it is read in place.
 inline std::size_t combine_slot_bytes(int max_tokens_per_rank, int num_topk, std::size_t row_bytes) {
   return static_cast<std::size_t>(max_tokens_per_rank) * num_topk *
-         (align_up(row_bytes, MessageLayout::kAlignment) + combine_weights_stride(num_topk) + sizeof(std::int32_t));
+         (align_up(row_bytes, kRegionAlignment) + combine_weights_stride(num_topk) + sizeof(std::int32_t));
+}
+
+/// How far apart rows lie in combine's slots on hosts, which share a ticket's memory as widely as it allows: at least
+/// their size, if combine_slot_bytes() of them fit.
+inline std::size_t combine_row_stride(std::size_t ticket_bytes, int max_tokens_per_rank, int num_topk) {
+  const std::size_t slots = static_cast<std::size_t>(max_tokens_per_rank) * num_topk;
+  return (ticket_bytes - combine_slot_bytes(max_tokens_per_rank, num_topk, 0)) / slots / kRegionAlignment *
+         kRegionAlignment;
+}
+
+/// How far apart the messages of two sources lie in dispatch's slots on hosts, likewise.
+inline std::size_t dispatch_source_stride(std::size_t ticket_bytes, int num_ranks) {
+  return ticket_bytes / num_ranks / kRegionAlignment * kRegionAlignment;
 }
 
 /// Bytes that one ticket needs to serve every call within `capacity`.

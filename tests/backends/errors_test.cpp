@@ -476,6 +476,25 @@ TEST(MismatchedCalls, low_latency_against_high_throughput_is_an_error_on_every_r
   });
 }
 
+// Low latency writes before it hears what the others call; ThreadSanitizer sees whether anybody meets another's slots.
+TEST(MismatchedCalls, low_latency_rows_of_another_size_are_refused_by_everybody) {
+  Shape s = plain();
+  s.low_latency = true;
+  const World world(s);
+  const Spare spare;
+  run_ranks(kRanks, roomy(world), [&](AnyBuffer& buffer) {
+    const int rank = buffer.rank();
+    for (int repeat = 0; repeat < 5; ++repeat) {
+      DispatchInput in = world.input(rank);
+      if (rank == kWrongRank) in.x = spare.view(DType::kBf16, {in.x.shape[0], 128});
+      const Outcome outcome = outcome_of([&] { buffer.low_latency_dispatch(in).receive(); });
+      EXPECT_EQ(outcome.code, ErrorCode::kInvalidArgument) << outcome.message;
+      for (const char* part : {"256", "128"}) EXPECT_TRUE(contains(outcome.message, part)) << outcome.message;
+      EXPECT_EQ(difference(world, rank, buffer.low_latency_dispatch(world.input(rank)).receive()), "");
+    }
+  });
+}
+
 TEST(OpenErrors, ranks_that_disagree_on_the_config_hear_the_field_and_both_values) {
   const auto outcomes = run_threads(kRanks, [](int rank, std::shared_ptr<Bootstrap> group) {
     Config config = small_config();
