@@ -142,9 +142,9 @@ class Rank {
     std::map<std::string, std::vector<std::int64_t>> copies;
     for (int i = 0; i < work_.warmup; ++i) run_once(op);
     Usage used;
-    // What is measured takes turns, so that all of it sees the same machine. Small calls in turns of twenty: their rows
-    // fit into the caches, and one after the other they find them there, as MPI's do.
-    const int turn = op.low_latency ? 20 : 1;
+    // What is measured takes turns, so that all of it sees the same machine; in turns of several, because each call
+    // finds in the caches what the one before it left there, as MPI's calls do. Small calls find all their rows.
+    const int turn = op.low_latency ? 20 : 5;
     for (int done = 0; done < reps; done += turn) {
       const int n = std::min(turn, reps - done);
       const auto repeat = [&](const std::function<void()>& work, std::vector<std::int64_t>& into) {
