@@ -36,11 +36,7 @@ inline const char* name(CopyBy by) {
 class Limits {
  public:
   Limits(const Workload& work, int rank, const std::vector<SharedFile>& files, std::size_t bytes)
-      : work_(work),
-        rank_(rank),
-        source_(map_private(bytes)),
-        accumulator_(work.hidden),
-        scratch_(work.fp8_row_bytes() + 64) {
+      : work_(work), rank_(rank), source_(map_private(bytes)), scratch_(work.fp8_row_bytes() + 64) {
     for (const SharedFile& file : files) windows_.push_back(file.map());
     std::memset(windows_[next()].get(), 0, bytes);
     for (const Mapping& window : windows_) touch(window.get(), bytes);
@@ -85,7 +81,7 @@ class Limits {
     ops_.flush();
   }
 
-  /// What combine must do and nothing else: the rows of a token read where they are, added in FP32, written once.
+  /// What combine must do and nothing else: the rows of a token read where they are, summed in FP32, written once.
   void bare_combine(const Traffic& traffic, const std::vector<std::uint32_t>& ranks_of_token) {
     std::vector<const std::byte*> from;
     for (int dst = 0; dst < work_.num_ranks; ++dst) {
@@ -93,16 +89,18 @@ class Limits {
       for (int src = 0; src < rank_; ++src) first += traffic.rows[src][dst];
       from.push_back(windows_[dst].get() + first * work_.row_bytes());
     }
+    std::vector<const void*> rows(static_cast<std::size_t>(work_.num_ranks));
     for (std::size_t token = 0; token < ranks_of_token.size(); ++token) {
-      std::fill(accumulator_.begin(), accumulator_.end(), 0.0f);
+      int count = 0;
       for (int dst = 0; dst < work_.num_ranks; ++dst) {
         if ((ranks_of_token[token] >> dst & 1u) == 0) continue;
-        ops_.add(accumulator_.data(), from[dst], DType::kBf16, work_.hidden);
+        rows[count++] = from[dst];
         from[dst] += work_.row_bytes();
       }
-      ops_.round(source_.get() + token * static_cast<std::size_t>(work_.row_bytes()), accumulator_.data(), DType::kBf16,
-                 work_.hidden);
+      std::byte* to = source_.get() + token * static_cast<std::size_t>(work_.row_bytes());
+      ops_.sum({rows.data(), nullptr, count, DType::kBf16, work_.hidden, to, true});
     }
+    ops_.flush();
   }
 
   /// Reads every token and quantises it into the same small buffer.
@@ -132,7 +130,6 @@ class Limits {
   int rank_;
   Mapping source_;
   std::vector<Mapping> windows_;
-  std::vector<float> accumulator_;
   std::vector<std::uint8_t> scratch_;
   static inline std::uint64_t touched_ = 0;
 };

@@ -74,7 +74,6 @@ class Exchange {
         traffic_(traffic_of(work, num_tokens)),
         x_(static_cast<std::size_t>(num_tokens * work.hidden)),
         result_(x_.size()),
-        accumulator_(static_cast<std::size_t>(work.hidden)),
         send_(work.num_ranks),
         receive_(work.num_ranks),
         rows_(work.row_bytes()),
@@ -122,15 +121,14 @@ class Exchange {
     MPI_Alltoallv(rows, receive_.counts.data(), receive_.first.data(), rows_, packed_.data(), send_.counts.data(),
                   send_.first.data(), rows_, MPI_COMM_WORLD);
     for (int token = 0; token < num_tokens_; ++token) {
-      std::fill(accumulator_.begin(), accumulator_.end(), 0.0f);
+      summands_.clear();
       for (int rank = 0; rank < work_.num_ranks; ++rank) {
         const int at = place_[static_cast<std::size_t>(token * work_.num_ranks + rank)];
-        if (at < 0) continue;
-        ops_.add(accumulator_.data(), packed_.data() + (send_.first[rank] + at) * work_.row_bytes(), DType::kBf16,
-                 work_.hidden);
+        if (at >= 0) summands_.push_back(packed_.data() + (send_.first[rank] + at) * work_.row_bytes());
       }
-      ops_.round(result_.data() + token * work_.hidden, accumulator_.data(), DType::kBf16, work_.hidden);
+      sum_into_result(token, nullptr);
     }
+    ops_.flush();
   }
 
   // One row per selection goes home, and is weighted there.
@@ -147,6 +145,7 @@ class Exchange {
                   back.first.data(), rows_, MPI_COMM_WORLD);
     std::vector<int> next = back.first;
     for (int token = 0; token < num_tokens_; ++token) weigh(token, next);
+    ops_.flush();
   }
 
   // Fills the rows that a combine by expert sends: the BF16 rows as they were dispatched.
@@ -307,13 +306,17 @@ class Exchange {
   }
 
   void weigh(int token, std::vector<int>& next) {
-    std::fill(accumulator_.begin(), accumulator_.end(), 0.0f);
-    for (int k = 0; k < work_.num_topk; ++k) {
-      const std::size_t i = static_cast<std::size_t>(token * work_.num_topk + k);
-      const std::byte* row = returned_.data() + next[work_.rank_of(routing_.topk_idx[i])]++ * work_.row_bytes();
-      ops_.fma(accumulator_.data(), row, routing_.topk_weights[i], DType::kBf16, work_.hidden);
-    }
-    ops_.round(result_.data() + token * work_.hidden, accumulator_.data(), DType::kBf16, work_.hidden);
+    const std::size_t first = static_cast<std::size_t>(token * work_.num_topk);
+    summands_.clear();
+    for (std::size_t i = first; i < first + static_cast<std::size_t>(work_.num_topk); ++i)
+      summands_.push_back(returned_.data() + next[work_.rank_of(routing_.topk_idx[i])]++ * work_.row_bytes());
+    sum_into_result(token, routing_.topk_weights.data() + first);
+  }
+
+  // As the library writes its results: past the caches, since nobody reads them at once.
+  void sum_into_result(int token, const float* weights) {
+    ops_.sum({summands_.data(), weights, static_cast<int>(summands_.size()), DType::kBf16, work_.hidden,
+              result_.data() + token * work_.hidden, true});
   }
 
   const Workload& work_;
@@ -324,7 +327,7 @@ class Exchange {
   Routing routing_;
   Traffic traffic_;
   std::vector<std::uint16_t> x_, result_;
-  std::vector<float> accumulator_;
+  std::vector<const void*> summands_;  // of one token
   Wire wire_;
   std::vector<int> place_;  // [num_tokens, num_ranks]: row in that rank's part of the send buffer, or -1
   Extent send_, receive_;

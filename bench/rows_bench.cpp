@@ -77,38 +77,22 @@ void quantize(benchmark::State& state, const host::RowOps* ops, bool far, plan::
   count_bytes(state, rows.row_bytes() + rows.row_bytes() / 2);
 }
 
-// The sum itself stays in the cache, as it does in combine: only the row counts.
-void add(benchmark::State& state, const host::RowOps* ops, bool far) {
+// As many rows as a token has with four ranks, one after the other in memory.
+void sum(benchmark::State& state, const host::RowOps* ops, bool far, bool weighted) {
+  constexpr int kRows = 4;
+  const float weights[kRows] = {0.25f, 0.5f, 0.125f, 0.75f};
   Rows rows(state.range(0), far);
-  std::vector<float> sum(static_cast<std::size_t>(state.range(0)), 0.0f);
+  std::vector<std::byte> result(static_cast<std::size_t>(rows.row_bytes()));
   for (auto _ : state) {
-    ops->add(sum.data(), rows.source(), DType::kBf16, state.range(0));
+    const void* from[kRows];
+    for (const void*& row : from) {
+      row = rows.source();
+      rows.next();
+    }
+    ops->sum({from, weighted ? weights : nullptr, kRows, DType::kBf16, state.range(0), result.data()});
     benchmark::ClobberMemory();
-    rows.next();
   }
-  count_bytes(state, rows.row_bytes());
-}
-
-void fma(benchmark::State& state, const host::RowOps* ops, bool far) {
-  Rows rows(state.range(0), far);
-  std::vector<float> sum(static_cast<std::size_t>(state.range(0)), 0.0f);
-  for (auto _ : state) {
-    ops->fma(sum.data(), rows.source(), 0.25f, DType::kBf16, state.range(0));
-    benchmark::ClobberMemory();
-    rows.next();
-  }
-  count_bytes(state, rows.row_bytes());
-}
-
-void round(benchmark::State& state, const host::RowOps* ops, bool far) {
-  Rows rows(state.range(0), far);
-  const std::vector<float> sum(static_cast<std::size_t>(state.range(0)), 1.2345f);
-  for (auto _ : state) {
-    ops->round(rows.target(), sum.data(), DType::kBf16, state.range(0));
-    benchmark::ClobberMemory();
-    rows.next();
-  }
-  count_bytes(state, rows.row_bytes());
+  count_bytes(state, kRows * rows.row_bytes());
 }
 
 template <class Function, class... Args>
@@ -122,9 +106,8 @@ void add_all(const host::RowOps& ops) {
     add_one(name + "copy", copy, &ops, far);
     add_one(name + "quantize", quantize, &ops, far, plan::Fp8Scale::kExact);
     add_one(name + "quantize_power_of_two", quantize, &ops, far, plan::Fp8Scale::kPowerOfTwo);
-    add_one(name + "add", add, &ops, far);
-    add_one(name + "fma", fma, &ops, far);
-    add_one(name + "round", round, &ops, far);
+    add_one(name + "sum", sum, &ops, far, false);
+    add_one(name + "sum_weighted", sum, &ops, far, true);
   }
 }
 

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "check.h"
 #include "host/rows.h"
@@ -55,17 +54,15 @@ void weigh_on_host(const Handle& handle, const DispatchOutput& sent, const Tenso
   const std::int64_t row_bytes = hidden * static_cast<std::int64_t>(item_bytes(dtype));
   gradients = Tensor::allocate(dtype, {num_rows, hidden});
   dots = Tensor::allocate(DType::kFp32, {num_rows});
-  std::vector<float> scaled(hidden);
   const host::RowOps& ops = host::row_ops();
   const std::int64_t rows_there = handle.slot_first_row.as<const std::int32_t>()[handle.slot_first_row.numel() - 1];
   std::memset(gradients.as<std::byte>() + rows_there * row_bytes, 0,
               static_cast<std::size_t>((num_rows - rows_there) * row_bytes));
   std::fill(dots.as<float>() + rows_there, dots.as<float>() + num_rows, 0.0f);
   for (std::int64_t row = 0; row < rows_there; ++row) {
-    const std::byte* gradient = sent.x.as<const std::byte>() + row * row_bytes;
-    std::fill(scaled.begin(), scaled.end(), 0.0f);
-    ops.fma(scaled.data(), gradient, sent.topk_weights.as<const float>()[row], dtype, hidden);
-    ops.round(gradients.as<std::byte>() + row * row_bytes, scaled.data(), dtype, hidden);
+    const void* gradient = sent.x.as<const std::byte>() + row * row_bytes;
+    const float* weight = sent.topk_weights.as<const float>() + row;
+    ops.sum({&gradient, weight, 1, dtype, hidden, gradients.as<std::byte>() + row * row_bytes});
     dots.as<float>()[row] = ops.dot(gradient, rows.as<const std::byte>() + row * row_bytes, dtype, hidden);
   }
 }

@@ -79,16 +79,10 @@ struct RowOps {
   void (*log_encode)(const LogEncodeRow& row);
   void (*log_decode)(const LogDecodeRow& row);
 
-  /// acc[i] = acc[i] + row[i]
-  void (*add)(float* acc, const void* row, DType dtype, std::int64_t n);
-  /// acc[i] = fma(weight, row[i], acc[i]), rounded once
-  void (*fma)(float* acc, const void* row, float weight, DType dtype, std::int64_t n);
-  /// dst[i] = the sum of all rows[.][i], rounded once: from 0, each row in turn as add() or, with weights, as fma()
-  /// would. One pass over all rows, for when no sum in between is rounded.
+  /// dst[i] = the sum of all rows[.][i] in FP32, rounded once at the end. From 0, each row in turn: sum + row[i] or,
+  /// with weights, fma(weight, row[i], sum).
   void (*sum)(const SumRows& sum);
-  /// dst[i] = acc[i], to nearest, ties to even
-  void (*round)(void* dst, const float* acc, DType dtype, std::int64_t n);
-  /// dst[i] = src[i], between number types, each value rounded at most once
+  /// dst[i] = src[i], between number types, each value rounded at most once: to nearest, ties to even
   void (*cast)(void* dst, DType dst_dtype, const void* src, DType src_dtype, std::int64_t n);
   /// The sum of a[i] * b[i] in FP32, in this order everywhere: lane l of 16 takes the elements i = l, l + 16, l + 32,
   /// ... in turn by lane = fma(a[i], b[i], lane), from 0; then the lanes are added 0 to 15: ((lane0 + lane1) + lane2) +

@@ -180,37 +180,6 @@ void zero(void* dst, std::size_t bytes) {
 
 // In each loop below the blocks come first and single elements finish; without AVX2 the second loop does it all.
 
-void add(float* acc, const void* row, DType dtype, std::int64_t n) {
-  with_number_type(dtype, [=](auto number) {
-    using Number = decltype(number);
-    float* __restrict sum = acc;
-    const typename Number::Code* __restrict x = static_cast<const typename Number::Code*>(row);
-    std::int64_t i = 0;
-#ifdef __AVX2__
-    for (; i + kBlock <= n; i += kBlock) {
-      _mm256_storeu_ps(sum + i, _mm256_add_ps(_mm256_loadu_ps(sum + i), Number::load_block(x + i)));
-    }
-#endif
-    for (; i < n; ++i) sum[i] = plan::add_rn(sum[i], Number::load(x[i]));
-  });
-}
-
-void fma(float* acc, const void* row, float weight, DType dtype, std::int64_t n) {
-  with_number_type(dtype, [=](auto number) {
-    using Number = decltype(number);
-    float* __restrict sum = acc;
-    const typename Number::Code* __restrict x = static_cast<const typename Number::Code*>(row);
-    std::int64_t i = 0;
-#ifdef __AVX2__
-    const __m256 weights = _mm256_set1_ps(weight);
-    for (; i + kBlock <= n; i += kBlock) {
-      _mm256_storeu_ps(sum + i, _mm256_fmadd_ps(weights, Number::load_block(x + i), _mm256_loadu_ps(sum + i)));
-    }
-#endif
-    for (; i < n; ++i) sum[i] = plan::fma_rn(weight, Number::load(x[i]), sum[i]);
-  });
-}
-
 // Rows are read side by side, a line of each at a time: every row is one stream for the prefetcher, and no sum leaves
 // the registers. Across rows far apart in memory that is worth a factor of two over adding one row after the other.
 constexpr std::size_t kPrefetchBytes = 1024;
@@ -319,10 +288,6 @@ void cast(void* dst, DType dst_dtype, const void* src, DType src_dtype, std::int
   with_number_type(dst_dtype, [=](auto to) {
     with_number_type(src_dtype, [=](auto from) { cast_row<decltype(to), decltype(from)>(dst, src, n); });
   });
-}
-
-void round(void* dst, const float* acc, DType dtype, std::int64_t n) {
-  with_number_type(dtype, [=](auto number) { cast_row<decltype(number), Fp32>(dst, acc, n); });
 }
 
 constexpr int kDotLanes = 16;
