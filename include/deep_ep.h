@@ -1,6 +1,6 @@
-// SPDX-License-Identifier: MIT The C API: the same operations as deep_ep/buffer.h behind a stable C ABI, and three
-// short calls on a default communicator. C11 and C++. docs/c_api.md shows it in use; deep_ep/buffer.h describes what
-// each operation computes.
+// SPDX-License-Identifier: MIT
+// The C API: the same operations as deep_ep/buffer.h behind a stable C ABI, and three short calls on a default
+// communicator. C11 and C++. docs/c_api.md shows it in use; deep_ep/buffer.h describes what each operation computes.
 #pragma once
 
 #include <stddef.h>

@@ -63,13 +63,13 @@ void stretch(TensorView& view) { view.strides[0] = view.shape[1] + 1; }
 std::vector<Mistake<DispatchInput>> dispatch_mistakes(const Spare& spare) {
   return {
       {"no x", [](auto& in) { in.x = {}; }, {"x"}},
-      {"x of one dimension", [](auto& in) { in.x.ndim = 1; }, {"x"}},
+      {"x of one dimension", [](auto& in) { in.x.ndim = 1; }, {"x", "2 dimensions", "bf16[10]"}},
       {"x not contiguous",
        [&](auto& in) {
          in.x = spare.view(DType::kBf16, {10, 64});
          stretch(in.x);
        },
-       {"x", "contiguous"}},
+       {"x", "contiguous", "bf16[10, 64]", "strides 65"}},
       {"x with fewer rows", [](auto& in) { in.x.shape[0] = 9; }, {"x", "topk_idx", "9", "10"}},
       {"a row that is no multiple of 16 bytes",
        [&](auto& in) {
@@ -81,34 +81,34 @@ std::vector<Mistake<DispatchInput>> dispatch_mistakes(const Spare& spare) {
        [&](auto& in) {
          in.topk_idx = spare.view(DType::kFp32, {10, 4});
        },
-       {"topk_idx", "fp32"}},
+       {"topk_idx", "i32 or i64", "fp32"}},
       {"topk_idx not contiguous",
        [&](auto& in) {
          in.topk_idx = spare.view(DType::kI64, {10, 4});
          stretch(in.topk_idx);
        },
-       {"topk_idx", "contiguous"}},
+       {"topk_idx", "contiguous", "i64[10, 4]", "strides 5"}},
       {"an id out of range",
        [&](auto& in) {
          in.topk_idx = spare.view(DType::kI64, {10, 4});
          in.topk_idx.template as<std::int64_t>()[7] = 12;
        },
-       {"topk_idx", "12"}},
+       {"topk_idx[1, 3]", "expert 12", "0 .. 11"}},
       {"weights of another type",
        [&](auto& in) {
          in.topk_weights = spare.view(DType::kBf16, {10, 4});
        },
-       {"topk_weights", "bf16", "fp32"}},
+       {"topk_weights", "bf16[10, 4]", "fp32[10, 4]"}},
       {"weights of another shape",
        [&](auto& in) {
          in.topk_weights = spare.view(DType::kFp32, {10, 3});
        },
-       {"topk_weights", "3", "4"}},
+       {"topk_weights", "fp32[10, 3]", "fp32[10, 4]"}},
       {"scales of another type",
        [&](auto& in) {
          in.scales = spare.view(DType::kBf16, {10, 4});
        },
-       {"scales", "bf16"}},
+       {"scales", "fp32 or i32", "bf16"}},
       {"scales with fewer rows",
        [&](auto& in) {
          in.scales = spare.view(DType::kFp32, {9, 4});
@@ -125,7 +125,7 @@ std::vector<Mistake<DispatchInput>> dispatch_mistakes(const Spare& spare) {
          in.x = spare.view(DType::kU8, {10, 128});
          in.fp8 = Fp8Options{};
        },
-       {"x", "u8"}},
+       {"x", "bf16, fp16 or fp32", "u8"}},
       {"exponent scales that are not rounded",
        [](auto& in) {
          in.fp8 = Fp8Options{false, true};
@@ -141,7 +141,7 @@ std::vector<Mistake<DispatchInput>> dispatch_mistakes(const Spare& spare) {
          in.side[0] = spare.view(DType::kU8, {10, 7});
        },
        {"side", "7", "4"}},
-      {"no experts", [](auto& in) { in.num_experts = 0; }, {"num_experts", "0"}},
+      {"no experts", [](auto& in) { in.num_experts = 0; }, {"num_experts", "at least 1", "0"}},
       {"more experts than planned", [](auto& in) { in.num_experts = 25; }, {"max_experts", "25", "24"}},
       {"a placement of other experts",
        [](auto& in) { in.placement = Placement::even(13, kRanks); },
@@ -149,8 +149,8 @@ std::vector<Mistake<DispatchInput>> dispatch_mistakes(const Spare& spare) {
       {"a placement of other ranks",
        [](auto& in) { in.placement = Placement::even(12, kRanks + 1); },
        {"placement", "4", "3"}},
-      {"an alignment of zero", [](auto& in) { in.expert_alignment = 0; }, {"expert_alignment", "0"}},
-      {"a negative alignment", [](auto& in) { in.expert_alignment = -8; }, {"expert_alignment", "-8"}},
+      {"an alignment of zero", [](auto& in) { in.expert_alignment = 0; }, {"expert_alignment", "at least 1", "0"}},
+      {"a negative alignment", [](auto& in) { in.expert_alignment = -8; }, {"expert_alignment", "at least 1", "-8"}},
       {"padded without a bound", [](auto& in) { in.layout = OutputLayout::kPadded; }, {"max_tokens_per_rank"}},
       {"more tokens than the bound",
        [](auto& in) {
@@ -219,9 +219,9 @@ std::vector<Mistake<CombineInput>> combine_mistakes(const Spare& spare) {
   return {
       {"no handle", [](auto& in) { in.handle = nullptr; }, {"handle"}},
       {"nothing to bring home", [](auto& in) { in.x = {}; }, {"x"}},
-      {"bytes", [&](auto& in) { in.x.dtype = DType::kU8; }, {"x", "u8"}},
-      {"a row too few", [](auto& in) { in.x.shape[0] -= 1; }, {"x"}},
-      {"x not contiguous", [](auto& in) { stretch(in.x); }, {"x", "contiguous"}},
+      {"bytes", [&](auto& in) { in.x.dtype = DType::kU8; }, {"x", "bf16, fp16 or fp32", "u8"}},
+      {"a row too few", [](auto& in) { in.x.shape[0] -= 1; }, {"x must be bf16[", "it is bf16["}},
+      {"x not contiguous", [](auto& in) { stretch(in.x); }, {"x", "contiguous", "strides 65"}},
       {"a row that is no multiple of 16 bytes",
        [&](auto& in) {
          in.x = spare.view(DType::kBf16, {in.x.shape[0], 12});
@@ -232,12 +232,12 @@ std::vector<Mistake<CombineInput>> combine_mistakes(const Spare& spare) {
        [&](auto& in) {
          in.bias[0] = spare.view(DType::kFp32, {10, 64});
        },
-       {"bias", "fp32", "bf16"}},
+       {"bias[0]", "fp32[10, 64]", "bf16[10, 64]"}},
       {"a bias of another shape",
        [&](auto& in) {
          in.bias[1] = spare.view(DType::kBf16, {9, 64});
        },
-       {"bias", "9", "10"}},
+       {"bias[1]", "bf16[9, 64]", "bf16[10, 64]"}},
       {"weights of rows that are sums",
        [&](auto& in) {
          in.weights = spare.view(DType::kFp32, {10, 4});
@@ -247,17 +247,17 @@ std::vector<Mistake<CombineInput>> combine_mistakes(const Spare& spare) {
        [&](auto& in) {
          in.topk_weights = spare.view(DType::kFp32, {1, 4});
        },
-       {"topk_weights"}},
+       {"topk_weights must be fp32[", "it is fp32[1, 4]"}},
       {"out of another type",
        [&](auto& in) {
          in.out = spare.view(DType::kFp16, {10, 64});
        },
-       {"out", "fp16", "bf16"}},
+       {"out", "fp16[10, 64]", "bf16[10, 64]"}},
       {"out of another shape",
        [&](auto& in) {
          in.out = spare.view(DType::kBf16, {10, 32});
        },
-       {"out", "32", "64"}},
+       {"out", "bf16[10, 32]", "bf16[10, 64]"}},
   };
 }
 
@@ -293,7 +293,8 @@ TEST(CombineErrors, weights_of_another_shape_are_named) {
     for (const TensorView& weights : {spare.view(DType::kFp32, {10, 3}), spare.view(DType::kBf16, {10, 4})}) {
       CombineInput in = combine_input(home, rank, sent.handle, SumOrder::by_rank());
       in.weights = rank == kWrongRank ? weights : spare.view(DType::kFp32, {10, 4});
-      expect_refusal(outcome_of([&] { buffer.combine(in); }), rank, "weights", {"weights"});
+      expect_refusal(outcome_of([&] { buffer.combine(in); }), rank, "weights",
+                     {"weights", "fp32[10, 4]", describe(weights)});
     }
   });
 }
@@ -309,7 +310,7 @@ TEST(LowLatencyErrors, each_capacity_is_named_with_both_values_and_the_next_call
       {"more tokens per rank than planned",
        [](auto& in) { in.max_tokens_per_rank = 4000; },
        {"Config::low_latency", "4000"}},
-      {"no tokens per rank", [](auto& in) { in.max_tokens_per_rank = 0; }, {"max_tokens_per_rank"}},
+      {"no tokens per rank", [](auto& in) { in.max_tokens_per_rank = 0; }, {"max_tokens_per_rank", "at least 1", "0"}},
       {"more tokens than announced", [](auto& in) { in.max_tokens_per_rank = 9; }, {"max_tokens_per_rank", "10", "9"}},
       {"a wider row",
        [&](auto& in) {
@@ -327,7 +328,7 @@ TEST(LowLatencyErrors, each_capacity_is_named_with_both_values_and_the_next_call
          in.topk_idx = spare.view(DType::kI64, {10, 4});
          in.topk_idx.template as<std::int64_t>()[39] = 1 << 20;
        },
-       {"topk_idx", "1048576"}},
+       {"topk_idx[9, 3]", "expert 1048576", "0 .. 11"}},
   };
   run_ranks(kRanks, config, [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
