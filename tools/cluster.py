@@ -92,23 +92,25 @@ class Cluster:
 class Link:
     """What is wrong with the links of a cluster."""
 
-    def __init__(self, delay_ms=0.0, jitter_ms=0.0, loss=0.0):
-        self.delay_ms, self.jitter_ms, self.loss = delay_ms, jitter_ms, loss
+    def __init__(self, delay_ms=0.0, jitter_ms=0.0, loss=0.0, rate_mbit=0.0):
+        self.delay_ms, self.jitter_ms, self.loss, self.rate_mbit = delay_ms, jitter_ms, loss, rate_mbit
 
     @classmethod
     def parse(cls, text):
-        """'delay=1,jitter=0.5,loss=0.01': milliseconds, and a share."""
+        """'delay=1,jitter=0.5,loss=0.01,rate=100': milliseconds, a share, megabits per second that a node sends."""
         fields = dict(field.split("=") for field in text.split(","))
-        return cls(float(fields.pop("delay", 0)), float(fields.pop("jitter", 0)), float(fields.pop("loss", 0)), **fields)
+        return cls(*(float(fields.pop(name, 0)) for name in ("delay", "jitter", "loss", "rate")), **fields)
 
     def __str__(self):
-        return f"delay {self.delay_ms:g} ms, jitter {self.jitter_ms:g} ms, loss {100 * self.loss:g} %"
+        rate = f", {self.rate_mbit:g} Mbit/s" if self.rate_mbit else ""
+        return f"delay {self.delay_ms:g} ms, jitter {self.jitter_ms:g} ms, loss {100 * self.loss:g} %{rate}"
 
     def netem(self):
-        return ["delay", f"{self.delay_ms}ms", f"{self.jitter_ms}ms", "loss", f"{100 * self.loss}%"]
+        rate = ["rate", f"{self.rate_mbit}mbit"] if self.rate_mbit else []
+        return ["delay", f"{self.delay_ms}ms", f"{self.jitter_ms}ms", "loss", f"{100 * self.loss}%", *rate]
 
     def switch_options(self):
-        return ["--delay-ms", self.delay_ms, "--jitter-ms", self.jitter_ms, "--loss", self.loss]
+        return ["--delay-ms", self.delay_ms, "--jitter-ms", self.jitter_ms, "--loss", self.loss, "--rate-mbit", self.rate_mbit]
 
 
 @functools.cache

@@ -19,7 +19,16 @@ CLUSTERS = ["1,1", "2,2", "4,4", "3,1", "1,2,1", "2,2,2", "4,2,1", "1,1,1,1", "2
 TIMEOUT_MS = 3000  # deadline of every wait in the fault tests
 PATIENCE = 12  # seconds for all survivors: the deadline, once for the call and once for closing, on a busy machine
 LOST = 3  # exit code of a rank that lost a peer
-LINKS = [Link(delay_ms=2), Link(delay_ms=1, jitter_ms=1), Link(delay_ms=0.5, loss=0.01)]
+BAD_LINKS = [
+    ("2,2", Link(delay_ms=2)),
+    ("2,2", Link(delay_ms=1, jitter_ms=1)),
+    ("2,2", Link(delay_ms=0.5, loss=0.01)),
+    ("2,2", Link(rate_mbit=20)),
+    ("4,4", Link(delay_ms=1, loss=0.01)),
+    ("3,1", Link(delay_ms=1, jitter_ms=1, loss=0.01)),
+    ("1,2,1", Link(delay_ms=1, jitter_ms=1, loss=0.01)),
+    ("2,1,1,2", Link(delay_ms=1, jitter_ms=1, loss=0.01, rate_mbit=50)),
+]
 
 
 def shared_memory():
@@ -62,12 +71,12 @@ class Suite:
             problems += self.leftovers(before)
         self.report(f"exchange on {nodes}{f', {link}' if link else ''}{f' ({cluster.traffic})' if cluster.traffic else ''}", problems, time.monotonic() - start)
 
-    def fault(self, nodes, name, broken, strike, mend=None):
+    def fault(self, nodes, name, broken, strike, low_latency=False):
         """`strike` breaks the ranks `broken`; every other rank must end, naming one of them."""
         sizes = [int(size) for size in nodes.split(",")]
         start, before = time.monotonic(), shared_memory()
         with Cluster(sizes) as cluster:
-            ranks = self.ranks(cluster, ["loop", nodes, str(TIMEOUT_MS)])
+            ranks = self.ranks(cluster, ["loop", nodes, str(TIMEOUT_MS), *(["low_latency"] if low_latency else [])])
             try:
                 if ranks.wait_until_ready(self.options.limit):
                     strike(cluster, ranks)
@@ -76,12 +85,10 @@ class Suite:
                     problems = [text for rank, code in codes.items() if (text := self.judge(rank, code, ranks.said(rank), broken))]
                 else:
                     problems = [f"rank {rank} was not ready: {ranks.said(rank).strip()[-300:]}" for rank in range(sum(sizes))]
-                if mend:
-                    mend(cluster, ranks)
             finally:
                 ranks.end()
             problems += self.leftovers(before)
-        self.report(f"{name} on {nodes}", problems, time.monotonic() - start)
+        self.report(f"{name} on {nodes}{' in low latency' if low_latency else ''}", problems, time.monotonic() - start)
 
     @staticmethod
     def judge(rank, code, said, broken):
@@ -106,6 +113,9 @@ class Suite:
         self.fault("2,2", "rank 2 paused", {2}, paused(2))
         # Those behind the cut cannot know that it is they who are alone: they blame the other side.
         self.fault("2,1,2", "link of node 1 cut", {2}, lambda cluster, ranks: cluster.cut(1))
+        self.fault("2,2", "rank 3 killed", {3}, killed(3), low_latency=True)
+        self.fault("2,2", "rank 2 paused", {2}, paused(2), low_latency=True)
+        self.fault("2,1,2", "link of node 1 cut", {2}, lambda cluster, ranks: cluster.cut(1), low_latency=True)
 
 
 def arguments():
@@ -114,7 +124,7 @@ def arguments():
     parser.add_argument("--provider", default="tcp;ofi_rxm", help="libfabric provider between the nodes")
     parser.add_argument("--nodes", action="append", help=f"ranks of each node, '4,4'; may be repeated; default: {' '.join(CLUSTERS)}")
     parser.add_argument("--link", action="append", type=Link.parse, metavar="FAULTS",
-                        help="exchange over bad links too: 'delay=1,jitter=0.5,loss=0.01' (ms and share); may be repeated; default: three such")
+                        help="exchange on 2,2 over bad links too: 'delay=1,jitter=0.5,loss=0.01,rate=50' (ms, share, Mbit/s); may be repeated; default: several such")
     parser.add_argument("--only", choices=["exchange", "faults"], help="half of the suite")
     parser.add_argument("--limit", type=float, default=90, help="seconds for one run of all ranks")
     options = parser.parse_args()
@@ -132,8 +142,8 @@ def main():
     if options.only != "faults":
         for nodes in options.nodes or CLUSTERS:
             suite.check(nodes)
-        for link in options.link or LINKS:
-            suite.check("2,2", link)
+        for nodes, link in [("2,2", link) for link in options.link or []] or BAD_LINKS:
+            suite.check(nodes, link)
     if options.only != "exchange":
         suite.faults()
     print(f"cluster_test: {suite.runs - suite.failures} of {suite.runs} passed")

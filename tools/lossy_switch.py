@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""A network switch in user space that delays and loses frames, for kernels without tc netem (tools/cluster_test.py starts it).
+"""A network switch in user space that delays, slows down and loses frames, for kernels without tc netem (tools/cluster_test.py starts it).
 
 Makes a device eth0 in each of the named network namespaces and passes frames between them until it is stopped, then says how many. The same seed loses the same
 frames of the same traffic."""
@@ -32,9 +32,11 @@ def open_tap(namespace):
 
 
 class Switch:
-    def __init__(self, taps, delay, jitter, loss, seed):
-        self.taps, self.delay, self.jitter, self.loss = taps, delay, jitter, loss
-        self.random = random.Random(seed)
+    def __init__(self, taps, options):
+        self.taps, self.delay, self.jitter, self.loss = taps, options.delay_ms / 1e3, options.jitter_ms / 1e3, options.loss
+        self.seconds_per_byte = 8e-6 / options.rate_mbit if options.rate_mbit > 0 else 0.0
+        self.sent = {tap: 0.0 for tap in taps}  # when the last byte of its node leaves
+        self.random = random.Random(options.seed)
         self.home = {}  # address of a card -> the tap behind which it is
         self.waiting = []  # (due, number, tap, frame)
         self.number = self.lost = 0
@@ -46,13 +48,15 @@ class Switch:
             except BlockingIOError:
                 return
             self.home[frame[6:12]] = tap
+            now = time.monotonic()
+            leaves = self.sent[tap] = max(now, self.sent[tap]) + len(frame) * self.seconds_per_byte
             to = self.home.get(frame[0:6])
             for other in [to] if to is not None else [one for one in self.taps if one != tap]:
                 self.number += 1
                 if self.random.random() < self.loss:
                     self.lost += 1
                     continue
-                due = time.monotonic() + max(0.0, self.delay + self.jitter * self.random.uniform(-1, 1))
+                due = leaves + max(0.0, self.delay + self.jitter * self.random.uniform(-1, 1))
                 heapq.heappush(self.waiting, (due, self.number, other, frame))
 
     def deliver(self):
@@ -77,10 +81,11 @@ def main():
     parser.add_argument("--delay-ms", type=float, default=0)
     parser.add_argument("--jitter-ms", type=float, default=0, help="the delay is off by as much, either way: frames overtake each other")
     parser.add_argument("--loss", type=float, default=0, help="share of frames that are lost, 0.01 for one in a hundred")
+    parser.add_argument("--rate-mbit", type=float, default=0, help="megabits per second that each node may send, after which frames wait; 0: any")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     taps = [open_tap(namespace) for namespace in options.namespaces]
-    switch = Switch(taps, options.delay_ms / 1e3, options.jitter_ms / 1e3, options.loss, options.seed)
+    switch = Switch(taps, options)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     print("ready", flush=True)
     try:

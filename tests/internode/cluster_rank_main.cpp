@@ -2,10 +2,11 @@
 // One rank of a cluster: MASTER_ADDR, RANK and WORLD_SIZE say which. tools/cluster_test.py starts one per rank, each in
 // the network namespace of its node.
 //
-//   cluster_rank_main check NODES           exchanges in every form against the oracle; exit code 1 at a difference
-//   cluster_rank_main loop NODES TIMEOUT_MS says "ready" after the first exchange and goes on until a peer is lost;
-//   says
-//                                           "lost PEER: message" and ends with exit code 3
+//   cluster_rank_main check NODES
+//       exchanges in every form, low latency too, against the oracle; exit code 1 at a difference
+//   cluster_rank_main loop NODES TIMEOUT_MS [low_latency]
+//       says "ready" after the first exchange and goes on until a peer is lost; says "lost PEER: message" and ends with
+//       exit code 3
 //
 // NODES is as in Config::ranks_per_node: "4,4".
 #include <cstdio>
@@ -68,11 +69,22 @@ int open_descriptors() {
   return static_cast<int>(std::distance(begin(all), end(all)));
 }
 
+/// High throughput and low latency in every layout.
+std::vector<Shape> forms_of(Shape shape) {
+  std::vector<Shape> forms;
+  for (const bool low_latency : {false, true}) {
+    shape.low_latency = low_latency;
+    for (const OutputLayout layout : {OutputLayout::kByRank, OutputLayout::kByExpert, OutputLayout::kPadded}) {
+      shape.layout = layout;
+      forms.push_back(shape);
+    }
+  }
+  return forms;
+}
+
 int check(const std::shared_ptr<Bootstrap>& group, const Shape& wanted) {
   int descriptors = 0;
-  for (const OutputLayout layout : {OutputLayout::kByRank, OutputLayout::kByExpert, OutputLayout::kPadded}) {
-    Shape shape = wanted;
-    shape.layout = layout;
+  for (const Shape& shape : forms_of(wanted)) {
     const World world(shape);
     const auto buffer = AnyBuffer::open(group, world.config(), {});
     if (const std::string what = check_exchange(*buffer, world); !what.empty()) {
@@ -117,11 +129,12 @@ int loop(const std::shared_ptr<Bootstrap>& group, const Shape& shape, int timeou
 int main(int argc, char** argv) {
   try {
     if (argc < 3) {
-      std::fputs("usage: cluster_rank_main check|loop NODES [TIMEOUT_MS]\n", stderr);
+      std::fputs("usage: cluster_rank_main check|loop NODES [TIMEOUT_MS [low_latency]]\n", stderr);
       return kRefused;
     }
     const auto group = tcp_group(TcpRendezvous::from_environment());
-    const Shape shape = shape_of(nodes_of(argv[2]));
+    Shape shape = shape_of(nodes_of(argv[2]));
+    shape.low_latency = argc > 4 && std::strcmp(argv[4], "low_latency") == 0;
     return std::strcmp(argv[1], "loop") == 0 ? loop(group, shape, argc > 3 ? std::atoi(argv[3]) : 3000)
                                              : check(group, shape);
   } catch (const std::exception& error) {
