@@ -98,8 +98,11 @@ class Link:
     @classmethod
     def parse(cls, text):
         """'delay=1,jitter=0.5,loss=0.01,rate=100': milliseconds, a share, megabits per second that a node sends."""
-        fields = dict(field.split("=") for field in text.split(","))
-        return cls(*(float(fields.pop(name, 0)) for name in ("delay", "jitter", "loss", "rate")), **fields)
+        names = {"delay": "delay_ms", "jitter": "jitter_ms", "loss": "loss", "rate": "rate_mbit"}
+        try:
+            return cls(**{names[name]: float(value) for name, value in (field.split("=") for field in text.split(","))})
+        except KeyError as unknown:
+            raise ValueError(f"no such fault of a link: {unknown}") from None
 
     def __str__(self):
         rate = f", {self.rate_mbit:g} Mbit/s" if self.rate_mbit else ""
