@@ -111,10 +111,11 @@ class Package:
         work = self.work
         return self.buffer.low_latency_dispatch(self.ll_x, self.ll_ids, work.ll_tokens, work.experts, use_fp8=use_fp8)
 
-    def ll_combine(self) -> Any:
-        handle = self.ll_received[2]
+    def ll_combine(self, zero_copy: bool) -> Any:
+        """Of rows where the dispatch left them, memory that peers can read."""
+        rows_, _, handle = self.ll_received[:3]
         return self.buffer.low_latency_combine(
-            self.ll_received[0], self.ll_ids, self.ll_weights, handle, out=self.ll_out
+            rows_, self.ll_ids, self.ll_weights, handle, zero_copy=zero_copy, out=self.ll_out
         )
 
     def _into_out(self, call: Callable[[], Any]) -> Callable[[], None]:
@@ -137,16 +138,18 @@ class Package:
             return digest_padded(data, self.out[1])
 
         calls = (
-            ("dispatch_bf16", False, self.dispatch, first),
-            ("dispatch_bf16_cached", False, lambda: buffer.dispatch(self.x, handle=handle), first),
-            ("combine_bf16_in_place", False, lambda: buffer.combine(self.received[0], handle), first),
-            ("combine_bf16_staged", False, lambda: buffer.combine(self.staged, handle), first),
-            ("ll_dispatch_bf16", True, lambda: self.ll_dispatch(False), padded),
-            ("ll_dispatch_fp8", True, lambda: self.ll_dispatch(True), padded),
-            ("ll_combine_bf16_staged", True, self.ll_combine, first),
+            ("dispatch_bf16", self.dispatch, first),
+            ("dispatch_bf16_cached", lambda: buffer.dispatch(self.x, handle=handle), first),
+            ("combine_bf16_in_place", lambda: buffer.combine(self.received[0], handle), first),
+            ("combine_bf16_staged", lambda: buffer.combine(self.staged, handle), first),
+            ("ll_dispatch_bf16", lambda: self.ll_dispatch(False), padded),
+            ("ll_dispatch_fp8", lambda: self.ll_dispatch(True), padded),
+            ("ll_combine_bf16_in_place", lambda: self.ll_combine(True), first),
+            ("ll_combine_bf16_staged", lambda: self.ll_combine(False), first),
         )
         return [
-            Operation(name, small, self.forget, self._into_out(call), digest) for name, small, call, digest in calls
+            Operation(name, name.startswith("ll_"), self.forget, self._into_out(call), digest)
+            for name, call, digest in calls
         ]
 
 

@@ -132,6 +132,8 @@ bool set_choice(CombineInput& in, std::string_view key, nb::handle value) {
     in.order = nb::cast<SumOrder>(value);
   } else if (key == "wire") {
     in.wire = wire_format(value);
+  } else if (key == "zero_copy") {
+    in.zero_copy = nb::cast<bool>(value);
   } else {
     return false;
   }

@@ -6,14 +6,18 @@ from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 import torch
 
 from . import _core
-from .config import low_latency_capacity
-from .errors import invalid, require, require_counters, unsupported
+from .config import NUM_TICKETS, low_latency_capacity
+from .errors import Error, invalid, require, require_counters, unsupported
 from .event import EventOverlap, finished
+from .forks import refuses
 from .session import Session
 
 Hook = Optional[Callable[[], None]]
 
 _BY_TOPK = _core.SumOrder(by_topk=True)
+
+#: Beside `overlap`, in forks for Blackwell and for Hopper.
+_OVERLAP = "src_signals src_signal_expect_value packed_recv_count comp_signal block_m threshold num_sms".split()
 
 
 class LowLatencyMode(Session):
@@ -22,6 +26,7 @@ class LowLatencyMode(Session):
     low_latency_mode: bool
     enable_shrink: bool
 
+    @refuses("use_nvfp4", "x_global_scale", because="rows travel as BF16, or as FP8 with use_fp8")
     def low_latency_dispatch(
         self,
         x: torch.Tensor,
@@ -81,6 +86,7 @@ class LowLatencyMode(Session):
         event = finished(async_finish, x, topk_idx, data, scales, count, src_info, layout_range)
         return ((data, scales) if use_fp8 else data), count, handle, event, hook
 
+    @refuses("overlap", *_OVERLAP, because="combine sends rows that are complete; return_recv_hook overlaps its second half")
     def low_latency_combine(
         self,
         x: torch.Tensor,
@@ -116,11 +122,12 @@ class LowLatencyMode(Session):
             found = self._handle_of(handle)
             # Selections that the caller has taken back since the dispatch do not count.
             found = found if self._on_gpu else _core.leave_out(found, topk_idx)
-            rows = self._take_combine_buffer(x) if zero_copy else x
-            return found, rows
+            return found, self._combine_rows(x, handle, zero_copy)
 
         core_handle, rows = self._checked("low_latency_combine", check)
-        keywords: Dict[str, Any] = dict(x=rows, weights=topk_weights, order=_BY_TOPK, mask_silent=self.enable_shrink)
+        keywords: Dict[str, Any] = dict(
+            x=rows, weights=topk_weights, order=_BY_TOPK, zero_copy=zero_copy, mask_silent=self.enable_shrink
+        )
         if wire or use_logfmt:
             keywords["wire"] = wire or "logfmt10"
         if self._on_gpu:
@@ -138,16 +145,16 @@ class LowLatencyMode(Session):
         return combined, finished(async_finish, x, topk_idx, topk_weights, combined), None
 
     def get_next_low_latency_combine_buffer(self, handle: Tuple[Any, ...]) -> torch.Tensor:
-        """Where the rows of the next `low_latency_combine(.., zero_copy=True)` are to be written."""
-        src_info, hidden = handle[0], handle[3]
-        shape = (src_info.size(0), src_info.size(1), hidden)
-        buffers: List[torch.Tensor] = self.__dict__.setdefault("_combine_buffers", [])
-        # Two take turns: the rows of the combine before may still be somebody's.
-        spare = buffers.pop(0) if len(buffers) > 1 else None
-        if spare is None or spare.shape != shape:
-            spare = torch.empty(shape, dtype=torch.bfloat16, device=self._device)
-        buffers.append(spare)
-        return spare
+        """Where the rows of this handle's `low_latency_combine(.., zero_copy=True)` are to be written. Ask anew for each
+        combine: after it, other ranks may still read there. Peers reach this memory, so nothing is copied."""
+        src_info, layout_range, _, hidden = handle[:4]
+        buffers = self._combine_buffers()
+        key = layout_range.data_ptr()
+        if key not in buffers:
+            while len(buffers) >= NUM_TICKETS:  # fetched, but never combined
+                buffers.pop(next(iter(buffers)))
+            buffers[key] = self._combine_buffer((src_info.size(0), src_info.size(1), hidden))
+        return buffers[key]
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Nothing to clean: flags carry the number of their operation, and modes mix freely."""
@@ -301,11 +308,25 @@ class LowLatencyMode(Session):
         )
         return found
 
-    def _take_combine_buffer(self, x: torch.Tensor) -> torch.Tensor:
-        buffers: List[torch.Tensor] = self.__dict__.get("_combine_buffers", [])
-        require(bool(buffers), "zero_copy: get_next_low_latency_combine_buffer() must be called first")
-        require(buffers[-1].shape == x.shape, f"zero_copy: x must be {list(buffers[-1].shape)}: {list(x.shape)}")
-        return buffers[-1]
+    def _combine_buffers(self) -> Dict[int, torch.Tensor]:
+        """Handed out and not combined yet, by the memory of the handle's layout_range."""
+        return self.__dict__.setdefault("_combine_buffers_by_handle", {})
+
+    def _combine_buffer(self, shape: Tuple[int, ...]) -> torch.Tensor:
+        if not self._on_gpu:
+            try:
+                return self.allocate(shape, torch.bfloat16)
+            except Error:  # the arena is full: this combine copies
+                pass
+        return torch.empty(shape, dtype=torch.bfloat16, device=self._device)
+
+    def _combine_rows(self, x: torch.Tensor, handle: Tuple[Any, ...], zero_copy: bool) -> torch.Tensor:
+        """x itself, or what was written into the buffer that was handed out for this handle."""
+        written = self._combine_buffers().pop(handle[1].data_ptr(), None)
+        if not zero_copy or written is None:
+            return x
+        require(written.shape == x.shape, f"zero_copy: x must be {list(written.shape)}: {list(x.shape)}")
+        return written
 
     def _require_shrink(self) -> None:
         require(self.enable_shrink, "masks need a buffer made with enable_shrink=True")

@@ -18,6 +18,9 @@ import torch
 from . import _core
 from .session import Session
 
+if not hasattr(torch.library, "custom_op"):
+    raise ImportError(f"deep_ep.ops needs torch 2.4 or newer: this is {torch.__version__}")
+
 _buffers: "weakref.WeakValueDictionary[int, Session]" = weakref.WeakValueDictionary()
 _lock = threading.Lock()
 _next_number = 0

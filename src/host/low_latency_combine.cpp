@@ -68,6 +68,10 @@ class Sender {
     std::vector<std::uint64_t> puts(context_.num_ranks, 0);
     if (context_.link() != nullptr) put_far_rows(puts);
     for (int peer : active_) context_.publish_low_latency(peer, epoch_, 1, puts[peer]);
+    context_.count([&](Statistics& statistics) {
+      for (int home : active_)
+        if (!context_.excluded_by(home)) statistics.peers[home].bytes_sent += bytes_for(home);
+    });
   }
 
  private:
@@ -103,6 +107,21 @@ class Sender {
       if (weights != nullptr && by_rank) std::copy_n(weights + arrival * topk, topk, slots.weights(first + k));
       if (by_rank) return;
     }
+  }
+
+  // What send_arrival() wrote there.
+  std::uint64_t bytes_for(int home) const {
+    const std::int32_t* first_arrival = handle_.first_arrival.as<const std::int32_t>();
+    const std::int64_t begin = first_arrival[home], end = first_arrival[home + 1];
+    const std::int32_t* row = handle_.arrival_row.as<const std::int32_t>();
+    std::int64_t rows = end - begin;
+    if (handle_.layout != OutputLayout::kByRank)
+      rows = std::count_if(row + begin * handle_.num_topk, row + end * handle_.num_topk, [](auto r) { return r >= 0; });
+    const bool in_place = in_place_ && !context_.is_far(home);
+    const std::size_t of_row = in_place ? sizeof(std::int32_t) : call_.hidden > 0 ? call_.wire_bytes : 0;
+    const int weights = handle_.layout == OutputLayout::kByRank ? handle_.num_topk : 1;
+    return static_cast<std::uint64_t>(rows) *
+           (of_row + (call_.in.topk_weights.given() ? static_cast<std::size_t>(weights) * sizeof(float) : 0));
   }
 
   // Rows for far homes, which send_arrival() has put in place in the memory that stands for their slots.

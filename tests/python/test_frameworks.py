@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The calls of frameworks, in their order and with their arguments (conformance)."""
 
+import inspect
 import json
 
 import deep_ep
+import pytest
 import torch
 from deep_ep import Buffer, Config, ElasticBuffer
 from deep_ep.utils import EventHandle, EventOverlap
@@ -274,6 +276,48 @@ def test_sglang_one_buffer_for_both_modes_with_config_from_json():
 
     for tokens, out in run_ranks(RANKS, body):
         check_weighted(tokens, out)
+
+
+FORKS = [
+    ("low_latency_dispatch", dict(use_nvfp4=True, x_global_scale=torch.ones(1)), "use_nvfp4, .* as BF16, or as FP8"),
+    ("low_latency_combine", dict(overlap=True, src_signals=None, src_signal_expect_value=1), "overlap, .* complete"),
+    (
+        "low_latency_combine",
+        dict(overlap=True, packed_recv_count=None, comp_signal=None, block_m=64, threshold=8, num_sms=3),
+        "overlap, .* return_recv_hook",
+    ),
+]
+
+
+@pytest.mark.parametrize("method, keywords, reason", FORKS, ids=["nvfp4", "overlap, Blackwell", "overlap, Hopper"])
+def test_keywords_of_forks_are_in_no_signature_and_refused_only_where_they_ask_for_something(method, keywords, reason):
+    assert not set(keywords) & set(inspect.signature(getattr(Buffer, method)).parameters)
+    switch = next(iter(keywords))
+
+    def body(group):
+        hint = Buffer.get_low_latency_rdma_size_hint(16, HIDDEN, RANKS, EXPERTS)
+        with Buffer(group, 0, hint, low_latency_mode=True, timeout_secs=20) as buffer:
+            tokens = tokens_of(group)
+
+            def call(name, **more):
+                if name == "low_latency_dispatch":
+                    return buffer.low_latency_dispatch(tokens.x, tokens.topk_idx, 16, EXPERTS, use_fp8=False, **more)
+                return buffer.low_latency_combine(made[0], tokens.topk_idx, tokens.topk_weights, made[2], **more)
+
+            made = call("low_latency_dispatch")
+            plain = call(method)[0]
+            # One rank alone asks for it: all are told, and the buffer works on.
+            with pytest.raises(deep_ep.Error, match=reason):
+                call(method, **(keywords if group.rank() == 0 else {}))
+            with pytest.raises(TypeError, match="no_such_keyword"):
+                call(method, no_such_keyword=1)
+            ignored = call(method, **{**keywords, switch: False})[0]
+            if method == "low_latency_dispatch":
+                rows = torch.arange(plain.size(1)) < made[1].view(-1, 1)
+                plain, ignored = plain[rows], ignored[rows]
+            return torch.equal(ignored, plain)
+
+    assert run_ranks(RANKS, body) == [True] * RANKS
 
 
 def test_sglang_and_vllm_on_the_second_generation():

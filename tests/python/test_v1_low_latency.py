@@ -128,6 +128,94 @@ def test_1_11_combine_is_one_weighted_sum_in_order_of_k(hook, zero_copy, with_ou
         assert torch.equal(combined, total.to(torch.float32).to(torch.bfloat16))
 
 
+def sent_to(buffer, call):
+    """(result of the call, bytes that this rank wrote for each other one in it)"""
+    before = [peer["bytes_sent"] for peer in buffer.statistics()["peers"]]
+    result = call()
+    return result, [peer["bytes_sent"] - b for peer, b in zip(buffer.statistics()["peers"], before)]
+
+
+@pytest.mark.parametrize("where", ["in the fetched buffer", "where the dispatch left them", "in ordinary memory"])
+def test_1_11_zero_copy_sends_no_row_and_gives_the_same_bits(where):
+    def body(buffer, tokens):
+        recv, count, handle, *_ = buffer.low_latency_dispatch(
+            tokens.x, tokens.topk_idx, MAX_TOKENS, EXPERTS, use_fp8=False
+        )
+        rows = scaled_rows(recv, count, handle)
+
+        def combine(x, zero_copy):
+            return buffer.low_latency_combine(x, tokens.topk_idx, tokens.topk_weights, handle, zero_copy=zero_copy)[0]
+
+        copied, of_copies = sent_to(buffer, lambda: combine(rows, False))
+        for _ in range(10):  # turn after turn, whoever is still reading the one before
+            x = rows
+            if where == "in the fetched buffer":
+                x = buffer.get_next_low_latency_combine_buffer(handle)
+                assert x.shape == rows.shape and x.dtype == rows.dtype and x.is_contiguous()
+            elif where == "where the dispatch left them":
+                x = buffer.low_latency_dispatch(tokens.x, tokens.topk_idx, MAX_TOKENS, EXPERTS, use_fp8=False)[0]
+            x.copy_(rows)
+            in_place, of_numbers = sent_to(buffer, lambda x=x: combine(x, True))
+            assert torch.equal(in_place, copied)
+        per_source = [int((handle[1][:, src] & 0xFFFFFFFF).sum()) for src in range(RANKS)]
+        return per_source, of_copies, of_numbers
+
+    for per_source, of_copies, of_numbers in with_buffer(body)[0]:
+        assert of_copies == [rows * HIDDEN * 2 for rows in per_source] and sum(per_source) > 0
+        assert of_numbers == (of_copies if where == "in ordinary memory" else [rows * 4 for rows in per_source])
+
+
+def test_1_11_the_next_combine_buffer_is_each_handles_own_until_its_combine():
+    def body(buffer, tokens):
+        def dispatch():
+            return buffer.low_latency_dispatch(tokens.x, tokens.topk_idx, MAX_TOKENS, EXPERTS, use_fp8=False)
+
+        def combine(made, x):
+            return buffer.low_latency_combine(x, tokens.topk_idx, tokens.topk_weights, made[2], zero_copy=True)[0]
+
+        first, second = dispatch(), dispatch()
+        into_first = buffer.get_next_low_latency_combine_buffer(first[2])
+        into_second = buffer.get_next_low_latency_combine_buffer(second[2])
+        assert buffer.get_next_low_latency_combine_buffer(first[2]).data_ptr() == into_first.data_ptr()
+        assert into_first.data_ptr() != into_second.data_ptr()
+        into_first.copy_(first[0])
+        into_second.copy_(second[0] * 2)
+        # As upstream: what lies in the buffer counts, not what x holds.
+        nothing = torch.zeros_like(first[0])
+        once, twice = combine(first, nothing), combine(second, nothing)
+        with pytest.raises(Error, match="zero_copy: x must be"):
+            buffer.get_next_low_latency_combine_buffer(first[2])
+            combine(first, nothing[:, :-1])
+        again = buffer.get_next_low_latency_combine_buffer(first[2])
+        return once, twice, again.data_ptr() == into_first.data_ptr()
+
+    for once, twice, same in with_buffer(body)[0]:
+        assert torch.equal(once * 2, twice) and float(once.float().abs().sum()) > 0
+        assert not same  # the tensor of before is still ours, so its memory is not given out again
+
+
+def test_1_11_a_full_arena_makes_zero_copy_a_copy():
+    def body(buffer, tokens):
+        made = buffer.low_latency_dispatch(tokens.x, tokens.topk_idx, MAX_TOKENS, EXPERTS, use_fp8=False)
+        kept = []
+        with pytest.raises(Error, match="arena"):
+            while len(kept) < 1000:
+                kept.append(buffer.allocate((1 << 16,), torch.uint8))
+        buffer.get_next_low_latency_combine_buffer(made[2]).copy_(made[0])
+
+        def combine(zero_copy):
+            return buffer.low_latency_combine(
+                made[0], tokens.topk_idx, tokens.topk_weights, made[2], zero_copy=zero_copy
+            )[0]
+
+        (first, bytes_first), (second, bytes_second) = sent_to(buffer, lambda: combine(True)), sent_to(
+            buffer, lambda: combine(False)
+        )
+        return torch.equal(first, second), bytes_first == bytes_second
+
+    assert with_buffer(body, arena_bytes=8 << 20)[0] == [(True, True)] * RANKS
+
+
 def through_logfmt(rows):
     """Rows after LogFMT-10, written from its definition (src/plan/logfmt.h); finite values only."""
     blocks = rows.float().contiguous().view(-1, 128)

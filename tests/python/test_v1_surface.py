@@ -82,6 +82,72 @@ def test_1_1_constructor_arguments_are_visible_to_inspect():
         assert name in names
 
 
+EVENTS = "previous_event=None, async_finish=False, allocate_on_comm_stream=False"
+LAYOUT = "num_tokens_per_rank=None, num_tokens_per_rdma_rank=None, is_token_in_rank=None, num_tokens_per_expert=None"
+IDS = "topk_idx=None, topk_weights=None, expert_alignment=1"
+V2_COMM = "previous_event=None, previous_event_before_epilogue=None, async_with_compute_stream=False, allocate_on_comm_stream=False"
+UPSTREAM = {
+    Buffer.get_dispatch_layout: f"topk_idx, num_experts, {EVENTS}",
+    Buffer.dispatch: f"x, handle=None, {LAYOUT}, {IDS}, num_worst_tokens=0, config=None, {EVENTS}",
+    Buffer.combine: f"x, handle, topk_weights=None, bias=None, config=None, {EVENTS}",
+    Buffer.internode_dispatch: f"x, handle=None, {LAYOUT}, {IDS}, config=None, {EVENTS}",
+    Buffer.internode_combine: f"x, handle, topk_weights=None, bias=None, config=None, {EVENTS}",
+    Buffer.low_latency_dispatch: (
+        "x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, cumulative_local_expert_recv_stats=None, "
+        "dispatch_wait_recv_cost_stats=None, use_fp8=True, round_scale=False, use_ue8m0=False, async_finish=False, "
+        "return_recv_hook=False"
+    ),
+    Buffer.low_latency_combine: (
+        "x, topk_idx, topk_weights, handle, use_logfmt=False, zero_copy=False, async_finish=False, "
+        "return_recv_hook=False, out=None, combine_wait_recv_cost_stats=None"
+    ),
+    Buffer.get_next_low_latency_combine_buffer: "handle",
+    Buffer.clean_low_latency_buffer: "num_max_dispatch_tokens_per_rank, hidden, num_experts",
+    Buffer.low_latency_update_mask_buffer: "rank_to_mask, mask=False",
+    Buffer.get_local_buffer_tensor: "dtype, size=None, offset=0, use_rdma_buffer=False",
+    Buffer.get_low_latency_rdma_size_hint: "num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts",
+    Config: (
+        "num_sms=20, num_max_nvl_chunked_send_tokens=6, num_max_nvl_chunked_recv_tokens=256, "
+        "num_max_rdma_chunked_send_tokens=6, num_max_rdma_chunked_recv_tokens=256"
+    ),
+    ElasticBuffer: (
+        "group, num_bytes=None, num_cpu_bytes=0, num_max_tokens_per_rank=0, hidden=0, num_topk=0, use_fp8_dispatch=False, "
+        "deterministic=False, allow_hybrid_mode=True, allow_multiple_reduction=True, prefer_overlap_with_compute=True, "
+        "sl_idx=3, num_allocated_qps=0, num_cpu_timeout_secs=300, num_gpu_timeout_secs=100, explicitly_destroy=False"
+    ),
+    ElasticBuffer.get_buffer_size_hint: (
+        "group, num_max_tokens_per_rank, hidden, num_topk=0, use_fp8_dispatch=False, allow_hybrid_mode=True, "
+        "allow_multiple_reduction=True"
+    ),
+    ElasticBuffer.get_theoretical_num_sms: (
+        "num_experts, num_topk, num_scaleout_topk=0, rdma_gbs=0, nvlink_gbs=0, sm_read_gbs=200, sm_write_gbs=50"
+    ),
+    ElasticBuffer.barrier: "use_comm_stream=True, with_cpu_sync=False, sequential=True",
+    ElasticBuffer.dispatch: (
+        "x, topk_idx=None, topk_weights=None, cumulative_local_expert_recv_stats=None, num_experts=None, "
+        "num_max_tokens_per_rank=None, expert_alignment=None, num_sms=0, num_qps=0, "
+        f"{V2_COMM}, handle=None, do_handle_copy=True, do_cpu_sync=None, do_expand=False, do_zero_padding=False, "
+        "use_tma_aligned_col_major_sf=False"
+    ),
+    ElasticBuffer.combine: f"x, handle, topk_weights=None, bias=None, num_sms=0, num_qps=0, {V2_COMM}",
+    ElasticBuffer.engram_write: "storage, sf=None",
+    ElasticBuffer.engram_fetch: "indices, num_qps=0, use_tma_aligned_col_major_sf=False",
+    ElasticBuffer.pp_set_config: "num_max_tensor_bytes, num_max_inflight_tensors",
+    ElasticBuffer.agrs_set_config: "num_max_session_bytes, num_max_all_gathers_per_session",
+}
+
+
+@pytest.mark.parametrize("callable_", UPSTREAM, ids=lambda each: each.__qualname__)
+def test_1_to_3_arguments_have_upstreams_names_order_and_defaults(callable_):
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    ours = [
+        each.name if each.default is each.empty else f"{each.name}={each.default}"
+        for each in inspect.signature(callable_).parameters.values()
+        if each.kind in positional and each.name != "self"
+    ]
+    assert ours == UPSTREAM[callable_].split(", ")
+
+
 def test_1_1_attributes_and_runtime():
     def body(group):
         buffer = Buffer(
