@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import deep_ep
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -36,43 +35,50 @@ class Operation(NamedTuple):
 
 
 class Clock:
-    """Ranks meet in shared memory; the last to come notes the start, each notes its end."""
+    """Ranks meet in shared memory; the last to come notes the start, each notes its end. Who waits asks as little as C++'s
+    barrier does between two yields: the ranks that still work need its core."""
 
     ARRIVED, ROUND, ENDED, DIGEST = 0, 2, 3, 4  # words of a rank; two for its arrival, in turn
     WORDS = 8
 
     def __init__(self, name: str, rank: int, ranks: int) -> None:
         self.memory = shared_memory.SharedMemory(name)
-        self.words = np.ndarray((ranks, self.WORDS), dtype=np.int64, buffer=self.memory.buf)
-        self.mine, self.round = self.words[rank], 0
+        self.words = self.memory.buf.cast("q")
+        self.mine, self.round = rank * self.WORDS, 0
+        self.ranks = range(0, ranks * self.WORDS, self.WORDS)
+
+    def every(self, word: int) -> List[int]:
+        return [self.words[rank + word] for rank in self.ranks]
 
     def sync(self) -> int:
         """When the last rank came."""
-        self.round += 1
+        words, self.round = self.words, self.round + 1
         # A rank is at most one round ahead of another, so two words serve.
-        self.mine[self.ARRIVED + self.round % 2] = time.monotonic_ns()
-        self.mine[self.ROUND] = self.round
-        while self.words[:, self.ROUND].min() < self.round:
-            os.sched_yield()
-        return int(self.words[:, self.ARRIVED + self.round % 2].max())
+        arrived = self.ARRIVED + self.round % 2
+        words[self.mine + arrived] = time.monotonic_ns()
+        words[self.mine + self.ROUND] = self.round
+        for rank in self.ranks:
+            while words[rank + self.ROUND] < self.round:
+                os.sched_yield()
+        return max(self.every(arrived))
 
     def time(self, run: Callable[[], Any]) -> int:
         """Nanoseconds of the slowest rank."""
         start = self.sync()
         run()
-        self.mine[self.ENDED] = time.monotonic_ns()
+        self.words[self.mine + self.ENDED] = time.monotonic_ns()
         self.sync()
-        return int(self.words[:, self.ENDED].max()) - start
+        return max(self.every(self.ENDED)) - start
 
     def digests(self, mine: int) -> List[int]:
-        self.mine[self.DIGEST] = mine
+        self.words[self.mine + self.DIGEST] = mine
         self.sync()
-        every = self.words[:, self.DIGEST].tolist()
+        every = self.every(self.DIGEST)
         self.sync()
         return every
 
     def close(self) -> None:
-        self.words = self.mine = None  # type: ignore[assignment]
+        self.words.release()
         self.memory.close()
 
 
@@ -256,7 +262,10 @@ def python_round(work: Workload, folder: str, with_gloo: bool) -> Dict[str, Any]
     out = str(Path(folder) / "ranks.json")
     try:
         mp.start_processes(
-            run_rank, args=(work, memory.name, free_port(), out, with_gloo), nprocs=work.ranks, start_method="forkserver"
+            run_rank,
+            args=(work, memory.name, free_port(), out, with_gloo),
+            nprocs=work.ranks,
+            start_method="forkserver",
         )
     finally:
         memory.close()
@@ -318,7 +327,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
         "--program", type=Path, required=True, help="the C++ program, host_exchange of the preset release"
     )
     parser.add_argument("--rounds", type=int, default=3, help="how often C++ and Python take turns")
-    parser.add_argument("--gloo-rounds", type=int, default=1, help="in how many of them gloo, which takes long, has a turn")
+    parser.add_argument(
+        "--gloo-rounds", type=int, default=1, help="in how many of them gloo, which takes long, has a turn"
+    )
     parser.add_argument("--out", type=Path, help="file for the JSON report; without it: standard output")
     parser.add_argument("more", nargs="*", help="options for the C++ program, after --; Python follows its workload")
     args = parser.parse_args(arguments)

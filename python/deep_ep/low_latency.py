@@ -86,7 +86,9 @@ class LowLatencyMode(Session):
         event = finished(async_finish, x, topk_idx, data, scales, count, src_info, layout_range)
         return ((data, scales) if use_fp8 else data), count, handle, event, hook
 
-    @refuses("overlap", *_OVERLAP, because="combine sends rows that are complete; return_recv_hook overlaps its second half")
+    @refuses(
+        "overlap", *_OVERLAP, because="combine sends rows that are complete; return_recv_hook overlaps its second half"
+    )
     def low_latency_combine(
         self,
         x: torch.Tensor,

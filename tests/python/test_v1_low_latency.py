@@ -208,8 +208,9 @@ def test_1_11_a_full_arena_makes_zero_copy_a_copy():
                 made[0], tokens.topk_idx, tokens.topk_weights, made[2], zero_copy=zero_copy
             )[0]
 
-        (first, bytes_first), (second, bytes_second) = sent_to(buffer, lambda: combine(True)), sent_to(
-            buffer, lambda: combine(False)
+        (first, bytes_first), (second, bytes_second) = (
+            sent_to(buffer, lambda: combine(True)),
+            sent_to(buffer, lambda: combine(False)),
         )
         return torch.equal(first, second), bytes_first == bytes_second
 
