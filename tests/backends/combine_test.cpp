@@ -174,7 +174,8 @@ TEST_P(CombineEveryLayout, stages_many_rows_piece_by_piece) {
       EXPECT_EQ(difference(expected[rank], got), "");
       result = got.x.bytes();
     }
-    if (rank % 2 == 0 && !on_cuda()) {  // a GPU has room for all of them
+    // A GPU has room for all of them; a node's ranks read them there for the others.
+    if (rank % 2 == 0 && !on_cuda() && world.shape.network.empty()) {
       EXPECT_LT(buffer.statistics().arena_bytes_high_water, before + in.x.bytes() + result);
     }
   });
