@@ -202,8 +202,8 @@ typedef DEEP_EP_ENUM(deep_ep_backend){
 typedef struct deep_ep_options {
   size_t size;
   int num_workers;  // threads that move data for one operation, the caller's included; 0: cores / ranks of this
-                    // machine. CUDA: multiprocessors
-  int pin_workers;  // 1: bind them to cores
+                    // machine, less one where there is a network. CUDA: multiprocessors
+  int pin_workers;  // 1: bind them to cores, and the network's thread where there are cores for all
   deep_ep_backend backend;
   int reserved;            // 0
   const int* cuda_device;  // number of this rank's GPU; NULL: the calling thread's current one

@@ -151,8 +151,8 @@ enum class BackendKind : std::uint8_t {
 /// What one rank may choose for itself. The backend is the same on all ranks.
 struct Options {
   int num_workers =
-      0;  // threads that move data for one operation, the caller's included; 0: cores / ranks of this machine
-  bool pin_workers = false;  // bind worker threads to cores
+      0;  // threads for one operation, the caller's included; 0: cores / ranks of this machine, less one for a network
+  bool pin_workers = false;  // bind worker threads to cores, and the network's where there are cores for all
   BackendKind backend = BackendKind::kHost;
   int cuda_device = -1;  // kCuda: the GPU of this rank; -1: the calling thread's current one. num_workers counts SMs
 };

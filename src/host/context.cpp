@@ -41,25 +41,28 @@ Config with_environment(Config config) {
   return config;
 }
 
-// Whether logical nodes share no memory: because the configuration says so, or because they are on several machines.
-bool needs_network(const BackendInput& input, const Config& config) {
-  if (input.topology.num_nodes == 1) return false;
+Surroundings look_around(const BackendInput& input, const Config& config) {
+  const int rank = input.group->rank();
+  if (input.topology.num_nodes == 1) return {.rank_here = rank, .ranks_here = input.group->num_ranks()};
   const MachineIdentity machine = machine_identity();
   const auto* bytes = reinterpret_cast<const std::byte*>(&machine);
   Bytes ours(bytes, bytes + sizeof machine);
   for (const char c : config.network.provider) ours.push_back(static_cast<std::byte>(c));
   const auto all = input.group->all_gather(ours, config.open_timeout);
-  bool one_machine = true;
-  for (std::size_t peer = 0; peer < all.size(); ++peer) {
+  Surroundings found{.needs_network = !config.network.provider.empty(), .ranks_here = 0};
+  for (int peer = 0; peer < static_cast<int>(all.size()); ++peer) {
     require(all[peer].size() >= sizeof machine, "rank {} sent {} bytes of introduction, {} are needed", peer,
             all[peer].size(), sizeof machine);
     const std::string theirs(reinterpret_cast<const char*>(all[peer].data()) + sizeof machine,
                              all[peer].size() - sizeof machine);
     require(theirs == config.network.provider, "config differs: rank {} has network.provider = {}, rank {} has {}",
-            input.group->rank(), config.network.provider, peer, theirs);
-    one_machine = one_machine && std::memcmp(all[peer].data(), &machine, sizeof machine) == 0;
+            rank, config.network.provider, peer, theirs);
+    const bool is_here = std::memcmp(all[peer].data(), &machine, sizeof machine) == 0;
+    found.needs_network = found.needs_network || !is_here;
+    found.ranks_here += is_here;
+    found.rank_here += is_here && peer < rank;
   }
-  return !one_machine || !config.network.provider.empty();
+  return found;
 }
 
 // Ours, and those of all ranks that share memory with us; the others stay null.
@@ -100,9 +103,18 @@ std::vector<std::shared_ptr<Window>> open_windows(const BackendInput& input, std
   return windows;
 }
 
-int workers_of(const Options& options, int num_ranks) {
+int cores_here() { return static_cast<int>(std::thread::hardware_concurrency()); }
+
+// A network's proxy gets a core too, where there is one.
+int workers_of(const Options& options, const Surroundings& around) {
   if (options.num_workers > 0) return options.num_workers;
-  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()) / num_ranks);
+  return std::max(1, cores_here() / around.ranks_here - around.needs_network);
+}
+
+Patience patience_of(const Surroundings& around, int workers) {
+  // Polling pays only where every rank, and its proxy, has a core of its own.
+  if (around.ranks_here * (workers + around.needs_network) <= cores_here()) return {20000, {}};
+  return {100, std::chrono::microseconds(200)};
 }
 
 std::uint64_t word_of(const Epoch& epoch, std::uint32_t value) { return epoch.number << 32 | value; }
@@ -124,21 +136,22 @@ Context::Context(const BackendInput& input)
       config(with_environment(input.config)),
       layout_(
           plan::WindowLayout::place(config, num_ranks, plan::arena_bytes_of(config, num_ranks, plan::machine_bytes()))),
-      network_(needs_network(input, config)),
-      windows_(open_windows(input, layout_.total_bytes, network_)),
+      around_(look_around(input, config)),
+      windows_(open_windows(input, layout_.total_bytes, around_.needs_network)),
       arena_(
           std::make_shared<plan::Arena>(windows_[rank], windows_[rank]->base(), layout_.arena_at, layout_.arena_bytes)),
       masked_(num_ranks, 0),
       network_bytes_before_(num_ranks, 0) {
-  const int count = workers_of(input.options, num_ranks);
-  workers_ = std::make_unique<Workers>(count, input.options.pin_workers ? rank * count : -1);
+  const int count = workers_of(input.options, around_);
+  const bool pin = input.options.pin_workers;
+  workers_ = std::make_unique<Workers>(count, pin ? around_.rank_here * count : -1);
   for (const auto& window : windows_)
     processes_.push_back(!window || window->address().pid == getpid() ? ProcessWatch()
                                                                       : ProcessWatch(window->address().pid));
-  if (network_) link_ = std::make_unique<Link>(LinkInput{*input.group, config, topology, layout_, window(rank)});
-  // Polling pays only where every rank has a core of its own.
-  const bool own_core = num_ranks * count <= static_cast<int>(std::thread::hardware_concurrency());
-  patience_ = own_core ? Patience{20000, {}} : Patience{100, std::chrono::microseconds(200)};
+  const int proxy_core = pin ? net::proxy_core(around_.rank_here, around_.ranks_here, count) : -1;
+  if (around_.needs_network)
+    link_ = std::make_unique<Link>(LinkInput{*input.group, config, topology, layout_, window(rank), proxy_core});
+  patience_ = patience_of(around_, count);
   statistics_.peers.resize(num_ranks);
 }
 

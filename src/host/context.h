@@ -51,6 +51,13 @@ struct Reply {
 };
 static_assert(sizeof(Reply) <= plan::WindowLayout::kReplyHead);
 
+/// Where a rank finds itself.
+struct Surroundings {
+  bool needs_network = false;  // logical nodes share no memory: so configured, or because they are several machines
+  int rank_here = 0;           // among the ranks of this machine
+  int ranks_here = 1;
+};
+
 /// One operation in progress: its number, ring positions and deadline.
 struct Epoch {
   Operation operation = Operation::kDispatch;
@@ -199,7 +206,7 @@ class Context {
   int find_dead(int peer);
 
   plan::WindowLayout layout_;
-  const bool network_;                            // logical nodes share no memory
+  const Surroundings around_;
   std::vector<std::shared_ptr<Window>> windows_;  // null: of far ranks
   std::vector<ProcessWatch> processes_;           // of far ranks: unknown
   std::unique_ptr<Link> link_;

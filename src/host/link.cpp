@@ -79,7 +79,7 @@ Link::Link(const LinkInput& input)
       peer_inbox_(num_ranks_, -1),
       peer_slots_(num_ranks_, -1) {
   for (auto& free : slot_free_) free.store(true, std::memory_order_relaxed);
-  exchange_regions(input.group, input.config);
+  open_network(input);
 }
 
 Link::~Link() {
@@ -106,8 +106,9 @@ void Link::say_goodbye() {
   wait_until(doorbell_, until, {}, ready, [] { return true; });
 }
 
-void Link::exchange_regions(Bootstrap& group, const Config& config) {
-  const std::size_t in_flight = config.network.bytes_in_flight;
+void Link::open_network(const LinkInput& input) {
+  Bootstrap& group = input.group;
+  const Config& config = input.config;
   auto fabric = net::open_fabric(group, config.network, config.open_timeout);
   staging_region_ = fabric->register_memory({staging_.base(), staging_.bytes()});
   net::Blob mine;
@@ -124,8 +125,9 @@ void Link::exchange_regions(Bootstrap& group, const Config& config) {
     peer_inbox_[peer] = fabric->import_region(peer, next(blob));
     if (low_latency_bytes > 0) peer_slots_[peer] = fabric->import_region(peer, next(blob));
   }
-  proxy_ = std::make_unique<net::Proxy>(std::move(fabric), static_cast<net::ProxyReceiver&>(*this),
-                                        net::ProxyOptions{.bytes_in_flight = in_flight});
+  proxy_ = std::make_unique<net::Proxy>(
+      std::move(fabric), static_cast<net::ProxyReceiver&>(*this),
+      net::ProxyOptions{.bytes_in_flight = config.network.bytes_in_flight, .core = input.proxy_core});
   open_.count_down();
 }
 

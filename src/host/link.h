@@ -36,7 +36,8 @@ struct LinkInput {
   const Config& config;
   const plan::Topology& topology;
   const plan::WindowLayout& layout;
-  std::byte* window;  // our own; the link does not outlive it
+  std::byte* window;    // our own; the link does not outlive it
+  int proxy_core = -1;  // for the thread that moves it all; -1: where the system likes
 };
 
 /// A piece of low-latency data, by its place in the slots of one ticket.
@@ -163,7 +164,7 @@ class Link final : private net::ProxyReceiver {
     return (static_cast<std::size_t>(ticket) * static_cast<std::size_t>(num_ranks_) + static_cast<std::size_t>(peer)) *
            layout_.low_latency_ticket_bytes;
   }
-  void exchange_regions(Bootstrap& group, const Config& config);
+  void open_network(const LinkInput& input);
 
   void on_notice(int source, const net::Notice& notice) override;
   void on_message(int source, std::uint32_t epoch, std::span<const std::byte> payload) override;

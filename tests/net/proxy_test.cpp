@@ -168,6 +168,14 @@ TEST(proxy, what_can_never_succeed_is_refused_or_reported) {
   EXPECT_TRUE(wait_for([&] { return self.proxy->completed(0, 1) == 1; }));
 }
 
+TEST(proxy, has_a_core_from_the_last_one_down_where_each_worker_and_each_proxy_has_one) {
+  const int cores = static_cast<int>(std::thread::hardware_concurrency());
+  EXPECT_EQ(proxy_core(0, 1, cores), -1);  // all are the workers'
+  EXPECT_EQ(proxy_core(0, cores, 1), -1);
+  EXPECT_EQ(proxy_core(0, 1, cores - 1), cores - 1);
+  if (cores >= 4) EXPECT_EQ(proxy_core(1, 2, 1), cores - 2);
+}
+
 TEST(proxy, a_queue_that_nobody_rings_for_is_polled) {
   Cluster cluster(2);
   const auto memory = std::make_unique<FifoMemory>();
