@@ -103,7 +103,7 @@ def _periods(seconds: List[float], per_call: int) -> Any:
 
 
 def _calls(
-    fn: Callable[[], Any], names: Sequence[str], num_tests: int, wait: Callable[[], Any], *_: Any
+    fn: Callable[[], Any], names: Sequence[str], num_tests: int, wait: Callable[[], Any], *_unused: Any
 ) -> List[List[float]]:
     taken = []
     for _ in range(num_tests):
