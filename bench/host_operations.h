@@ -131,7 +131,8 @@ class HostOperations {
   }
 
   std::vector<Operation> small() {
-    return {ll_dispatch(false), ll_dispatch(true), ll_combine(false), ll_combine(true), ll_round_trip()};
+    return {ll_dispatch(false), ll_dispatch(true), ll_dispatch(true, ScaleOrder::kColumnMajor),
+            ll_combine(false),  ll_combine(true),  ll_round_trip()};
   }
 
  private:
@@ -146,7 +147,7 @@ class HostOperations {
     return in;
   }
 
-  DispatchInput small_input(bool fp8) const {
+  DispatchInput small_input(bool fp8, ScaleOrder scales = ScaleOrder::kRowMajor) const {
     DispatchInput in;
     in.x = bf16_view(x_, work_.num_ll_tokens, work_.hidden);
     in.topk_idx = TensorView(static_cast<const void*>(ll_routing_.topk_idx.data()), DType::kI64,
@@ -154,6 +155,7 @@ class HostOperations {
     in.num_experts = work_.num_experts;
     in.layout = OutputLayout::kPadded;
     in.max_tokens_per_rank = work_.num_ll_tokens;
+    in.scale_order = scales;
     if (fp8) in.fp8 = Fp8Options{};
     return in;
   }
@@ -220,13 +222,14 @@ class HostOperations {
     return ((staged ? 3 : 1) * ll_traffic_.num_selections + tokens) * work_.row_bytes();
   }
 
-  Operation ll_dispatch(bool fp8) {
+  Operation ll_dispatch(bool fp8, ScaleOrder scales = ScaleOrder::kRowMajor) {
     const std::int64_t wire = fp8 ? work_.fp8_row_bytes() : work_.row_bytes();
     Operation op;
     op.name = std::string("ll_dispatch_") + (fp8 ? "fp8" : "bf16");
+    if (scales == ScaleOrder::kColumnMajor) op.name += "_columns";
     op.low_latency = true;
     op.before = [this] { ll_out_ = {}; };
-    op.run = [this, in = small_input(fp8)] { ll_out_ = buffer_->low_latency_dispatch(in).receive(); };
+    op.run = [this, in = small_input(fp8, scales)] { ll_out_ = buffer_->low_latency_dispatch(in).receive(); };
     op.digest = [this] { return digest_padded(ll_out_); };
     op.copy = copy_shape(work_.num_ll_tokens * std::int64_t{work_.num_topk}, wire);
     op.copy_bytes = 2 * ll_traffic_.num_selections * wire;

@@ -149,7 +149,7 @@ class Package:
             ("combine_bf16_in_place", lambda: buffer.combine(self.received[0], handle), first),
             ("combine_bf16_staged", lambda: buffer.combine(self.staged, handle), first),
             ("ll_dispatch_bf16", lambda: self.ll_dispatch(False), padded),
-            ("ll_dispatch_fp8", lambda: self.ll_dispatch(True), padded),
+            ("ll_dispatch_fp8_columns", lambda: self.ll_dispatch(True), padded),
             ("ll_combine_bf16_in_place", lambda: self.ll_combine(True), first),
             ("ll_combine_bf16_staged", lambda: self.ll_combine(False), first),
         )

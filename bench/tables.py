@@ -19,6 +19,7 @@ TITLES = {
     "combine_bf16_staged": "combine BF16, staged",
     "ll_dispatch_bf16": "low latency: dispatch BF16",
     "ll_dispatch_fp8": "low latency: dispatch FP8",
+    "ll_dispatch_fp8_columns": "low latency: dispatch FP8, scales by column",
     "ll_combine_bf16_in_place": "low latency: combine BF16, in place",
     "ll_combine_bf16_staged": "low latency: combine BF16, staged",
     "ll_combine_bf16": "low latency: combine BF16",  # of reports from before it was two operations
@@ -29,8 +30,8 @@ MEMORY_HEADER = ["rank", "plan", "window in use", "private", "together / plan", 
 
 
 def mpi_name(name):
-    """MPI has one combine: it cannot read a peer's memory in place."""
-    return re.sub(r"(combine_bf16)_(in_place|staged)$", r"\1", name)
+    """MPI has one combine: it cannot read a peer's memory in place. Its scales come row by row."""
+    return re.sub(r"(combine_bf16|ll_dispatch_fp8)_(in_place|staged|columns)$", r"\1", name)
 
 
 def limit_us(op):
