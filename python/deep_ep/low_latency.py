@@ -150,12 +150,15 @@ class LowLatencyMode(Session):
         """Where the rows of this handle's `low_latency_combine(.., zero_copy=True)` are to be written. Ask anew for each
         combine: after it, other ranks may still read there. Peers reach this memory, so nothing is copied."""
         src_info, layout_range, _, hidden = handle[:4]
-        buffers = self._combine_buffers()
-        key = layout_range.data_ptr()
+        shape = (src_info.size(0), src_info.size(1), hidden)
+        buffers, key = self._combine_buffers(), layout_range.data_ptr()
+        # Fetched, but never combined: for a handle that is gone and whose memory serves another now, or for too many.
+        if key in buffers and buffers[key].shape != shape:
+            del buffers[key]
+        while key not in buffers and len(buffers) >= NUM_TICKETS:
+            buffers.pop(next(iter(buffers)))
         if key not in buffers:
-            while len(buffers) >= NUM_TICKETS:  # fetched, but never combined
-                buffers.pop(next(iter(buffers)))
-            buffers[key] = self._combine_buffer((src_info.size(0), src_info.size(1), hidden))
+            buffers[key] = self._combine_buffer(shape)
         return buffers[key]
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
