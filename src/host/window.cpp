@@ -44,8 +44,6 @@ std::byte* map_shared(int fd, std::size_t bytes) {
   // NORESERVE: the window is mostly addresses; pages exist where they were touched.
   void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
   if (base == MAP_FAILED) throw_system(fmt::format("mmap of a window of {} bytes", bytes));
-  // Only a wish: the kernel grants it where its administrator lets shared memory have huge pages on request.
-  madvise(base, bytes, MADV_HUGEPAGE);
   return static_cast<std::byte*>(base);
 }
 
