@@ -22,7 +22,6 @@ TITLES = {
     "ll_dispatch_fp8_columns": "low latency: dispatch FP8, scales by column",
     "ll_combine_bf16_in_place": "low latency: combine BF16, in place",
     "ll_combine_bf16_staged": "low latency: combine BF16, staged",
-    "ll_combine_bf16": "low latency: combine BF16",  # of reports from before it was two operations
     "ll_round_trip_fp8_bf16": "low latency: FP8 there, BF16 back",
 }
 HEADER = ["operation", "n", "ours median", "p99", "limit", "limit / ours", "no protocol", "MPI median", "times faster"]

@@ -152,14 +152,13 @@ class LowLatencyMode(Session):
         src_info, layout_range, _, hidden = handle[:4]
         shape = (src_info.size(0), src_info.size(1), hidden)
         buffers, key = self._combine_buffers(), layout_range.data_ptr()
-        # Fetched, but never combined: for a handle that is gone and whose memory serves another now, or for too many.
-        if key in buffers and buffers[key].shape != shape:
-            del buffers[key]
-        while key not in buffers and len(buffers) >= NUM_TICKETS:
-            buffers.pop(next(iter(buffers)))
-        if key not in buffers:
-            buffers[key] = self._combine_buffer(shape)
-        return buffers[key]
+        found = buffers.get(key)
+        if found is None or found.shape != shape:  # of another shape: for a handle gone, whose memory serves this one now
+            buffers.pop(key, None)
+            while len(buffers) >= NUM_TICKETS:  # fetched, but never combined
+                buffers.pop(next(iter(buffers)))
+            found = buffers[key] = self._combine_buffer(shape)
+        return found
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Nothing to clean: flags carry the number of their operation, and modes mix freely."""

@@ -46,7 +46,9 @@ struct Slots {
 class Sender {
  public:
   Sender(Context& context, const CombineCall& call, const Epoch& epoch)
-      : context_(context), call_(call), handle_(*call.in.handle), epoch_(epoch), active_(context.active_ranks()) {}
+      : context_(context), call_(call), handle_(*call.in.handle), epoch_(epoch), active_(context.active_ranks()) {
+    for (int home = 0; home < context.num_ranks; ++home) slots_.emplace_back(context, epoch, call, home);
+  }
 
   void send() {
     const RowOps& ops = row_ops();
@@ -94,7 +96,7 @@ class Sender {
     const std::int32_t* row = handle_.arrival_row.as<const std::int32_t>() + arrival * topk;
     const std::size_t first = static_cast<std::size_t>(handle_.src_token.as<const std::int32_t>()[arrival]) * topk;
     const bool by_rank = handle_.layout == OutputLayout::kByRank;
-    const Slots slots(context_, epoch_, call_, home);
+    const Slots& slots = slots_[home];
     const float* weights = call_.in.topk_weights.as<const float>();
     for (int k = topk - 1; k >= 0; --k) {
       if (row[k] < 0) continue;
@@ -141,7 +143,7 @@ class Sender {
     const int topk = handle_.num_topk;
     const std::int32_t* row = handle_.arrival_row.as<const std::int32_t>() + arrival * topk;
     const std::size_t first = static_cast<std::size_t>(handle_.src_token.as<const std::int32_t>()[arrival]) * topk;
-    const Slots slots(context_, epoch_, call_, home);
+    const Slots& slots = slots_[home];
     const auto put = [&](std::size_t at, std::size_t bytes) {
       context_.link()->put_low_latency(home, epoch_.ticket, {epoch_.number, at, bytes, epoch_.deadline});
     };
@@ -161,6 +163,7 @@ class Sender {
   const Handle& handle_;
   const Epoch& epoch_;
   const std::vector<int> active_;
+  std::vector<Slots> slots_;  // by home
   bool in_place_ = false;
 };
 

@@ -158,6 +158,8 @@ class Placer {
     if (room_.at == nullptr) room_ = room_for(context_, at_.total_bytes);
     std::byte* block = room_.at;
     clear_padding(block);
+    const bool by_column = call_.shape.num_scales > 0 && call_.shape.scales_column_major;
+    if (by_column) scales_of_row_.assign(static_cast<std::size_t>(rows_.num_rows), nullptr);
     const RowOps& ops = row_ops();
     context_.workers().for_range(
         rows_.num_arrivals, kTokensPerPiece, call_.num_workers, [&](std::int64_t begin, std::int64_t end) {
@@ -168,7 +170,7 @@ class Placer {
           }
           ops.flush();
         });
-    if (call_.shape.num_scales > 0 && call_.shape.scales_column_major) place_scale_columns(block);
+    if (by_column) place_scale_columns(block);
     const OutputTensors tensors{call_, at_, rows_.num_rows, rows_.num_arrivals, num_slots_, context_.num_ranks};
     DispatchOutput out = tensors.make(block, room_.owner);
     context_.count([&](Statistics& statistics) { add_rows(statistics, rows_.slot_rows.data(), num_slots_); });
@@ -226,7 +228,7 @@ class Placer {
         clear_row(call_.shape, at_, block, row);
   }
 
-  void place_message(int src, int number, std::int64_t arrival, std::byte* block, const RowOps& ops) const {
+  void place_message(int src, int number, std::int64_t arrival, std::byte* block, const RowOps& ops) {
     const std::byte *head = this->head(src, number), *body = this->body(src, number);
     const plan::MessageLayout& from = sent_.message;
     const int topk = call_.num_topk;
@@ -245,9 +247,13 @@ class Placer {
       const std::int32_t row = arrival_row_[static_cast<std::size_t>(arrival) * topk + k];
       if (row < 0 || (by_rank && std::exchange(row_written, true))) continue;
       ops.copy(block + at_.x_at + row * call_.shape.row_bytes, body + from.row_at, call_.shape.row_bytes);
-      if (!call_.shape.scales_column_major)
-        std::copy_n(scales_of(body), call_.shape.num_scales,
+      const auto* scales = reinterpret_cast<const std::int32_t*>(body + from.scales_at);
+      if (!scales_of_row_.empty()) {
+        scales_of_row_[row] = scales;
+      } else {
+        std::copy_n(scales, call_.shape.num_scales,
                     reinterpret_cast<std::int32_t*>(block + at_.scales_at) + at_.first_scale(row));
+      }
       if (call_.shape.topk_weights && !by_rank) reinterpret_cast<float*>(block + at_.topk_weights_at)[row] = weights[k];
     }
     for (int i = 0; i < call_.shape.num_side; ++i)
@@ -255,43 +261,23 @@ class Placer {
                   call_.shape.side_bytes[i]);
   }
 
-  const std::int32_t* scales_of(const std::byte* body) const {
-    return reinterpret_cast<const std::int32_t*>(body + sent_.message.scales_at);
-  }
-
   // Column-major: the scales of one row lie a column apart, each in a line of its own and most of these in the same few
   // sets of a cache. So lines are filled one after the other, each with one scale of as many rows.
   void place_scale_columns(std::byte* block) const {
     constexpr std::int64_t kRows = 16;  // of a line
-    const std::vector<const std::int32_t*> scales = scales_of_rows();
     auto* out = reinterpret_cast<std::int32_t*>(block + at_.scales_at);
+    const auto place_lines = [&](std::int64_t first) {
+      std::array<std::pair<const std::int32_t*, std::int32_t*>, kRows> rows;  // from, to
+      std::size_t count = 0;
+      for (std::int64_t row = first; row < std::min(first + kRows, rows_.num_rows); ++row)
+        if (scales_of_row_[row] != nullptr) rows[count++] = {scales_of_row_[row], out + at_.first_scale(row)};
+      for (int i = 0; i < call_.shape.num_scales; ++i)
+        for (std::size_t r = 0; r < count; ++r) rows[r].second[i * at_.scale_column_stride] = rows[r].first[i];
+    };
     context_.workers().for_range((rows_.num_rows + kRows - 1) / kRows, kTokensPerPiece, call_.num_workers,
                                  [&](std::int64_t begin, std::int64_t end) {
-                                   for (std::int64_t first = begin * kRows; first < end * kRows; first += kRows) {
-                                     std::array<std::pair<const std::int32_t*, std::int32_t*>, kRows> rows;  // from, to
-                                     std::size_t count = 0;
-                                     for (std::int64_t row = first; row < std::min(first + kRows, rows_.num_rows);
-                                          ++row)
-                                       if (scales[row] != nullptr)
-                                         rows[count++] = {scales[row], out + at_.first_scale(row)};
-                                     for (int i = 0; i < call_.shape.num_scales; ++i)
-                                       for (std::size_t r = 0; r < count; ++r)
-                                         rows[r].second[i * at_.scale_column_stride] = rows[r].first[i];
-                                   }
+                                   for (std::int64_t line = begin; line < end; ++line) place_lines(line * kRows);
                                  });
-  }
-
-  // Where each row's scales came to; null for rows that nothing came for.
-  std::vector<const std::int32_t*> scales_of_rows() const {
-    std::vector<const std::int32_t*> scales(rows_.num_rows, nullptr);
-    std::size_t selection = 0;
-    for (int src = 0; src < context_.num_ranks; ++src)
-      for (int i = 0; i < counts_.tokens_from[src]; ++i) {
-        const std::int32_t* of_message = scales_of(body(src, i));
-        for (int k = 0; k < call_.num_topk; ++k, ++selection)
-          if (const std::int32_t row = arrival_row_[selection]; row >= 0) scales[row] = of_message;
-      }
-    return scales;
   }
 
   std::shared_ptr<const Handle> make_handle() {
@@ -320,6 +306,8 @@ class Placer {
   plan::RowCounts counts_;
   plan::RowPlan rows_;
   std::vector<std::int32_t> arrival_row_;
+  // Where column-major scales came to, by row; null for rows that nothing came for. Empty: they are placed row by row.
+  std::vector<const std::int32_t*> scales_of_row_;
   plan::OutputBlock at_;
   Room room_;
 };
