@@ -150,7 +150,14 @@ Context::Context(const BackendInput& input)
                                                                       : ProcessWatch(window->address().pid));
   const int proxy_core = pin ? net::proxy_core(around_.rank_here, around_.ranks_here, count) : -1;
   if (around_.needs_network)
-    link_ = std::make_unique<Link>(LinkInput{*input.group, config, topology, layout_, window(rank), proxy_core});
+    link_ = std::make_unique<Link>(net::LinkInput{.group = *input.group,
+                                                  .config = config,
+                                                  .topology = topology,
+                                                  .layout = layout_,
+                                                  .control = window(rank),
+                                                  .low_latency = window(rank) + layout_.low_latency_at,
+                                                  .doorbell = doorbell(rank),
+                                                  .proxy_core = proxy_core});
   patience_ = patience_of(around_, count);
   statistics_.peers.resize(num_ranks);
 }

@@ -13,15 +13,23 @@
 #include <vector>
 
 #include "backend.h"
-#include "host/doorbell.h"
-#include "host/flag.h"
-#include "host/link.h"
+#include "net/doorbell.h"
+#include "net/flag.h"
+#include "net/link.h"
 #include "host/window.h"
 #include "host/workers.h"
 #include "plan/arena.h"
 #include "plan/window.h"
 
 namespace deep_ep::host {
+
+using net::Clock;
+using net::Deadline;
+using net::Doorbell;
+using net::Flag;
+using net::LandedChunk;
+using net::Link;
+using net::Patience;
 
 /// A call as its peers see it, written into each peer's window; counts follow: i32 tokens to each rank, i32 rows for
 /// each of the receiver's slots.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// How the proxy sleeps until somebody has work for it, or the network has. As host/doorbell.h, but with an event
+// How the proxy sleeps until somebody has work for it, or the network has. As net/doorbell.h, but with an event
 // descriptor instead of a futex, because one must be able to wait for it and for the network's descriptor at once.
 #pragma once
 

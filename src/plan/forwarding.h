@@ -29,13 +29,15 @@ struct FarMemory {
   std::size_t mirrors = 0;      // for the control part of each window
   std::size_t slots = 0;        // to receive in, and as many to send from
   std::size_t low_latency = 0;  // to send from
+  /// Doorbell and words, announcements and replies: what lies before the regions that GPUs alone use.
+  static std::size_t mirror_bytes(const WindowLayout& window) { return window.flags_at; }
   std::size_t total() const { return mirrors + 2 * slots + low_latency; }
 
   static FarMemory of(const WindowLayout& window, std::size_t forward_slot_bytes) {
     const auto ranks = static_cast<std::size_t>(window.num_ranks);
     FarMemory memory;
     memory.slot_bytes = align_up(forward_slot_bytes, 16);
-    memory.mirrors = ranks * window.low_latency_at;
+    memory.mirrors = ranks * mirror_bytes(window);
     memory.slots = ranks * kForwardSlots * memory.slot_bytes;
     memory.low_latency = ranks * static_cast<std::size_t>(window.num_tickets) * window.low_latency_ticket_bytes;
     return memory;

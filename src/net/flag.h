@@ -7,7 +7,7 @@
 
 #include "plan/window.h"
 
-namespace deep_ep::host {
+namespace deep_ep::net {
 
 /// The words that a rank writes for another: those of one operation, in the order of plan::Words, and two that stand
 /// for the rank as a whole.
@@ -27,4 +27,4 @@ inline std::size_t place_of(const plan::WindowLayout& layout, Flag flag, std::ui
   return 0;
 }
 
-}  // namespace deep_ep::host
+}  // namespace deep_ep::net

@@ -10,7 +10,7 @@
 #include <chrono>
 #include <cstdint>
 
-namespace deep_ep::host {
+namespace deep_ep::net {
 
 using Clock = std::chrono::steady_clock;
 using Deadline = Clock::time_point;
@@ -68,4 +68,4 @@ bool wait_until(Doorbell& doorbell, Deadline deadline, const Patience& patience,
   }
 }
 
-}  // namespace deep_ep::host
+}  // namespace deep_ep::net

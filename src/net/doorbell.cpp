@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-#include "host/doorbell.h"
+#include "net/doorbell.h"
 
 #include <linux/futex.h>
 #include <sys/syscall.h>
@@ -7,7 +7,7 @@
 
 #include <climits>
 
-namespace deep_ep::host {
+namespace deep_ep::net {
 
 namespace {
 
@@ -43,4 +43,4 @@ void Doorbell::sleep(std::uint32_t seen, Deadline until) {
   asleep.fetch_sub(1, std::memory_order_seq_cst);
 }
 
-}  // namespace deep_ep::host
+}  // namespace deep_ep::net

@@ -6,9 +6,9 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "host/flag.h"
+#include "net/flag.h"
 
-namespace deep_ep::host {
+namespace deep_ep::net {
 
 /// A word to store, once everything that it publishes is there.
 struct FlagMessage {
@@ -41,4 +41,4 @@ struct ControlHead {
   std::uint64_t puts = 0;
 };
 
-}  // namespace deep_ep::host
+}  // namespace deep_ep::net

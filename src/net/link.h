@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // One rank's way to the ranks that share no memory with it. Flags, with what they publish, go as messages and are
-// stored into the owner's own window there, so that whoever waits, waits as for a neighbour. Rows go as puts: into
-// forwarding slots, or into the low-latency slots of the window.
+// stored into memory of the owner's there, laid out as its window, so that whoever waits, waits as for a neighbour. Rows
+// go as puts: into forwarding slots, or into low-latency slots. Host threads call it, or kernels write commands for it.
 //
 // Nothing that arrives is ordered. A flag names how many pieces of message and how many puts it stands behind, and is
 // stored only when all of them are here.
@@ -20,15 +20,18 @@
 
 #include "deep_ep/bootstrap.h"
 #include "deep_ep/config.h"
-#include "host/control_message.h"
-#include "host/doorbell.h"
+#include "net/control_message.h"
+#include "net/doorbell.h"
 #include "net/arrivals.h"
 #include "net/proxy.h"
 #include "plan/forwarding.h"
 #include "plan/topology.h"
 #include "plan/window.h"
 
-namespace deep_ep::host {
+namespace deep_ep::net {
+
+/// Ordinary memory whose pages exist once touched. Throws kSystem.
+std::shared_ptr<std::byte> untouched_pages(std::size_t bytes);
 
 /// What a link must know of its rank.
 struct LinkInput {
@@ -36,8 +39,13 @@ struct LinkInput {
   const Config& config;
   const plan::Topology& topology;
   const plan::WindowLayout& layout;
-  std::byte* window;    // our own; the link does not outlive it
-  int proxy_core = -1;  // for the thread that moves it all; -1: where the system likes
+  // The link outlives none of these.
+  std::byte* control;        // where flags are stored, with what they publish: as the control part of our window
+  std::byte* low_latency;    // where low-latency data lands: as the low-latency slots of our window
+  Doorbell& doorbell;        // rung after each store; we sleep on it too
+  FifoMemory* commands = nullptr;  // that kernels write
+  int proxy_core = -1;       // for the thread that moves it all; -1: where the system likes
+  std::shared_ptr<std::byte> (*memory)(std::size_t bytes) = untouched_pages;  // to send from, and to receive in
 };
 
 /// A piece of low-latency data, by its place in the slots of one ticket.
@@ -55,7 +63,7 @@ struct LandedChunk {
   plan::ChunkHead head;
 };
 
-class Link final : private net::ProxyReceiver {
+class Link final : private ProxyReceiver {
  public:
   /// Opens the network. Collective.
   explicit Link(const LinkInput& input);
@@ -70,7 +78,7 @@ class Link final : private net::ProxyReceiver {
   // -------------------------------------------------------------------------------------------------------------------
   /// Memory that stands for the control part of a peer's window: what is written there goes with the flag that
   /// publishes it.
-  std::byte* mirror(int peer) const { return mirrors_ + mirror_bytes_ * static_cast<std::size_t>(peer); }
+  std::byte* mirror(int peer) const { return mirrors_.get() + mirror_bytes_ * static_cast<std::size_t>(peer); }
   /// Sends a flag, and `payload` of the peer's mirror (announcement or reply) before it. `puts`: of low-latency data,
   /// made in this operation, that the flag stands behind.
   void publish(int peer, const FlagMessage& flag, std::span<const std::byte> payload = {});
@@ -84,7 +92,7 @@ class Link final : private net::ProxyReceiver {
   /// One that was taken is not needed after all.
   void leave_slot(int peer, int slot);
   /// Where the chunk for that slot is put together.
-  std::byte* chunk(int peer, int slot) const { return staging_.base() + slot_at(peer, slot); }
+  std::byte* chunk(int peer, int slot) const { return staging_.get() + slot_at(peer, slot); }
   /// Sends it off.
   void put_chunk(int peer, int slot, const plan::ChunkHead& head, Deadline deadline);
   /// Chunks of this operation that the network has read from their slots.
@@ -93,7 +101,7 @@ class Link final : private net::ProxyReceiver {
   std::vector<LandedChunk> landed(std::uint64_t epoch);
   bool has_landed(std::uint64_t epoch) const;
   const std::byte* bytes_of(const LandedChunk& chunk) const {
-    return inbox_.base() + slot_at(chunk.source, chunk.slot);
+    return inbox_.get() + slot_at(chunk.source, chunk.slot);
   }
   /// The slot is free again for its source.
   void give_back(const LandedChunk& chunk);
@@ -102,7 +110,7 @@ class Link final : private net::ProxyReceiver {
   // -------------------------------------------------------------------------------------------------------------------
   /// Memory that stands for a peer's low-latency slots of one ticket.
   std::byte* low_latency(int peer, int ticket) const {
-    return low_latency_staging_.base() + low_latency_at(peer, ticket);
+    return low_latency_staging_.get() + low_latency_at(peer, ticket);
   }
   /// Sends what lies there to the same place in the peer's slots. Offset and bytes are multiples of 16.
   void put_low_latency(int peer, int ticket, const LowLatencyPut& put);
@@ -134,20 +142,6 @@ class Link final : private net::ProxyReceiver {
   std::uint64_t put_bytes(int peer) const { return put_bytes_[peer].load(std::memory_order_relaxed); }
 
  private:
-  // Ordinary memory whose pages exist once touched.
-  class Pages {
-   public:
-    explicit Pages(std::size_t bytes);
-    ~Pages();
-    Pages(const Pages&) = delete;
-    Pages& operator=(const Pages&) = delete;
-    std::byte* base() const { return base_; }
-    std::size_t bytes() const { return bytes_; }
-
-   private:
-    std::byte* base_;
-    std::size_t bytes_;
-  };
   enum State : int { kThere, kLeft, kDead };
 
   // A flag that is on its way to us.
@@ -166,7 +160,7 @@ class Link final : private net::ProxyReceiver {
   }
   void open_network(const LinkInput& input);
 
-  void on_notice(int source, const net::Notice& notice) override;
+  void on_notice(int source, const Notice& notice) override;
   void on_message(int source, std::uint32_t epoch, std::span<const std::byte> payload) override;
   void on_peer_failed(int peer, const std::string& reason) override;
   void on_bad_command(const std::string& why) override;
@@ -189,13 +183,13 @@ class Link final : private net::ProxyReceiver {
   const int rank_, num_ranks_;
   const plan::Topology& topology_;
   const plan::WindowLayout& layout_;
-  std::byte* const window_;
+  std::byte* const control_;
+  std::byte* const low_latency_;
   Doorbell& doorbell_;
   const plan::FarMemory memory_;
   const std::size_t slot_bytes_;
   const std::size_t mirror_bytes_;
-  Pages mirror_pages_, staging_, inbox_, low_latency_staging_;
-  std::byte* const mirrors_;
+  const std::shared_ptr<std::byte> mirrors_, staging_, inbox_, low_latency_staging_;
 
   std::atomic<std::uint32_t> epoch_{0};
   std::vector<std::atomic<int>> state_;                // [num_ranks]
@@ -205,7 +199,7 @@ class Link final : private net::ProxyReceiver {
   std::atomic<std::uint64_t> roll_calls_{0};
   std::vector<std::atomic<std::uint64_t>> answered_;  // [num_ranks] the latest of our calls that each answered
   std::vector<Expected> expected_;                    // proxy thread only
-  net::Arrivals arrivals_;                            // proxy thread only
+  Arrivals arrivals_;                            // proxy thread only
 
   mutable std::mutex landed_mutex_;
   std::vector<LandedChunk> landed_;
@@ -214,7 +208,7 @@ class Link final : private net::ProxyReceiver {
   int staging_region_ = -1, low_latency_region_ = -1;
   std::array<std::atomic<std::uint64_t>, plan::kOperationsInFlight> low_latency_puts_{};  // epoch << 32 | puts
   std::latch open_{1};                 // what arrives earlier waits, on the proxy's thread
-  std::unique_ptr<net::Proxy> proxy_;  // last: its thread ends before what it uses
+  std::unique_ptr<Proxy> proxy_;  // last: its thread ends before what it uses
 };
 
-}  // namespace deep_ep::host
+}  // namespace deep_ep::net

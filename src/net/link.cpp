@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-#include "host/link.h"
+#include "net/link.h"
 
 #include <fmt/format.h>
 #include <sys/mman.h>
@@ -10,13 +10,13 @@
 
 #include "check.h"
 
-namespace deep_ep::host {
+namespace deep_ep::net {
 
 namespace {
 
 constexpr std::uint8_t kDataChannel = plan::kForwardSlots;  // channels below are forwarding slots
-static_assert(kDataChannel < net::kNumChannels);
-constexpr std::size_t kPieceBytes = net::kMaxMessageBytes - sizeof(ControlHead);
+static_assert(kDataChannel < kNumChannels);
+constexpr std::size_t kPieceBytes = kMaxMessageBytes - sizeof(ControlHead);
 constexpr std::chrono::milliseconds kGoodbye{2000};
 constexpr std::chrono::milliseconds kTimeToAnswer{500};
 
@@ -24,7 +24,7 @@ std::span<const std::byte> bytes_of(const ControlHead& head) {
   return {reinterpret_cast<const std::byte*>(&head), sizeof head};
 }
 
-void append(net::Blob& blob, const net::Blob& key) {
+void append(Blob& blob, const Blob& key) {
   const std::uint64_t bytes = key.size();
   const auto* size = reinterpret_cast<const std::byte*>(&bytes);
   blob.insert(blob.end(), size, size + sizeof bytes);
@@ -45,30 +45,28 @@ std::span<const std::byte> next(std::span<const std::byte>& blob) {
 
 }  // namespace
 
-Link::Pages::Pages(std::size_t bytes) : bytes_(bytes) {
+std::shared_ptr<std::byte> untouched_pages(std::size_t bytes) {
   void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (base == MAP_FAILED)
     throw Error(ErrorCode::kSystem, fmt::format("mmap of {} bytes between nodes: {}", bytes, std::strerror(errno)));
-  base_ = static_cast<std::byte*>(base);
+  return {static_cast<std::byte*>(base), [bytes](std::byte* pages) { munmap(pages, bytes); }};
 }
-
-Link::Pages::~Pages() { munmap(base_, bytes_); }
 
 Link::Link(const LinkInput& input)
     : rank_(input.group.rank()),
       num_ranks_(input.group.num_ranks()),
       topology_(input.topology),
       layout_(input.layout),
-      window_(input.window),
-      doorbell_(*reinterpret_cast<Doorbell*>(input.window + input.layout.doorbell_at)),
+      control_(input.control),
+      low_latency_(input.low_latency),
+      doorbell_(input.doorbell),
       memory_(plan::FarMemory::of(input.layout, input.config.forward_slot_bytes)),
       slot_bytes_(memory_.slot_bytes),
-      mirror_bytes_(input.layout.low_latency_at),
-      mirror_pages_(memory_.mirrors),
-      staging_(memory_.slots),
-      inbox_(memory_.slots),
-      low_latency_staging_(std::max<std::size_t>(1, memory_.low_latency)),
-      mirrors_(mirror_pages_.base()),
+      mirror_bytes_(plan::FarMemory::mirror_bytes(input.layout)),
+      mirrors_(input.memory(memory_.mirrors)),
+      staging_(input.memory(memory_.slots)),
+      inbox_(input.memory(memory_.slots)),
+      low_latency_staging_(input.memory(std::max<std::size_t>(1, memory_.low_latency))),
       state_(num_ranks_),
       knows_we_leave_(num_ranks_),
       slot_free_(static_cast<std::size_t>(num_ranks_) * plan::kForwardSlots),
@@ -109,14 +107,14 @@ void Link::say_goodbye() {
 void Link::open_network(const LinkInput& input) {
   Bootstrap& group = input.group;
   const Config& config = input.config;
-  auto fabric = net::open_fabric(group, config.network, config.open_timeout);
-  staging_region_ = fabric->register_memory({staging_.base(), staging_.bytes()});
-  net::Blob mine;
-  append(mine, fabric->region_key(fabric->register_memory({inbox_.base(), inbox_.bytes()})));
+  auto fabric = open_fabric(group, config.network, config.open_timeout);
+  staging_region_ = fabric->register_memory({staging_.get(), memory_.slots});
+  Blob mine;
+  append(mine, fabric->region_key(fabric->register_memory({inbox_.get(), memory_.slots})));
   const std::size_t low_latency_bytes = layout_.arena_at - layout_.low_latency_at;
   if (low_latency_bytes > 0) {
-    low_latency_region_ = fabric->register_memory({low_latency_staging_.base(), low_latency_staging_.bytes()});
-    append(mine, fabric->region_key(fabric->register_memory({window_ + layout_.low_latency_at, low_latency_bytes})));
+    low_latency_region_ = fabric->register_memory({low_latency_staging_.get(), memory_.low_latency});
+    append(mine, fabric->region_key(fabric->register_memory({low_latency_, low_latency_bytes})));
   }
   const auto keys = group.all_gather(mine, config.open_timeout);
   for (int peer = 0; peer < num_ranks_; ++peer) {
@@ -125,9 +123,10 @@ void Link::open_network(const LinkInput& input) {
     peer_inbox_[peer] = fabric->import_region(peer, next(blob));
     if (low_latency_bytes > 0) peer_slots_[peer] = fabric->import_region(peer, next(blob));
   }
-  proxy_ = std::make_unique<net::Proxy>(
-      std::move(fabric), static_cast<net::ProxyReceiver&>(*this),
-      net::ProxyOptions{.bytes_in_flight = config.network.bytes_in_flight, .core = input.proxy_core});
+  proxy_ = std::make_unique<Proxy>(
+      std::move(fabric), static_cast<ProxyReceiver&>(*this),
+      ProxyOptions{.bytes_in_flight = config.network.bytes_in_flight, .core = input.proxy_core});
+  if (input.commands != nullptr) proxy_->add_device_fifo(*input.commands);
   open_.count_down();
 }
 
@@ -145,7 +144,7 @@ void Link::publish(int peer, const FlagMessage& flag, std::span<const std::byte>
   for (std::uint32_t piece = 0; piece < head.pieces; ++piece) {
     const auto part = payload.subspan(piece * kPieceBytes, std::min(kPieceBytes, payload.size() - piece * kPieceBytes));
     head.at = static_cast<std::uint32_t>(piece * kPieceBytes);
-    const auto head_bytes = host::bytes_of(head);
+    const auto head_bytes = net::bytes_of(head);
     message.assign(head_bytes.begin(), head_bytes.end());
     message.insert(message.end(), part.begin(), part.end());
     proxy_->message(peer, static_cast<std::uint32_t>(flag.epoch), message);
@@ -299,12 +298,12 @@ int Link::silent_rank(int suspect, const std::vector<int>& ranks) {
   return silent == ranks.end() ? -1 : *silent;
 }
 
-void Link::send(int peer, const ControlHead& head) { proxy_->message(peer, epoch(), host::bytes_of(head)); }
+void Link::send(int peer, const ControlHead& head) { proxy_->message(peer, epoch(), net::bytes_of(head)); }
 
 // What arrives, on the proxy's thread
 // ---------------------------------------------------------------------------------------------------------------------
 
-void Link::on_notice(int source, const net::Notice& notice) {
+void Link::on_notice(int source, const Notice& notice) {
   if (!reaches(source)) return;
   if (notice.channel < kDataChannel) return take_chunk(source, notice.channel, notice.epoch);
   arrivals_.add(source, notice);
@@ -399,19 +398,19 @@ bool Link::take_payload(int source, const ControlHead& head, std::span<const std
   const std::size_t room = reply ? layout_.reply_bytes : layout_.announcement_bytes;
   if (head.at > room || payload.size() > room - head.at) return false;
   const std::size_t at = reply ? layout_.reply(head.epoch, source) : layout_.announcement(head.epoch, source);
-  std::memcpy(window_ + at + head.at, payload.data(), payload.size());
+  std::memcpy(control_ + at + head.at, payload.data(), payload.size());
   return true;
 }
 
 void Link::store_if_complete(int source, const Expected& flag) {
   if (flag.pieces == 0 || flag.pieces_here < flag.pieces) return;
-  const net::Notice data{kDataChannel, static_cast<std::uint32_t>(flag.message.epoch)};
+  const Notice data{kDataChannel, static_cast<std::uint32_t>(flag.message.epoch)};
   if (flag.message.puts > 0 && arrivals_.count(source, data) < flag.message.puts) return;
   store(source, flag.message.flag, flag.message.epoch, flag.message.value);
 }
 
 void Link::store(int source, Flag flag, std::uint64_t epoch, std::uint64_t value) {
-  auto& word = *reinterpret_cast<std::uint64_t*>(window_ + place_of(layout_, flag, epoch, source));
+  auto& word = *reinterpret_cast<std::uint64_t*>(control_ + place_of(layout_, flag, epoch, source));
   std::atomic_ref<std::uint64_t> at(word);
   // This thread alone stores it, and flags only grow: an older one that came late changes nothing.
   if (at.load(std::memory_order_relaxed) >= value) return;
@@ -430,10 +429,10 @@ void Link::on_peer_failed(int peer, const std::string& reason) {
 void Link::on_bad_command(const std::string&) {}
 
 std::string Link::describe() const {
-  const net::FabricCounters counters = proxy_->counters();
+  const FabricCounters counters = proxy_->counters();
   const std::string refused =
       counters.refused == 0 ? "0" : fmt::format("{}, last: {}", counters.refused, counters.last_refusal);
   return proxy_->report().to_string() + fmt::format("network.refused = {}\n", refused);
 }
 
-}  // namespace deep_ep::host
+}  // namespace deep_ep::net
