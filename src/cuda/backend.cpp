@@ -11,27 +11,25 @@ namespace deep_ep::cuda {
 
 namespace {
 
-// What would be ignored is refused.
-const BackendInput& without_network(const BackendInput& input) {
-  const std::string provider = input.config.network.with_environment().provider;
-  if (input.topology.num_nodes > 1 && !provider.empty())
-    throw Error(ErrorCode::kUnsupported,
-                fmt::format("network.provider: '{}' is to join {} nodes, but buffers on GPUs do not use a network yet: "
-                            "open a host buffer, or leave network.provider (and EP_NETWORK_PROVIDER) unset where "
-                            "NVLink or PCIe joins all GPUs",
-                            provider, input.topology.num_nodes));
-  return input;
+// Said on all ranks alike, before anything is sent.
+void require_no_network(const Context& context, const char* call) {
+  if (context.link() != nullptr)
+    throw Error(
+        ErrorCode::kUnsupported,
+        fmt::format("{}: between nodes that a network joins, buffers on GPUs have the low-latency calls alone", call));
 }
 
 class CudaBackend final : public Backend {
  public:
-  explicit CudaBackend(const BackendInput& input) : context_(std::make_shared<Context>(without_network(input))) {}
+  explicit CudaBackend(const BackendInput& input) : context_(std::make_shared<Context>(input)) {}
 
   DispatchOutput dispatch(const DispatchCall& call) override {
+    require_no_network(*context_, "dispatch");
     const std::lock_guard lock(context_->calls());
     return cuda::dispatch(*context_, call);
   }
   CombineOutput combine(const CombineCall& call) override {
+    require_no_network(*context_, "combine");
     const std::lock_guard lock(context_->calls());
     return cuda::combine(*context_, call);
   }
@@ -68,6 +66,11 @@ class CudaBackend final : public Backend {
     return context_->lend(std::move(owners), user);
   }
 
+  std::string describe() const override {
+    return context_->link() == nullptr
+               ? ""
+               : context_->link()->describe() + "network.gpu_memory = staged through pinned host memory\n";
+  }
   void set_masked(int rank, bool masked) override { context_->set_masked(rank, masked); }
   bool masked(int rank) const override { return context_->masked(rank); }
   Statistics statistics() const override { return context_->statistics(); }

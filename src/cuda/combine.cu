@@ -4,7 +4,7 @@
 // it again. Phases: announce, plan steps, await sources, sum, part.
 #include "cuda/combine_feed.cuh"
 #include "cuda/encode.cuh"
-#include "cuda/wait.cuh"
+#include "cuda/progress.cuh"
 #include "plan/sum_order.h"
 
 namespace deep_ep::cuda {

@@ -44,22 +44,51 @@ std::size_t arena_bytes(const Config& config, int ranks_here) {
 struct Neighbours {
   int ranks_here = 0;     // on this GPU
   bool machines = false;  // more than one
+  bool of_node = false;   // more than one in our node
+  bool fabric = true;     // every GPU is in an NVLink fabric
 };
 
-Neighbours meet_neighbours(Bootstrap& group, const cudaDeviceProp& info, std::chrono::milliseconds timeout) {
+struct Introduction {
+  char gpu[16];
+  std::uint8_t machine[16];
+  bool fabric;
+};
+
+Neighbours meet_neighbours(const BackendInput& input, const cudaDeviceProp& info, int device) {
+  Introduction mine{};
+  static_assert(sizeof mine.gpu == sizeof info.uuid.bytes);
   const ProcessIdentity process = this_process();
-  Bytes mine(sizeof info.uuid.bytes + sizeof process.boot_id);
-  std::memcpy(mine.data(), info.uuid.bytes, sizeof info.uuid.bytes);
-  std::memcpy(mine.data() + sizeof info.uuid.bytes, process.boot_id, sizeof process.boot_id);
+  std::memcpy(mine.gpu, info.uuid.bytes, sizeof mine.gpu);
+  std::memcpy(mine.machine, process.boot_id, sizeof mine.machine);
+  mine.fabric = in_fabric(device);
+  const auto* bytes = reinterpret_cast<const std::byte*>(&mine);
+  const auto all = input.group->all_gather({bytes, sizeof mine}, input.config.open_timeout);
   Neighbours neighbours;
-  for (const Bytes& theirs : group.all_gather(mine, timeout)) {
-    neighbours.ranks_here += theirs == mine;
-    const bool same_machine =
-        theirs.size() == mine.size() &&
-        std::equal(mine.begin() + sizeof info.uuid.bytes, mine.end(), theirs.begin() + sizeof info.uuid.bytes);
+  for (int peer = 0; peer < static_cast<int>(all.size()); ++peer) {
+    Introduction theirs{};
+    std::memcpy(&theirs, all[peer].data(), std::min(all[peer].size(), sizeof theirs));
+    const bool same_machine = std::memcmp(theirs.machine, mine.machine, sizeof mine.machine) == 0;
+    neighbours.ranks_here += same_machine && std::memcmp(theirs.gpu, mine.gpu, sizeof mine.gpu) == 0;
     neighbours.machines = neighbours.machines || !same_machine;
+    neighbours.of_node = neighbours.of_node || (!same_machine && input.topology.same_node(input.group->rank(), peer));
+    neighbours.fabric = neighbours.fabric && theirs.fabric;
   }
   return neighbours;
+}
+
+Config with_environment(Config config) {
+  config.network = config.network.with_environment();
+  return config;
+}
+
+// For the link. Kernels and the network know it by one address.
+std::shared_ptr<std::byte> pinned_pages(std::size_t bytes) {
+  auto pages = own_pinned_memory(bytes);
+  void* seen_by_kernels = nullptr;
+  cuda::check(cudaHostGetDevicePointer(&seen_by_kernels, pages.get(), 0), "cudaHostGetDevicePointer");
+  if (seen_by_kernels != pages.get())
+    throw Error(ErrorCode::kUnsupported, "a network between GPUs needs unified addresses for pinned memory");
+  return pages;
 }
 
 Bytes pack(const WindowAddress& address, const std::string& config) {
@@ -91,11 +120,11 @@ Context::Context(const BackendInput& input)
       num_ranks(input.group->num_ranks()),
       device(device_of(input.options)),
       topology(input.topology),
-      config(input.config),
+      config(with_environment(input.config)),
       peers_(num_ranks) {
   cudaDeviceProp info;
   cuda::check(cudaGetDeviceProperties(&info, device), "cudaGetDeviceProperties");
-  const Neighbours neighbours = meet_neighbours(*input.group, info, config.open_timeout);
+  const Neighbours neighbours = meet_neighbours(input, info, device);
   const int ranks_here = neighbours.ranks_here;
   neighbourhood_ = {ranks_here, num_ranks - ranks_here};
   most_blocks_ = std::max(1, info.multiProcessorCount / ranks_here);
@@ -109,13 +138,17 @@ Context::Context(const BackendInput& input)
       StreamUse::kShort);  // a copy must not stand behind kernels of a rank of this process that wait for us
   cuda::check(cudaEventCreateWithFlags(&last_done_, cudaEventDisableTiming), "cudaEventCreate");
   returns_ = std::make_shared<Returns>(device);
-  sharing_ = choose_sharing(device, neighbours.machines);
+  needs_network_ =
+      topology.num_nodes > 1 && (!config.network.provider.empty() || (neighbours.machines && !neighbours.fabric));
+  sharing_ = choose_sharing(device, needs_network_ ? neighbours.of_node : neighbours.machines);
   place_own_memory();
   local(1);  // the first slab
   graph_memory_ = std::make_shared<GraphMemory>();
   prepare_kernels();
   statistics_.peers.resize(num_ranks);
   open_windows(*input.group);
+  if (needs_network_) open_link(*input.group);
+  upload_peers();
 }
 
 // What only this rank's kernels and its host thread use.
@@ -123,7 +156,9 @@ void Context::place_own_memory() {
   std::size_t end = 0;
   const std::size_t state_at = plan::take(end, sizeof(State)), counters_at = plan::take(end, counters_bytes()),
                     peers_at = plan::take(end, sizeof(Peer) * num_ranks),
-                    nodes_at = plan::take(end, sizeof(std::int32_t) * num_ranks);
+                    nodes_at = plan::take(end, sizeof(std::int32_t) * num_ranks),
+                    pushed_at = plan::take(end, sizeof(Pushed)),
+                    slot_use_at = plan::take(end, sizeof(SlotUse) * num_ranks);
   on_device_ = own_device_memory(device, sharing_, end);
   cuda::check(cudaMemsetAsync(on_device_.get(), 0, end, copies_->get()), "cudaMemsetAsync");
   state_ = reinterpret_cast<State*>(on_device_.get() + state_at);
@@ -131,6 +166,8 @@ void Context::place_own_memory() {
   counters_.rows_per_slot = reinterpret_cast<std::uint64_t*>(counters_.peers + num_ranks);
   device_peers_ = reinterpret_cast<Peer*>(on_device_.get() + peers_at);
   nodes_ = reinterpret_cast<std::int32_t*>(on_device_.get() + nodes_at);
+  far_.pushed = reinterpret_cast<Pushed*>(on_device_.get() + pushed_at);
+  far_.slot_use = reinterpret_cast<SlotUse*>(on_device_.get() + slot_use_at);
   copy(nodes_, topology.node_of_rank.data(), sizeof(std::int32_t) * num_ranks, cudaMemcpyHostToDevice);
 
   end = 0;
@@ -160,13 +197,19 @@ void Context::open_windows(Bootstrap& group) {
   try {
     for (int peer = 0; peer < num_ranks; ++peer) {
       require_same_config(text, blobs[peer], rank, peer);
+      if (is_far(peer)) continue;
       WindowAddress address;
       std::memcpy(&address, blobs[peer].data(), sizeof address);
       windows_[peer] = peer == rank ? own : Window::open(address, {device, rank, config.open_timeout});
       const bool same = std::memcmp(address.device_uuid, own->address().device_uuid, sizeof address.device_uuid) == 0;
-      peers_[peer] = {windows_[peer]->base(), 1, same};
+      peers_[peer] = {.window = windows_[peer]->base(),
+                      .inbox = own->base(),
+                      .active = 1,
+                      .same_device = same,
+                      .far = 0,
+                      .inbox_region = 0,
+                      .slots_region = 0};
     }
-    upload_peers();
   } catch (const Error& error) {
     if (error.code() == ErrorCode::kInvalidArgument) throw;
     failure = error.what();
@@ -180,6 +223,41 @@ void Context::open_windows(Bootstrap& group) {
                                                   std::string(reinterpret_cast<const char*>(failures[peer].data()),
                                                               failures[peer].size())));
   arena_ = std::make_shared<plan::Arena>(own, own->base(), layout_.arena_at, layout_.arena_bytes);
+}
+
+// Ranks of other nodes: what stands for their windows, and for ours where they write, is pinned memory.
+void Context::open_link(Bootstrap& group) {
+  const std::size_t slots = layout_.low_latency_ticket_bytes * static_cast<std::size_t>(layout_.num_tickets);
+  far_control_ = pinned_pages(plan::FarMemory::mirror_bytes(layout_));
+  far_slots_ = pinned_pages(std::max<std::size_t>(slots, 1));
+  kernel_end_ = pinned_pages(net::KernelEnd::bytes(num_ranks));
+  auto* const kernels = reinterpret_cast<net::KernelEnd*>(kernel_end_.get());  // zeroed
+  link_ = std::make_unique<net::Link>(net::LinkInput{.group = group,
+                                                     .config = config,
+                                                     .topology = topology,
+                                                     .layout = layout_,
+                                                     .control = far_control_.get(),
+                                                     .low_latency = far_slots_.get(),
+                                                     .doorbell = doorbell_,
+                                                     .kernels = kernels,
+                                                     .memory = pinned_pages});
+  far_.end = kernels;
+  far_.chunks = link_->chunk(0, 0);
+  far_.inbox = link_->inbox();
+  far_.slot_bytes = link_->slot_bytes();
+  far_.staging = link_->low_latency(0, 0);
+  far_.slots = far_slots_.get();
+  far_.chunk_region = link_->chunk_region();
+  far_.staging_region = link_->low_latency_region();
+  for (int peer = 0; peer < num_ranks; ++peer)
+    if (is_far(peer))
+      peers_[peer] = {.window = link_->mirror(peer),
+                      .inbox = far_control_.get(),
+                      .active = 1,
+                      .same_device = 0,
+                      .far = 1,
+                      .inbox_region = link_->inbox_region_of(peer),
+                      .slots_region = link_->slots_region_of(peer)};
 }
 
 // Loads every kernel now: a load while another rank's kernel spins would wait for it.

@@ -19,6 +19,7 @@
 #include "cuda/own_stream.h"
 #include "cuda/returns.h"
 #include "cuda/window.h"
+#include "net/link.h"
 #include "plan/arena.h"
 
 namespace deep_ep::cuda {
@@ -82,6 +83,8 @@ class Context {
   /// Raises what a call that has ended reported.
   void raise_late() { raise_fault(); }
 
+  /// The way to ranks that share no memory with us; null where there are none.
+  const net::Link* link() const { return link_.get(); }
   const plan::WindowLayout& layout() const { return layout_; }
   std::byte* window() const { return windows_[rank]->base(); }
   plan::Arena& arena() { return *arena_; }
@@ -142,6 +145,9 @@ class Context {
   };
   void place_own_memory();
   void open_windows(Bootstrap& group);
+  void open_link(Bootstrap& group);
+  bool is_far(int peer) const { return needs_network_ && !topology.same_node(rank, peer); }
+  bool is_gone(int peer) const { return windows_[peer] ? windows_[peer]->owner_gone() : link_->dead(peer); }
   bool grow_arena(std::size_t upto);
   void prepare_kernels();
   void upload_peers();
@@ -160,7 +166,8 @@ class Context {
   void launch_refusal(const Call& call, const std::string& why);
 
   plan::WindowLayout layout_;
-  std::vector<std::shared_ptr<Window>> windows_;
+  bool needs_network_ = false;  // logical nodes share no memory: so configured, or no fabric joins them
+  std::vector<std::shared_ptr<Window>> windows_;  // null: of far ranks
   std::shared_ptr<plan::Arena> arena_;
   std::vector<std::shared_ptr<plan::Arena>> slabs_;  // local memory
   std::shared_ptr<Returns> returns_;                 // memory that callers have dropped
@@ -178,7 +185,8 @@ class Context {
   Mailbox* device_mailbox_ = nullptr;  // the same, as kernels see it
   std::int32_t* first_row_ = nullptr;  // counts that the host reads
   std::int32_t* device_first_row_ = nullptr;
-  Counters counters_{};              // one piece that begins with the peers
+  Counters counters_{};  // one piece that begins with the peers
+  Far far_;
   std::optional<OwnStream> stream_;  // of calls that bring none
   std::optional<OwnStream> copies_;  // set-up copies, never part of a capture
   cudaEvent_t last_done_ = nullptr;
@@ -199,6 +207,10 @@ class Context {
 
   mutable std::mutex mutex_;
   Statistics statistics_;
+
+  std::shared_ptr<std::byte> far_control_, far_slots_, kernel_end_;  // pinned
+  net::Doorbell doorbell_;
+  std::unique_ptr<net::Link> link_;  // last: its thread ends before what it uses
 };
 
 }  // namespace deep_ep::cuda

@@ -98,6 +98,7 @@ Common Context::common(const Call& call, const Signature& signature) const {
   common.mailbox = device_mailbox_;
   common.counters = counters_;
   common.peers = device_peers_;
+  common.far = far_;
   common.layout = layout_;
   common.rank = rank;
   common.num_ranks = num_ranks;
@@ -191,7 +192,7 @@ void Context::raise(const Fault& fault) {
   switch (static_cast<Fault::Kind>(fault.kind)) {
     case Fault::kTimeout:
       throw Error(WaitRecord{rank, name(operation), fault.peer, fault.epoch, static_cast<std::uint64_t>(fault.expected),
-                             static_cast<std::uint64_t>(fault.seen), windows_[fault.peer]->owner_gone()});
+                             static_cast<std::uint64_t>(fault.seen), is_gone(fault.peer)});
     case Fault::kGaveUp:
       throw Error(WaitRecord{rank, "combine (that rank gave up first)", fault.peer, fault.epoch, 1, 0, false});
     case Fault::kDiffers: {
@@ -202,8 +203,9 @@ void Context::raise(const Fault& fault) {
       break;
     }
     case Fault::kBadId:
-      require(false, "rank {} refused this {}: topk_idx: selection {} is expert {}, which does not exist", fault.peer,
-              name(operation), fault.expected, fault.seen);
+      require(false, "rank {} refused this {}: topk_idx[{}, {}]: expert {}, experts are 0 .. {}", fault.peer,
+              name(operation), fault.expected / fault.num_topk, fault.expected % fault.num_topk, fault.seen,
+              fault.num_experts - 1);
       break;
     case Fault::kRefused:
       require(false, "rank {} refused this {}: {}", fault.peer, name(operation), fault.refusal);

@@ -36,7 +36,8 @@ void Context::sweep() {
   for (int peer = 0; peer < num_ranks; ++peer) {
     std::uint64_t released = 0;
     std::memcpy(&released, words.data() + line * peer + offsetof(Progress, sent), sizeof released);
-    if (!windows_[peer]->owner_gone()) left = std::min(left, released);
+    // Far ranks write nothing here: a rank of our node passes their rows on.
+    if (!is_far(peer) && !is_gone(peer)) left = std::min(left, released);
   }
   std::erase_if(quarantine_, [&](const auto& entry) { return entry.first <= left; });
 }

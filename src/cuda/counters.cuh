@@ -16,6 +16,11 @@ __device__ inline void count_sent(const Common& common, int peer, std::uint64_t 
   add_relaxed(&common.counters.peers[peer].bytes_sent, bytes);
 }
 
+/// Bytes that this rank handed to the network for `peer`.
+__device__ inline void count_put(const Common& common, int peer, std::uint64_t bytes) {
+  add_relaxed(&common.counters.peers[peer].network_bytes, bytes);
+}
+
 /// Rows that came for an expert of ours.
 __device__ inline void count_received(const Common& common, int slot, std::int32_t rows) {
   add_relaxed(&common.counters.rows_per_slot[slot], static_cast<std::uint64_t>(rows));

@@ -6,6 +6,7 @@
 
 #include "cuda/dispatch_companions.cuh"
 #include "cuda/dispatch_movers.cuh"
+#include "cuda/progress.cuh"
 
 namespace deep_ep::cuda {
 

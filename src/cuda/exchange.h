@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "backend.h"
+#include "net/kernel_end.h"
 #include "plan/output.h"
 #include "plan/window.h"
 
@@ -49,6 +50,7 @@ struct Fault {
   std::uint64_t epoch;
   std::int64_t expected,
       seen;  // kDiffers: ours, theirs. kNoRoom, kTooManyRows, kFullSlot: needed, there. kBadId: at, expert
+  std::int64_t num_topk, num_experts;  // of the call
   char refusal[kRefusalBytes];
 };
 
@@ -87,9 +89,39 @@ struct State {
 };
 
 struct Peer {
-  std::byte* window;         // as this rank maps it
-  std::int32_t active;       // not masked
-  std::int32_t same_device;  // writes there do not cross a link
+  std::byte* window;          // as this rank maps it. Far: pinned memory that stands for its control part
+  std::byte* inbox;           // where the peer writes for us: our window. Far: pinned memory that the link fills
+  std::int32_t active;        // not masked
+  std::int32_t same_device;   // writes there do not cross a link
+  std::int32_t far;           // shares no memory with us: what we write there goes with a signal, or a put
+  std::int32_t inbox_region;  // far: numbers, in commands, of its forwarding slots
+  std::int32_t slots_region;  // and of its low-latency slots
+};
+
+/// Commands that kernels have written, in device memory.
+struct Pushed {
+  unsigned long long commands;
+  /// Low-latency puts, by operation modulo kOperationsInFlight: epoch << 32 | count.
+  unsigned long long puts[plan::kOperationsInFlight];
+};
+
+/// Forwarding slots as this rank's kernels have used them, in device memory; compared with net::SlotWords.
+struct SlotUse {
+  std::uint32_t taken[plan::kForwardSlots];  // how often we took each slot of the peer
+  std::uint32_t seen[plan::kForwardSlots];   // how many of the peer's chunks we took out of each of ours
+};
+
+/// The way to far ranks (net/link.h), as kernels see it. Pinned host memory, where nothing else is said.
+struct Far {
+  net::KernelEnd* end = nullptr;     // null: there are no far ranks
+  Pushed* pushed = nullptr;          // device memory
+  SlotUse* slot_use = nullptr;       // device memory, [num_ranks]
+  std::byte* chunks = nullptr;       // chunks on their way, by rank and slot
+  const std::byte* inbox = nullptr;  // chunks that have come, likewise
+  std::size_t slot_bytes = 0;
+  std::byte* staging = nullptr;  // low-latency data on its way, by ticket and rank
+  std::byte* slots = nullptr;    // low-latency data that has come, by ticket
+  std::int32_t chunk_region = 0, staging_region = 0;
 };
 
 /// What kernels count, in device memory; Statistics says what each number means.
@@ -104,6 +136,7 @@ struct Common {
   Mailbox* mailbox;
   Counters counters;
   const Peer* peers;  // [num_ranks]
+  Far far;
   plan::WindowLayout layout;
   int rank;
   int num_ranks;

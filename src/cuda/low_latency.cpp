@@ -191,7 +191,9 @@ class Dispatch {
     p.count_bytes = static_cast<std::uint32_t>(plan::count_bytes(call_.placement->max_slots()));
     p.messages_at = p.count_bytes * static_cast<std::uint32_t>(context_.num_ranks);
     p.pieces = std::max(plan::pieces_of_row(static_cast<std::int64_t>(call_.shape.row_bytes)), 1);
-    p.message_bytes = plan::MessageLayout::place(call_.shape).bytes;
+    p.far_message = plan::MessageLayout::place(call_.shape);
+    p.far_source_bytes = plan::dispatch_source_stride(context_.layout().low_latency_ticket_bytes, context_.num_ranks);
+    p.message_bytes = p.far_message.bytes;
     p.layout = call_.layout;
     p.expert_alignment = call_.expert_alignment;
     p.max_tokens_per_rank = call_.max_tokens_per_rank;
@@ -330,7 +332,8 @@ class Combine {
     p.encoded = plan::EncodedRow::place(in.wire, call_.hidden);
     p.slot_bytes = static_cast<std::int64_t>(plan::align_up(call_.wire_bytes, plan::MessageLayout::kAlignment));
     const std::size_t rows = static_cast<std::size_t>(p.max_tokens_per_rank) * p.slots.of_token;
-    p.by_lines = in.wire == WireFormat::kAsIs && rows <= plan::kFewRows &&
+    // Far rows come as parts come, so near ones do too.
+    p.by_lines = in.wire == WireFormat::kAsIs && rows <= plan::kFewRows && p.common.far.end == nullptr &&
                  rows * p.slot_lines <= context_.layout().line_bytes_of_ticket;
     p.x = static_cast<const std::byte*>(in.x.data);
     p.x_weights = static_cast<const float*>(in.topk_weights.data);

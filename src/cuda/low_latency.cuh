@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/low_latency.h"
-#include "cuda/wait.cuh"
+#include "cuda/progress.cuh"
 
 namespace deep_ep::cuda {
 
@@ -47,7 +47,11 @@ __device__ __forceinline__ void fetch_parameters(const Params& p) {
 struct Peers {
   Peer* of;
   __device__ std::byte* window(int rank) const { return of[rank].window; }
+  __device__ std::byte* inbox(int rank) const { return of[rank].inbox; }
   __device__ bool active(int rank) const { return of[rank].active != 0; }
+  __device__ bool far(int rank) const { return of[rank].far != 0; }
+  /// Takes part, and shares memory with us.
+  __device__ bool near(int rank) const { return of[rank].active != 0 && of[rank].far == 0; }
   /// Every thread of the block; a barrier must follow.
   __device__ void load(const Common& common) const {
     for (int peer = static_cast<int>(threadIdx.x); peer < common.num_ranks; peer += kLowLatencyThreads)
@@ -118,6 +122,10 @@ __device__ inline void tell_peers(const Now& now, std::uint64_t begun, std::uint
   while (released < needed && ptx::nanoseconds() <= now.deadline) released = advance_released_by_warp(now, begun, lane);
   __threadfence_system();
   for (int peer = lane; peer < now.common.num_ranks; peer += 32) {
+    if (now.far(peer)) {
+      tell_far_progress(now, peer, released, begun);
+      continue;
+    }
     volatile Progress& there = now.progress(peer, now.common.rank);
     there.sent = begun;
     there.released = released;
@@ -128,6 +136,7 @@ __device__ inline void tell_peers(const Now& now, std::uint64_t begun, std::uint
 /// One thread: the peer has left the operation that used our places there last. `window` is our own.
 __device__ inline bool has_room(const Now& now, std::byte* window, int peer, std::uint64_t needed) {
   const bool active = now.common.peers[peer].active != 0;
+  if (now.common.far.end != nullptr) window = now.common.peers[peer].inbox;
   const auto* released = reinterpret_cast<const std::uint64_t*>(window + now.common.layout.released(peer));
   const bool there = ptx::load_acquire_system(released) >= needed;
   return there || !active || await_room(now, peer, slots_depth(now.common));
@@ -147,6 +156,8 @@ __device__ inline bool open_operation(const Now& now, std::byte* window, std::ui
   }
   if (at.warp == kLowLatencyWarps - 1)
     for (int peer = at.lane; peer < common.num_ranks; peer += 32) room = has_room(now, window, peer, needed) && room;
+  if (at.warp == kLowLatencyWarps - 1 && common.far.end != nullptr && at.lane == 0)
+    room = await_left(now, needed) && room;
   room = __syncthreads_and(room) != 0;
   if (threadIdx.x == kLowLatencyThreads - 1 &&
       ptx::add_acquire_release(&common.state->blocks_begun, 1) + 1 == gridDim.x) {
@@ -220,16 +231,17 @@ __device__ inline bool is_our_call(const Now& now, int peer, std::int64_t field,
 
 /// A block: the call of each peer is ours. Where one is not, that is said, and whoever waits for what will never come
 /// sees it.
-__device__ inline bool hear(const Now& now, std::byte* window, const Peers& peers, const Place& at) {
+__device__ inline bool hear(const Now& now, const Peers& peers, const Place& at) {
   bool good = true;
   // The last warps: the first have rows to wait for.
   for (int peer = kLowLatencyWarps - 1 - at.warp; peer < now.common.num_ranks; peer += kLowLatencyWarps) {
     if (!peers.active(peer)) continue;
+    std::byte* const inbox = peers.inbox(peer);
     std::uint32_t value = 0;
-    if (!await_word(now, peer, &words_in(now, window, peer).announced, value, true, at.lane)) {
+    if (!await_word(now, peer, &words_in(now, inbox, peer).announced, value, true, at.lane)) {
       good = false;
     } else if (value == kSame) {
-      good = is_our_call(now, peer, load_field(now, window, peer, at.lane), at.lane) && good;
+      good = is_our_call(now, peer, load_field(now, inbox, peer, at.lane), at.lane) && good;
     } else {
       if (at.lane == 0) is_same_call(now, peer, value);  // says why not
       good = false;
@@ -280,6 +292,19 @@ struct Flags {
 __device__ inline bool await_flag(const Now& now, const std::uint32_t* flag, int peer) {
   const auto wanted = static_cast<std::uint32_t>(now.epoch);
   for (int polls = 1; ptx::load_acquire_system(flag) != wanted; ++polls) {
+    if (polls % 64 != 0) continue;
+    if (has_failed(now)) return false;  // another block has said why
+    if (ptx::nanoseconds() <= now.deadline) continue;
+    report(now, Fault::kTimeout, peer, 1, 0);
+    return false;
+  }
+  return true;
+}
+
+/// One thread: all that the far peer sends us in this operation has come. Acquires it.
+__device__ inline bool await_arrived(const Now& now, int peer) {
+  const std::uint64_t* const word = &now.words(now.common.rank, peer).arrived;
+  for (int polls = 1; ptx::load_acquire_system(word) >> 32 < now.epoch; ++polls) {
     if (polls % 64 != 0) continue;
     if (has_failed(now)) return false;  // another block has said why
     if (ptx::nanoseconds() <= now.deadline) continue;

@@ -34,6 +34,8 @@ struct LowLatencyDispatchParams {
   std::uint32_t count_bytes, messages_at;  // of a source's counts; where messages begin behind them
   int pieces;                              // of a row, at least one
   std::uint64_t message_bytes;             // as Statistics counts what is sent
+  plan::MessageLayout far_message;         // to and from far ranks
+  std::size_t far_source_bytes;            // of their slots, for each source
   OutputLayout layout;
   int expert_alignment, max_tokens_per_rank, num_topk;
   // As source.
@@ -82,7 +84,7 @@ struct LowLatencyCombineParams {
   std::size_t slot_lines;  // bytes from one slot to the next
   WireFormat wire;         // in parts
   plan::EncodedRow encoded;
-  std::int64_t slot_bytes;  // from one row's slot to the next
+  std::int64_t slot_bytes;  // from one row's slot to the next: a row as it crosses, padded
   // As the rank that computed the rows.
   const std::byte* x;
   const float* x_weights;        // travel home beside the rows

@@ -6,8 +6,8 @@
 
 #include <type_traits>
 
+#include "cuda/low_latency_combine_far.cuh"
 #include "cuda/low_latency_combine_lines.cuh"
-#include "cuda/low_latency_combine_parts.cuh"
 
 namespace deep_ep::cuda {
 
@@ -42,7 +42,7 @@ __device__ bool send(const Now& now, const Params& p, const Peers& peers, std::i
   if (!open_operation(now, p.window, p.ticket, at, (p.phases & kReceive) != 0)) return false;
   if (at.speaks())
     for (int peer = at.warp; peer < ranks; peer += kLowLatencyWarps) {
-      if (!peers.active(peer)) continue;
+      if (!peers.near(peer)) continue;
       write_signature(now, peers.window(peer), at.lane);
       __syncwarp();
       if (at.lane == 0) publish(now, &words_in(now, peers.window(peer), p.common.rank).announced, kSame);
@@ -55,6 +55,11 @@ __device__ bool send(const Now& now, const Params& p, const Peers& peers, std::i
       from.part = -1;
     }
   } else {
+    for (int home = at.block; p.common.far.end != nullptr && home < ranks; home += at.blocks) {
+      if (!peers.far(home) || !peers.active(home)) continue;
+      send_far<Number, Form>(now, p, peers, first_arrival, home, at);
+      __syncthreads();  // the next home counts anew
+    }
     const int of_round = at.warps() * Flags::kUnits;
     for (int begun = 0; begun < units; begun += of_round, flags.raise(now, at))
       for (int i = 0; i < Flags::kUnits && unit < units; ++i) {
@@ -72,7 +77,7 @@ __device__ bool send(const Now& now, const Params& p, const Peers& peers, std::i
 // Phases hear, sum. False: not all has come.
 template <class Number, bool kLevels, class Form>
 __device__ bool receive(const Now& now, const Params& p, const Peers& peers, const Place& at) {
-  const bool good = !at.speaks() || hear(now, p.window, peers, at);
+  const bool good = !at.speaks() || hear(now, peers, at);
   if constexpr (kLines<Form>)
     return sum_lines<Number, kLevels>(now, p, peers, at) && good;
   else

@@ -11,20 +11,37 @@ namespace {  // a part of one kernel, included by its file alone
 constexpr int kChunk = 512;  // bytes of a row that a warp adds at a time: sixteen for each lane
 constexpr int kAhead = 8;    // rows of which it reads at once
 
-// Slots of the ticket in an owner's window:  [ rows: max_tokens x topk | weights: f32, max_tokens x topk x topk ]
+// Slots of the ticket in an owner's window, or in memory that stands for it:  [ rows: max_tokens x topk | weights: topk
+// floats, padded, max_tokens x topk ]
 struct Slots {
   std::byte* base;
   std::int64_t stride;
   const Params& p;
 
+  __device__ Slots(const Params& params, std::byte* slots) : base(slots), stride(params.slot_bytes), p(params) {}
   __device__ Slots(const Now& now, const Params& params, std::byte* window)
-      : base(window + now.common.layout.low_latency(ticket_of(now))), stride(params.slot_bytes), p(params) {}
-  __device__ std::byte* row(int token, int k) const { return base + (std::int64_t{token} * p.num_topk + k) * stride; }
+      : Slots(params, window + now.common.layout.low_latency(ticket_of(now))) {}
+  __device__ std::int64_t row_at(int token, int k) const { return (std::int64_t{token} * p.num_topk + k) * stride; }
+  __device__ std::byte* row(int token, int k) const { return base + row_at(token, k); }
   // All weights of the row in a slot: one for each selection.
-  __device__ float* weights(int token, int k) const {
+  __device__ std::int64_t weights_at(int token, int k) const {
     const std::int64_t slots = std::int64_t{p.max_tokens_per_rank} * p.num_topk;
-    return reinterpret_cast<float*>(base + slots * stride) + (std::int64_t{token} * p.num_topk + k) * p.num_topk;
+    return slots * stride +
+           (std::int64_t{token} * p.num_topk + k) * static_cast<std::int64_t>(plan::combine_weights_stride(p.num_topk));
   }
+  __device__ float* weights(int token, int k) const { return reinterpret_cast<float*>(base + weights_at(token, k)); }
+};
+
+// Slots of one token at its home: rows of far ranks come into memory of their own.
+struct HomeSlots {
+  Slots near, far;
+  unsigned of_far;  // selections whose rank is far
+
+  __device__ HomeSlots(const Now& now, const Params& p, const Peers& peers, const Terms& t)
+      : near(now, p, p.window), far(p, far_slots_of(p.common, ticket_of(now))), of_far(0) {
+    if (p.common.far.end != nullptr) of_far = __ballot_sync(kAllLanes, t.rank >= 0 && peers.far(t.rank));
+  }
+  __device__ const Slots& of(int k) const { return (of_far >> k & 1) != 0 ? far : near; }
 };
 
 __device__ std::int64_t flag_number(const Params& p, int rank, int token, int part) {
@@ -123,44 +140,52 @@ __device__ void send_weights(const Params& p, const Slots& home, int token, std:
   }
 }
 
+// What one part of an arrival's rows is made into at their home.
+template <class Number, class Wire>
+__device__ void write_part(const Params& p, const Slots& slots, const Arrival& from, unsigned selected,
+                           std::int64_t begin, std::int64_t end, int lane) {
+  const unsigned sent = one_row_per_rank(p) ? 1u << (31 - __clz(selected)) : selected;
+  if constexpr (Wire::kEncodes) {
+    send_encoded<Number, Wire>(p, slots, from.token, sent, from.row, begin, end, lane);
+  } else if (p.pre_reduce && p.layout != OutputLayout::kByRank) {
+    const float weight =
+        p.arrival_weights != nullptr && lane < p.num_topk ? p.arrival_weights[from.arrival * p.num_topk + lane] : 1;
+    send_sum<Number>(p, slots, from.token, selected, from.row, weight, begin, end, lane);
+  } else {
+    send_rows(p, slots, from.token, sent, from.row, begin, end, lane);
+  }
+}
+
 template <class Number, class Wire>
 __device__ void send_part(const Now& now, const Params& p, const Peers& peers, const std::int32_t* first_arrival,
                           const Flags& flags, const Arrival& from, int lane) {
   const auto [arrival, part, token, row] = from;
   const int home = home_of(first_arrival, arrival);
-  if (!peers.active(home)) return;
+  if (!peers.near(home)) return;
   const unsigned selected = __ballot_sync(kAllLanes, row >= 0);
   const Slots slots(now, p, peers.window(home));
   const std::int64_t begin = std::int64_t{part} * p.parts.bytes;
   const std::int64_t end = begin + p.parts.bytes < p.row_bytes ? begin + p.parts.bytes : p.row_bytes;
   if (selected == 0) return;
-  const unsigned highest = 1u << (31 - __clz(selected));
-  const unsigned sent = one_row_per_rank(p) ? highest : selected;
-  if constexpr (Wire::kEncodes) {
-    send_encoded<Number, Wire>(p, slots, token, sent, row, begin, end, lane);
-  } else if (p.pre_reduce && p.layout != OutputLayout::kByRank) {
-    const float weight =
-        p.arrival_weights != nullptr && lane < p.num_topk ? p.arrival_weights[arrival * p.num_topk + lane] : 1;
-    send_sum<Number>(p, slots, token, selected, row, weight, begin, end, lane);
-  } else {
-    send_rows(p, slots, token, sent, row, begin, end, lane);
-  }
+  write_part<Number, Wire>(p, slots, from, selected, begin, end, lane);
   if (part == 0 && p.x_weights != nullptr) send_weights(p, slots, token, arrival, selected, row, lane);
   if (lane == 0) flags.add(flag_of(now, peers.window(home), flag_number(p, p.common.rank, token, part)));
 }
 
 // All lanes: the part has come from every rank that has a row of this token.
-__device__ bool await_part(const Now& now, const Params& p, const Terms& t, std::byte* window, int token, int part,
+__device__ bool await_part(const Now& now, const Params& p, const Terms& t, const HomeSlots& slots, int token, int part,
                            int lane) {
   bool came = true;
   if ((t.leaders >> lane & 1) != 0)
-    came = await_flag(now, flag_of(now, window, flag_number(p, t.rank, token, part)), t.rank);
+    came = (slots.of_far >> lane & 1) != 0
+               ? await_arrived(now, t.rank)
+               : await_flag(now, flag_of(now, p.window, flag_number(p, t.rank, token, part)), t.rank);
   return __all_sync(kAllLanes, came) != 0;
 }
 
 // Sixteen bytes of a token's sum for each lane.
 template <class Number, bool kLevels, class Wire>
-__device__ void sum_chunk(const Params& p, const Terms& t, const Slots& slots, int token, std::int64_t byte,
+__device__ void sum_chunk(const Params& p, const Terms& t, const HomeSlots& slots, int token, std::int64_t byte,
                           float weight, int lane) {
   const bool mine = byte < p.row_bytes;
   Sum<Number, kLevels> sum;
@@ -171,7 +196,7 @@ __device__ void sum_chunk(const Params& p, const Terms& t, const Slots& slots, i
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       k[i] = __shfl_sync(kAllLanes, t.k, first + i);
-      if (first + i < t.count && mine) v[i] = Wire::load(p.encoded, slots.row(token, k[i]), byte);
+      if (first + i < t.count && mine) v[i] = Wire::load(p.encoded, slots.of(k[i]).row(token, k[i]), byte);
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i)
@@ -193,23 +218,23 @@ __device__ bool sum_parts(const Now& now, const Params& p, const Peers& peers, c
   const int sharing = wanted < 1 ? 1 : wanted > chunks ? chunks : wanted;
   const int of_warp = (chunks + sharing - 1) / sharing;
   const int shares = (chunks + of_warp - 1) / of_warp;
-  const Slots slots(now, p, p.window);
   for (int unit = at.number(); unit < p.num_tokens * shares; unit += at.warps()) {
     const int token = unit / shares, first = unit % shares * of_warp;
     const Terms t = make_terms(p, peers, rank_of_selection(p, token, at.lane), at.lane);
+    const HomeSlots slots(now, p, peers, t);
     const float weight = weight_of_selection(p, token, at.lane);
     int part = -1;
     bool came = true;
     for (int chunk = first; came && chunk < first + of_warp && chunk < chunks; ++chunk) {
       const int next_part = p.row_bytes > 0 ? chunk * kChunk / p.parts.bytes : 0;
-      if (next_part != part) came = await_part(now, p, t, p.window, token, part = next_part, at.lane);
+      if (next_part != part) came = await_part(now, p, t, slots, token, part = next_part, at.lane);
       if (!came) break;
       if (p.row_bytes > 0)
         sum_chunk<Number, kLevels, Wire>(p, t, slots, token, std::int64_t{chunk} * kChunk + 16 * at.lane, weight,
                                          at.lane);
       if (chunk == 0 && p.weights_out != nullptr) {
         const auto entry = [&](bool wanted_here, int row, int k) {
-          return wanted_here ? __ldcg(slots.weights(token, row) + k) : 0.0f;
+          return wanted_here ? __ldcg(slots.of(row).weights(token, row) + k) : 0.0f;
         };
         const float joined = home_weight(p, t, entry, at.lane);
         if (at.lane < p.num_topk) p.weights_out[std::int64_t{token} * p.num_topk + at.lane] = joined;

@@ -40,6 +40,7 @@ __device__ bool take_counts(const Now& now, const Params& p, const Peers& peers,
   const auto most = static_cast<std::uint32_t>(p.max_tokens_per_rank);
   for (int i = static_cast<int>(threadIdx.x); i < ranks * lines; i += kLowLatencyThreads) {
     const int src = i / lines, line = i - src * lines;
+    if (peers.far(src) && peers.active(src)) continue;
     uint4 v{};
     if (peers.active(src) && !await_line(now, messages.counts(src) + plan::kLineBytes * line, v, src)) return false;
     if (line == 0) {
@@ -52,6 +53,31 @@ __device__ bool take_counts(const Now& now, const Params& p, const Peers& peers,
       rows[slot] = static_cast<std::int32_t>(min(word_of(v, w), most * p.num_topk));
   }
   return true;
+}
+
+// A block, a warp for each far source: the same from its announcement. Its tokens are those alone that come.
+__device__ bool take_far_counts(const Now& now, const Params& p, const Peers& peers, const Gathered& g,
+                                const Place& at) {
+  const auto most = static_cast<std::uint32_t>(p.max_tokens_per_rank);
+  bool good = true;
+  for (int src = at.warp; src < p.common.num_ranks; src += kLowLatencyWarps) {
+    if (!peers.far(src) || !peers.active(src)) continue;
+    std::byte* const inbox = peers.inbox(src);
+    std::uint32_t value = 0;
+    // What it says besides kSame is found out by whoever hears of the calls.
+    if (!await_word(now, src, &words_in(now, inbox, src).announced, value, false, at.lane) || value != kSame) {
+      good = false;
+      continue;
+    }
+    const std::int32_t* const counted = announced_tokens_in(now, inbox, src);
+    if (at.lane == 0)
+      g.tokens[src] = g.first_arrival[src] =
+          static_cast<std::int32_t>(min(static_cast<std::uint32_t>(__ldcg(counted)), most));
+    for (int slot = at.lane; slot < p.num_slots; slot += 32)
+      g.rows_before[src * p.num_slots + slot] = static_cast<std::int32_t>(
+          min(static_cast<std::uint32_t>(__ldcg(counted + p.common.num_ranks + slot)), most * p.num_topk));
+  }
+  return good;
 }
 
 // A warp: values[0 .. count) become what comes before each; values[count] all.
@@ -77,6 +103,7 @@ __device__ bool gather(const Now& now, const Params& p, const Shared& shared, co
   const int ranks = p.common.num_ranks, slots = p.num_slots;
   const bool padded = p.layout == OutputLayout::kPadded;
   bool good = take_counts(now, p, shared.peers, g);
+  if (p.common.far.end != nullptr) good = take_far_counts(now, p, shared.peers, g, at) && good;
   if (!__syncthreads_and(good)) return false;
   const std::int32_t padded_rows = ranks * p.max_tokens_per_rank;
   for (int slot = static_cast<int>(threadIdx.x); slot < slots; slot += kLowLatencyThreads) {

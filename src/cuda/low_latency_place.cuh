@@ -16,24 +16,55 @@ struct Arrived {
   std::int32_t row;      // where it goes; -1: nowhere
 };
 
-__device__ Arrived arrived(const Params& p, const Gathered& g, const std::byte* message, int src, int token, uint4 head,
-                           int lane) {
+// What a source says of a token, or of the lane's selection of it: numbers among those that it sends here.
+struct Told {
+  std::int32_t slot, row;
+  std::int32_t arrival;  // negative: the token does not come here
+};
+
+__device__ Arrived arrived(const Params& p, const Gathered& g, const std::byte* message, int src, int token,
+                           const Told& told, int lane) {
   Arrived a{message, src, token, -1, -1, -1};
-  const auto number = static_cast<std::int32_t>(__shfl_sync(kAllLanes, head.z, 0));
-  if (number < 0) return a;
-  a.arrival = g.first_arrival[src] + number;
+  if (told.arrival < 0) return a;
+  a.arrival = g.first_arrival[src] + told.arrival;
   if (a.arrival >= p.most_arrivals) a.arrival = -1;  // of a peer that makes another call
-  if (lane >= p.num_topk || head.x >= static_cast<std::uint32_t>(p.num_slots)) return a;
-  a.slot = static_cast<std::int32_t>(head.x);
+  if (lane >= p.num_topk || static_cast<std::uint32_t>(told.slot) >= static_cast<std::uint32_t>(p.num_slots)) return a;
+  a.slot = told.slot;
   a.row = p.layout == OutputLayout::kByRank
               ? a.arrival
-              : g.slot_first[a.slot] + g.rows_before[src * p.num_slots + a.slot] + static_cast<std::int32_t>(head.y);
+              : g.slot_first[a.slot] + g.rows_before[src * p.num_slots + a.slot] + told.row;
   if (static_cast<std::uint32_t>(a.row) >= static_cast<std::uint32_t>(p.most_rows)) a.row = -1;
   return a;
 }
 
+// What comes beside a row, as lines.
+struct LinesBeside {
+  const Now& now;
+  const Params& p;
+  const Arrived& a;
+  int lane;
+
+  __device__ bool weight(float& weight) const {
+    uint4 line;
+    const bool came =
+        await_line(now, a.message + p.lines.weights_at + lane / plan::kLineWords * plan::kLineBytes, line, a.src);
+    weight = __uint_as_float(word_of(line, lane % plan::kLineWords));
+    return came;
+  }
+  // Every lane; each takes words of its own.
+  template <class Write>
+  __device__ bool side(int i, int words, const Write& write) const {
+    return receive_array(now, a.message + p.lines.side_at[i], words, a.src, lane, write);
+  }
+  template <class Write>
+  __device__ bool scales(const Write& write) const {
+    return receive_array(now, a.message + p.lines.scales_at, p.shape.num_scales, a.src, lane, write);
+  }
+};
+
 // All that comes once per token. False: not all has come.
-__device__ bool place_beside(const Now& now, const Params& p, const Arrived& a, int lane) {
+template <class Beside>
+__device__ bool place_beside(const Params& p, const Arrived& a, const Beside& beside, int lane) {
   const bool by_rank = p.layout == OutputLayout::kByRank;
   const std::int64_t entry = std::int64_t{a.arrival} * p.num_topk + lane;
   bool good = true;
@@ -47,9 +78,8 @@ __device__ bool place_beside(const Now& now, const Params& p, const Arrived& a, 
     p.tables.arrival_row[entry] = a.row;
     if (p.tables.row_token != nullptr && a.row >= 0) p.tables.row_token[a.row] = a.token;
     if (p.shape.topk_weights) {
-      uint4 line;
-      good = await_line(now, a.message + p.lines.weights_at + lane / plan::kLineWords * plan::kLineBytes, line, a.src);
-      const float weight = __uint_as_float(word_of(line, lane % plan::kLineWords));
+      float weight = 0;
+      good = beside.weight(weight);
       auto* const weights = reinterpret_cast<float*>(p.block + p.at.topk_weights_at);
       p.tables.arrival_weights[entry] = weight;
       if (by_rank) weights[entry] = weight;
@@ -60,9 +90,7 @@ __device__ bool place_beside(const Now& now, const Params& p, const Arrived& a, 
   for (int i = 0; i < p.shape.num_side; ++i) {
     const int words = static_cast<int>(p.shape.side_bytes[i] / 4);
     auto* const to = reinterpret_cast<std::int32_t*>(p.block + p.at.side_at[i]) + std::int64_t{a.arrival} * words;
-    good = receive_array(now, a.message + p.lines.side_at[i], words, a.src, lane,
-                         [&](int word, std::int32_t value) { to[word] = value; }) &&
-           good;
+    good = beside.side(i, words, [&](int word, std::int32_t value) { to[word] = value; }) && good;
   }
   return good;
 }
@@ -78,27 +106,42 @@ __device__ std::int32_t* scales_of(const Params& p, std::int64_t row) {
 }
 
 // Scales that the caller brought, with the first piece. `row`: of the lane's selection. False: not all has come.
-__device__ __noinline__ bool place_given_scales(const Now& now, const Params& p, const std::byte* message, int src,
-                                                std::int32_t row, unsigned targets, int lane) {
-  std::int32_t rows[32];  // in memory: lanes take lines apart from one another
+template <class Beside>
+__device__ __noinline__ bool place_given_scales(const Params& p, const Beside& beside, std::int32_t row,
+                                                unsigned targets) {
+  std::int32_t rows[32];  // in memory: lanes take words apart from one another
   for (int k = 0; k < 32; ++k) rows[k] = __shfl_sync(kAllLanes, row, k);
-  return receive_array(now, message + p.lines.scales_at, p.shape.num_scales, src, lane,
-                       [&](int word, std::int32_t value) {
-                         for (unsigned rest = targets; rest != 0; rest &= rest - 1)
-                           scales_of(p, rows[__ffs(rest) - 1])[word * p.at.scale_column_stride] = value;
-                       });
+  return beside.scales([&](int word, std::int32_t value) {
+    for (unsigned rest = targets; rest != 0; rest &= rest - 1)
+      scales_of(p, rows[__ffs(rest) - 1])[word * p.at.scale_column_stride] = value;
+  });
 }
 
-// A piece of a row and its scales, to each row of the token here.
-__device__ void place_piece(const Params& p, const Arrived& a, const PieceLines& came, uint4 scales, int piece,
-                            int lane) {
+// What comes with the first piece of a row. False: not all has come.
+template <class Beside>
+__device__ bool place_rest(const Params& p, const Arrived& a, const Beside& beside, int lane) {
+  const bool good = !p.scales_given || place_given_scales(p, beside, a.row, targets_of(p, a));
+  return place_beside(p, a, beside, lane) && good;
+}
+
+// Where the first of a lane's scales of a piece stands among the row's, and how far the next one of it is away.
+struct ScaleAt {
+  int first, step;
+  __device__ ScaleAt(const Params& p, int piece, int lane) {
+    const bool packed = p.scale_kind == plan::Fp8Scale::kUe8m0;
+    step = packed ? 1 : 4;
+    first = piece * plan::kPieceVectors * step + (packed ? 0 : lane / 8);
+  }
+};
+
+// A piece of a row and its scales, to each row of the token here. `came.vector(i)`: sixteen bytes of the lane.
+template <class Piece>
+__device__ void place_piece(const Params& p, const Arrived& a, const Piece& came, uint4 scales, int piece, int lane) {
   const int count = vectors_of(p, piece, lane);
   const auto row_bytes = static_cast<std::int64_t>(p.shape.row_bytes);
   std::byte* const first = p.block + p.at.x_at + piece * plan::kPieceBytes + 16 * lane;
   const bool writes = p.quantize && writes_scales(p, count, lane);
-  const bool packed = p.scale_kind == plan::Fp8Scale::kUe8m0;
-  const int of_vector = packed ? 1 : 4;
-  const int scale = (piece * plan::kPieceVectors) * of_vector + (packed ? 0 : lane / 8);
+  const ScaleAt scale(p, piece, lane);
   for (unsigned rest = targets_of(p, a); rest != 0; rest &= rest - 1) {
     const std::int64_t row = __shfl_sync(kAllLanes, a.row, __ffs(rest) - 1);
 #pragma unroll
@@ -107,7 +150,7 @@ __device__ void place_piece(const Params& p, const Arrived& a, const PieceLines&
     if (!writes) continue;
     std::int32_t* const to = scales_of(p, row);
     for (int i = 0; i < count; ++i)
-      to[(scale + i * of_vector) * p.at.scale_column_stride] = static_cast<std::int32_t>(word_of(scales, i));
+      to[(scale.first + i * scale.step) * p.at.scale_column_stride] = static_cast<std::int32_t>(word_of(scales, i));
   }
 }
 
@@ -135,12 +178,12 @@ __device__ bool receive_piece(const Now& now, const Params& p, const Gathered& g
     const bool heads = __any_sync(kAllLanes, !told) != 0;
     if (!await_watched(now, lane == 0 ? (heads ? message : last) : nullptr, src)) return false;
   }
-  const Arrived a = arrived(p, g, message, src, token, head, lane);
+  const Told of_lane{static_cast<std::int32_t>(head.x), static_cast<std::int32_t>(head.y),
+                     static_cast<std::int32_t>(__shfl_sync(kAllLanes, head.z, 0))};
+  const Arrived a = arrived(p, g, message, src, token, of_lane, lane);
   if (a.arrival < 0) return true;
   place_piece(p, a, row, scales, piece, lane);
-  if (piece != 0) return true;
-  bool good = p.scales_given ? place_given_scales(now, p, message, src, a.row, targets_of(p, a), lane) : true;
-  return place_beside(now, p, a, lane) && good;
+  return piece != 0 || place_rest(p, a, LinesBeside{now, p, a, lane}, lane);
 }
 
 // Rows that nobody writes: padding between experts is zero, ids behind the last arrival say "nobody".
@@ -162,26 +205,6 @@ __device__ void clear_unwritten(const Params& p, const Gathered& g, const Place&
   for (std::int64_t i = g.first_arrival[p.common.num_ranks] * words + number * 32 + at.lane;
        i < p.most_arrivals * words; i += std::int64_t{warps} * 32)
     ids[i] = -1;
-}
-
-// Phases hear, gather, place. False: not all has come.
-__device__ bool receive(const Now& now, const Params& p, const Shared& shared, const Place& at) {
-  const Gathered g = gathered_of(p, shared);
-  bool good = !at.speaks() || hear(now, p.window, shared.peers, at);
-  if (!gather(now, p, shared, g, at)) return false;
-  if (at.speaks()) write_tables(p, g);
-  const int ranks = p.common.num_ranks;
-  const Messages messages(now, p, p.window);
-  int tokens = 0;
-  for (int src = 0; src < ranks; ++src) tokens += g.tokens[src];
-  for (int unit = at.number(); good && unit < tokens * p.pieces; unit += at.warps()) {
-    int src = 0, token = unit / p.pieces;
-    const int piece = unit - token * p.pieces;
-    while (token >= g.tokens[src]) token -= g.tokens[src++];
-    good = receive_piece(now, p, g, messages.of(src, token), src, token, piece, at.lane);
-  }
-  clear_unwritten(p, g, at);
-  return good;
 }
 
 }  // namespace

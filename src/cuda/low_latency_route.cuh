@@ -112,6 +112,8 @@ struct RouteCounters {
 
 __device__ int slots_of(const Params& p, int rank) { return p.first_copy[rank + 1] - p.first_copy[rank]; }
 
+constexpr unsigned long long kNoSelection = ~0ull;
+
 // How many tokens a batch of a block has, and how they are shared.
 struct Batch {
   int steps, of_warp, tokens, warps;
@@ -126,11 +128,12 @@ struct Batch {
 };
 
 // One thread: names a selection that does not exist to a peer.
-__device__ __noinline__ void refuse_selection(const Now& now, const Params& p, std::byte* window, std::int64_t bad) {
+__device__ __noinline__ void refuse_selection(const Now& now, const Params& p, int dst, std::byte* window,
+                                              std::int64_t bad) {
   Announcement& mine = announcement_in(now, window, p.common.rank);
   mine.bad_selection = bad;
   mine.bad_expert = expert_of(p, bad);
-  publish(now, &words_in(now, window, p.common.rank).announced, kBadExpert);
+  publish_to(now, dst, net::Flag::kAnnounced, kBadExpert, plan::WindowLayout::kAnnouncementHead);
 }
 
 // What a block has read before it may write to anybody: its first step, and how many slots its destination has.
@@ -142,17 +145,16 @@ struct RouteAhead {
       : selection(read_selection(p, at.warp * Batch(p, p.num_tokens).of_warp, at.lane)), slots(slots_of(p, dst)) {}
 };
 
-// A block: which of our tokens go to one destination, in token order. Then says how many. The counters are clear.
-__device__ void route_to(const Now& now, const Params& p, const Shared& shared, int dst, const RouteAhead& ahead,
-                         const Place& at) {
+// A block: which of our tokens go to one destination, in token order; all of them, and each slot's, are counted in
+// `counters`, which are clear before. Each warp calls place(routed, row, arrival) for each of its steps, all lanes:
+// final numbers, among ours to that destination, of the lane's selection and its token, -1 where it does not go there.
+// Returns the lowest selection that does not exist; after one nothing is placed.
+template <class Placing>
+__device__ unsigned long long route_tokens(const Params& p, const Shared& shared, int dst, const RouteAhead& ahead,
+                                           const RouteCounters& counters, const Place& at, const Placing& place) {
   __shared__ unsigned long long bad;  // lowest selection that does not exist
-  const int me = p.common.rank, slots = ahead.slots, of_step = 32 / p.num_topk;
-  const std::uint32_t number = number_of(now);
-  const RouteCounters counters(shared, slots);
-  std::byte* const window = shared.peers.window(dst);
-  const Messages messages(now, p, window);
-  if (threadIdx.x == 0) bad = ~0ull;
-  if (at.warp == kLowLatencyWarps - 1) write_signature(now, window, at.lane);
+  const int slots = ahead.slots, of_step = 32 / p.num_topk;
+  if (threadIdx.x == 0) bad = kNoSelection;
   __syncthreads();
   for (int done = 0; done < p.num_tokens;) {
     const Batch batch(p, p.num_tokens - done);
@@ -170,7 +172,7 @@ __device__ void route_to(const Now& now, const Params& p, const Shared& shared, 
     __syncthreads();
     counters.add_up(batch.warps);
     __syncthreads();
-    if (at.warp < batch.warps && bad == ~0ull) {
+    if (at.warp < batch.warps && bad == kNoSelection) {
 #pragma unroll
       for (int i = 0; i < kRouteSteps; ++i) {
         if (i >= batch.steps) continue;
@@ -178,10 +180,8 @@ __device__ void route_to(const Now& now, const Params& p, const Shared& shared, 
         const unsigned of_token = __match_any_sync(kAllLanes, r.token >= 0 ? r.token : -1 - at.lane);
         const unsigned leader = __ballot_sync(kAllLanes, r.arrival >= 0) & of_token;
         const int arrival = __shfl_sync(kAllLanes, r.arrival, leader != 0 ? __ffs(leader) - 1 : at.lane);
-        if (r.token < 0) continue;
         const int row = r.slot >= 0 ? r.row + counters.of(at.warp)[r.slot] : 0;
-        write_head(p, messages.of(me, r.token), r, row, leader != 0 ? arrival + counters.of(at.warp)[slots] : -1,
-                   number);
+        place(r, row, leader != 0 ? arrival + counters.of(at.warp)[slots] : -1);
       }
     }
     done += batch.tokens;
@@ -190,8 +190,24 @@ __device__ void route_to(const Now& now, const Params& p, const Shared& shared, 
     counters.clear_warps(batch.warps);
     __syncthreads();
   }
-  if (bad != ~0ull) {
-    if (threadIdx.x == 0) refuse_selection(now, p, window, static_cast<std::int64_t>(bad));
+  return bad;
+}
+
+// A block: tells one destination which of our tokens come, then how many.
+__device__ void route_to(const Now& now, const Params& p, const Shared& shared, int dst, const RouteAhead& ahead,
+                         const Place& at) {
+  const int me = p.common.rank, slots = ahead.slots;
+  const std::uint32_t number = number_of(now);
+  const RouteCounters counters(shared, slots);
+  std::byte* const window = shared.peers.window(dst);
+  const Messages messages(now, p, window);
+  if (at.warp == kLowLatencyWarps - 1) write_signature(now, window, at.lane);
+  const auto place = [&](const Routed& r, int row, int arrival) {
+    if (r.token >= 0) write_head(p, messages.of(me, r.token), r, row, arrival, number);
+  };
+  const unsigned long long bad = route_tokens(p, shared, dst, ahead, counters, at, place);
+  if (bad != kNoSelection) {
+    if (threadIdx.x == 0) refuse_selection(now, p, dst, window, static_cast<std::int64_t>(bad));
     return;
   }
   for (int line = static_cast<int>(threadIdx.x); line < plan::count_lines(slots); line += kLowLatencyThreads) {

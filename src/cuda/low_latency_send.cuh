@@ -185,11 +185,11 @@ __device__ __noinline__ void send_beside(const Params& p, std::byte* message, in
   send_words(message + p.lines.weights_at, p.num_topk, __float_as_uint(weight), number, lane);
 }
 
-// A warp: one piece of one token to all its ranks.
+// A warp: one piece of one token to all its ranks but the far ones.
 template <Rows kRows>
 __device__ void send_piece(const Now& now, const Params& p, const Shared& shared,
                            const typename PieceOf<kRows>::Type& loaded, int rank, int token, int piece, int lane) {
-  if (rank >= 0 && !shared.peers.active(rank)) rank = -1;
+  if (rank >= 0 && !shared.peers.near(rank)) rank = -1;
   const Outgoing out = loaded.outgoing(p, token, piece, lane);
   const unsigned same = __match_any_sync(kAllLanes, rank);
   const unsigned leaders = __ballot_sync(kAllLanes, rank >= 0 && (same & ((1u << lane) - 1)) == 0);
@@ -205,43 +205,6 @@ __device__ void send_piece(const Now& now, const Params& p, const Shared& shared
                               {out.scales[0], out.scales[1], out.scales[2], number});
     if (beside) send_beside(p, message, dst, rank, token, number, lane);
   }
-}
-
-// Phases open, route, send. False: not all was sent.
-template <Rows kRows>
-__device__ bool send(const Now& now, const Params& p, const Shared& shared, const Place& at) {
-  const int ranks = p.common.num_ranks;
-  const int units = p.num_tokens * p.pieces;
-  int unit = at.number(ranks);  // blocks that route take rows last
-  int token = 0, piece = 0, rank = -1;
-  typename PieceOf<kRows>::Type loaded;
-  const auto look = [&] {  // starts the loads of a unit
-    token = unit / p.pieces, piece = unit - token * p.pieces;
-    loaded.load(p, token, piece, at.lane);
-    rank =
-        at.lane < p.num_topk ? replica_of(p, expert_of(p, std::int64_t{token} * p.num_topk + at.lane), token).rank : -1;
-  };
-  if (unit < units) look();
-  shared.peers.load(p.common);
-  // All that can be read is read before anybody may be written to.
-  RouteAhead ahead;
-  if (at.block < ranks) {
-    ahead = RouteAhead(p, at.block, at);
-    RouteCounters(shared, p.max_slots).clear(route_warps(p.max_slots));
-  }
-  if (!open_operation(now, p.window, p.ticket, at, (p.phases & kReceive) != 0)) return false;
-  if (at.block < ranks && shared.peers.active(at.block)) route_to(now, p, shared, at.block, ahead, at);
-  for (int dst = at.block + at.blocks; dst < ranks; dst += at.blocks) {  // fewer blocks than ranks
-    __syncthreads();
-    RouteCounters(shared, p.max_slots).clear(route_warps(p.max_slots));
-    if (shared.peers.active(dst)) route_to(now, p, shared, dst, RouteAhead(p, dst, at), at);
-  }
-  while (unit < units) {
-    send_piece<kRows>(now, p, shared, loaded, rank, token, piece, at.lane);
-    unit += at.warps();
-    if (unit < units) look();
-  }
-  return true;
 }
 
 }  // namespace

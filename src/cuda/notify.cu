@@ -2,7 +2,7 @@
 // Before any row moves: routes and counts of our tokens, in token order and the same on every run; announcements to all
 // peers; and, as receiver, where each source's rows begin. Phases: route, prefix, announce, number, plan.
 #include "cuda/kernels.h"
-#include "cuda/wait.cuh"
+#include "cuda/progress.cuh"
 
 namespace deep_ep::cuda {
 
@@ -324,7 +324,7 @@ __global__ void refuse(const __grid_constant__ RefuseParams p) {
     await_room(now, peer);
     Announcement& mine = now.announcement(peer, p.common.rank);
     for (int i = 0; i < kRefusalBytes; ++i) mine.refusal[i] = p.text[i];
-    publish(now, &now.words(peer, p.common.rank).announced, kRefusedByHost);
+    publish_to(now, peer, net::Flag::kAnnounced, kRefusedByHost, plan::WindowLayout::kAnnouncementHead);
   }
   const bool low_latency =
       p.common.operation == Operation::kLowLatencyDispatch || p.common.operation == Operation::kLowLatencyCombine;

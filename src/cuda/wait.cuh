@@ -20,29 +20,34 @@ struct Now {
 
   __device__ std::byte* window(int of) const { return common.peers[of].window; }
   __device__ bool active(int peer) const { return common.peers[peer].active != 0; }
+  __device__ bool far(int peer) const { return common.peers[peer].far != 0; }
+  /// Where `writer` writes for `owner`; one of them is this rank.
+  __device__ std::byte* control(int owner, int writer) const {
+    return owner == common.rank ? common.peers[writer].inbox : common.peers[owner].window;
+  }
   /// Words, announcement and reply that `writer` writes in the window of `owner`.
   __device__ plan::Words& words(int owner, int writer) const {
-    return *reinterpret_cast<plan::Words*>(window(owner) + common.layout.words(epoch, writer));
+    return *reinterpret_cast<plan::Words*>(control(owner, writer) + common.layout.words(epoch, writer));
   }
   __device__ Announcement& announcement(int owner, int writer) const {
-    return *reinterpret_cast<Announcement*>(window(owner) + common.layout.announcement(epoch, writer));
+    return *reinterpret_cast<Announcement*>(control(owner, writer) + common.layout.announcement(epoch, writer));
   }
   __device__ std::int32_t* announced_tokens(int owner, int writer) const {
-    return reinterpret_cast<std::int32_t*>(window(owner) + common.layout.announcement(epoch, writer) +
+    return reinterpret_cast<std::int32_t*>(control(owner, writer) + common.layout.announcement(epoch, writer) +
                                            plan::WindowLayout::kAnnouncementHead);
   }
   __device__ std::int32_t* announced_rows(int owner, int writer) const {
     return announced_tokens(owner, writer) + common.num_ranks;
   }
   __device__ Reply& reply(int owner, int writer) const {
-    return *reinterpret_cast<Reply*>(window(owner) + common.layout.reply(epoch, writer));
+    return *reinterpret_cast<Reply*>(control(owner, writer) + common.layout.reply(epoch, writer));
   }
   __device__ std::int32_t* reply_first_rows(int owner, int writer) const {
-    return reinterpret_cast<std::int32_t*>(window(owner) + common.layout.reply(epoch, writer) +
+    return reinterpret_cast<std::int32_t*>(control(owner, writer) + common.layout.reply(epoch, writer) +
                                            plan::WindowLayout::kReplyHead);
   }
   __device__ Progress& progress(int owner, int writer) const {
-    return *reinterpret_cast<Progress*>(window(owner) + common.layout.released(writer));
+    return *reinterpret_cast<Progress*>(control(owner, writer) + common.layout.released(writer));
   }
   __device__ std::uint64_t* released(int owner, int writer) const { return &progress(owner, writer).released; }
 };
@@ -62,6 +67,8 @@ __device__ __noinline__ inline void report(const Now& now, Fault::Kind kind, int
   fault.epoch = now.epoch;
   fault.expected = expected;
   fault.seen = seen;
+  fault.num_topk = now.common.signature[Signature::kTopk];
+  fault.num_experts = now.common.signature[Signature::kExperts];
   for (int i = 0; i < kRefusalBytes; ++i) fault.refusal[i] = refusal != nullptr ? refusal[i] : '\0';
   __threadfence_system();  // the record, then the mark that it is there
   fault.kind = kind;
@@ -186,58 +193,6 @@ __device__ inline bool last_block(const Now& now) {
   }
   __syncthreads();
   return last;
-}
-
-/// Nobody writes for that operation into our window any more, except ranks that are left out.
-__device__ inline bool everybody_sent(const Now& now, std::uint64_t epoch) {
-  for (int peer = 0; peer < now.common.num_ranks; ++peer)
-    if (now.active(peer) && ptx::load_acquire_system(&now.progress(now.common.rank, peer).sent) < epoch) return false;
-  return true;
-}
-
-/// One thread: counts on over the operations that have ended, as far as `begun`, and gives what may be said released.
-/// One that ended without its data holds back those after it until nobody writes for it any more.
-__device__ __noinline__ inline std::uint64_t advance_released(const Now& now, std::uint64_t begun) {
-  State& state = *now.common.state;
-  std::uint64_t released = state.released;
-  for (; released < begun; ++released) {
-    const std::uint64_t next = released + 1, at = next % plan::kOperationsInFlight;
-    if (state.ended[at] != next) break;
-    if (state.abandoned[at] == next && !everybody_sent(now, next)) break;
-  }
-  return state.released = released;
-}
-
-/// Tells a peer how far we are. The fence makes both words releases: our reads come before the peer's next writes in
-/// the same places.
-__device__ inline void tell_progress(const Now& now, int peer, std::uint64_t released, std::uint64_t sent) {
-  Progress& there = now.progress(peer, now.common.rank);
-  __threadfence_system();
-  ptx::store_relaxed_system(&there.sent, sent);
-  ptx::store_relaxed_system(&there.released, released);
-}
-
-/// The last block ends the operation: its places may be used again, and the next one counts on.
-__device__ inline void finish(const Now& now) {
-  __shared__ std::uint64_t released;
-  State& state = *now.common.state;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    state.ended[now.epoch % plan::kOperationsInFlight] = now.epoch;
-    released = advance_released(now, now.epoch);
-  }
-  __syncthreads();
-  // Other warps, where there are any: thread 0 has to wait for a fence of its own.
-  const auto threads = static_cast<int>(blockDim.x);
-  for (int peer = (static_cast<int>(threadIdx.x) + threads - 32) % threads; peer < now.common.num_ranks;
-       peer += threads)
-    tell_progress(now, peer, released, now.epoch);
-  if (threadIdx.x != 0) return;
-  state.barrier = state.blocks_done = 0;
-  state.bad_selection = 0;
-  state.epoch = now.epoch;
-  __threadfence_system();
-  *static_cast<volatile std::uint64_t*>(&now.common.mailbox->completed) = now.common.serial;
 }
 
 }  // namespace deep_ep::cuda

@@ -98,6 +98,8 @@ const char* name(Sharing sharing) {
   return "?";
 }
 
+bool in_fabric(int device) { return has(device, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED); }
+
 Sharing choose_sharing(int device, bool machines) {
   if (const auto wanted = environment("DEEP_EP_CUDA_SHARING")) {
     for (Sharing sharing : {Sharing::kDescriptor, Sharing::kFabric, Sharing::kIpc})
@@ -105,10 +107,12 @@ Sharing choose_sharing(int device, bool machines) {
     require(false, "environment variable DEEP_EP_CUDA_SHARING: '{}' is none of descriptor, fabric, ipc", *wanted);
   }
   if (machines) {
-    if (has(device, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED)) return Sharing::kFabric;
+    if (in_fabric(device)) return Sharing::kFabric;
     throw Error(
         ErrorCode::kUnsupported,
-        fmt::format("ranks are on several machines, and GPU {} is in no NVLink fabric that joins them", device));
+        fmt::format("ranks of one node are on several machines, and GPU {} is in no NVLink fabric that joins them: "
+                    "ranks_per_node says what a node is",
+                    device));
   }
   return has(device, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED) ? Sharing::kDescriptor
                                                                                       : Sharing::kIpc;

@@ -25,6 +25,9 @@ enum class Sharing : std::uint8_t {
 };
 const char* name(Sharing sharing);
 
+/// Whether the GPU is in an NVLink fabric that can join machines.
+bool in_fabric(int device);
+
 /// What can do it here: descriptors, or what stands in for them. `machines`: whether ranks are on more than one.
 Sharing choose_sharing(int device, bool machines);
 

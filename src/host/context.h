@@ -13,11 +13,11 @@
 #include <vector>
 
 #include "backend.h"
+#include "host/window.h"
+#include "host/workers.h"
 #include "net/doorbell.h"
 #include "net/flag.h"
 #include "net/link.h"
-#include "host/window.h"
-#include "host/workers.h"
 #include "plan/arena.h"
 #include "plan/window.h"
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The queue through which workers, and kernels, hand puts to the proxy thread: 16-byte commands in memory that both can
-// write. Host and device code.
+// The queue through which workers, and kernels, hand puts and signals to the proxy thread: 16-byte commands in memory
+// that both can write. Host and device code.
 #pragma once
 
 #include <atomic>
@@ -30,10 +30,24 @@ struct Command {
   std::size_t bytes = 0;
 };
 
-/// A command as it lies in the queue.
-//   word 0  [ lap: 1 | zero: 3 | peer: 16 | channel: 4 | region: 4 | remote region: 4 | bytes / 16: 24 | epoch mod 256
-//   ] word 1  [ offset / 16: 32 | remote offset / 16: 32 ]
+/// A flag for a peer, and how much of what it publishes goes before it. A message, which kernels cannot send
+/// themselves; what it says is the receiver's of the commands to know.
+struct Signal {
+  int peer = 0;
+  int flag = 0;  // at most 15
+  std::uint32_t epoch = 0;
+  std::uint32_t value = 0, puts = 0;
+  std::size_t payload_bytes = 0;  // a multiple of Command::kUnit
+};
+
+/// Either of them as it lies in the queue.
+//   a put     word 0  [ lap: 1 | 0: 3 | peer: 16 | channel: 4 | region: 4 | remote region: 4 | bytes / 16: 24 | epoch
+//   mod 256 ]     word 1  [ offset / 16: 32 | remote offset / 16: 32 ] a signal  word 0  [ lap: 1 | 1: 3 | peer: 16 |
+//   flag: 4 | 0: 8 | payload bytes / 16: 24 | epoch mod 256 ]
+//             word 1  [ value: 32 | puts: 32 ]
 struct PackedCommand {
+  static constexpr std::uint64_t kIsSignal = std::uint64_t{1} << 60;
+
   std::uint64_t word0 = 0, word1 = 0;
 
   static EP_HOST_DEVICE PackedCommand of(const Command& command, bool lap) {
@@ -47,9 +61,29 @@ struct PackedCommand {
     return packed;
   }
 
+  static EP_HOST_DEVICE PackedCommand of(const Signal& signal, bool lap) {
+    PackedCommand packed;
+    packed.word0 = static_cast<std::uint64_t>(lap) << 63 | kIsSignal | static_cast<std::uint64_t>(signal.peer) << 44 |
+                   static_cast<std::uint64_t>(signal.flag) << 40 |
+                   static_cast<std::uint64_t>(signal.payload_bytes / Command::kUnit) << 8 | (signal.epoch & 0xff);
+    packed.word1 = static_cast<std::uint64_t>(signal.value) << 32 | signal.puts;
+    return packed;
+  }
+
   EP_HOST_DEVICE bool lap() const { return word0 >> 63 != 0; }
+  EP_HOST_DEVICE bool is_signal() const { return (word0 & kIsSignal) != 0; }
 
   /// `near`: an epoch at most 127 away from the command's, of which only the low bits travel.
+  EP_HOST_DEVICE Signal unpack_signal(std::uint32_t near) const {
+    Signal signal;
+    signal.peer = static_cast<int>(word0 >> 44 & 0xffff);
+    signal.flag = static_cast<int>(word0 >> 40 & 15);
+    signal.payload_bytes = static_cast<std::size_t>(word0 >> 8 & 0xffffff) * Command::kUnit;
+    signal.epoch = epoch_near(near);
+    signal.value = static_cast<std::uint32_t>(word1 >> 32);
+    signal.puts = static_cast<std::uint32_t>(word1);
+    return signal;
+  }
   EP_HOST_DEVICE Command unpack(std::uint32_t near) const {
     Command command;
     command.peer = static_cast<int>(word0 >> 44 & 0xffff);
@@ -57,11 +91,16 @@ struct PackedCommand {
     command.region = static_cast<int>(word0 >> 36 & 15);
     command.remote_region = static_cast<int>(word0 >> 32 & 15);
     command.bytes = static_cast<std::size_t>(word0 >> 8 & 0xffffff) * Command::kUnit;
-    const auto ahead = static_cast<std::uint8_t>((word0 & 0xff) - near + 128);
-    command.epoch = near + ahead - 128;
+    command.epoch = epoch_near(near);
     command.at = (word1 >> 32) * Command::kUnit;
     command.remote_at = (word1 & 0xffffffff) * Command::kUnit;
     return command;
+  }
+
+ private:
+  EP_HOST_DEVICE std::uint32_t epoch_near(std::uint32_t near) const {
+    const auto ahead = static_cast<std::uint8_t>((word0 & 0xff) - near + 128);
+    return near + ahead - 128;
   }
 };
 static_assert(sizeof(PackedCommand) == 16);
@@ -78,6 +117,10 @@ struct FifoMemory {
 
   alignas(128) std::uint64_t taken = 0;  // commands that the proxy has read; it stores this with release
   alignas(128) PackedCommand slots[kCapacity] = {};
+
+  /// Where kernels write: the operation that they are in, before its first command. Host threads tell the proxy by
+  /// Proxy::set_epoch().
+  alignas(128) std::uint64_t epoch = 0;
 
   static EP_HOST_DEVICE bool lap_of(std::uint64_t number) { return (number / kCapacity & 1) == 0; }
 };
@@ -116,6 +159,8 @@ class FifoReader {
   explicit FifoReader(FifoMemory& memory) : memory_(memory) {}
 
   bool is_empty() const { return !next_is_there(); }
+  /// Relaxed: a number, publishes nothing.
+  std::uint64_t epoch() const { return std::atomic_ref(memory_.epoch).load(std::memory_order_relaxed); }
 
   std::optional<PackedCommand> pop() {
     if (!next_is_there()) return std::nullopt;

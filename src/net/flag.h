@@ -15,7 +15,8 @@ enum class Flag : std::uint8_t { kAnnounced, kReplied, kArrived, kFinished, kRel
 inline constexpr std::size_t kNumFlags = 4;  // of one operation
 
 /// Where a flag that `writer` stores lies in a window.
-inline std::size_t place_of(const plan::WindowLayout& layout, Flag flag, std::uint64_t epoch, int writer) {
+EP_HOST_DEVICE inline std::size_t place_of(const plan::WindowLayout& layout, Flag flag, std::uint64_t epoch,
+                                           int writer) {
   switch (flag) {
     case Flag::kAnnounced: return layout.words(epoch, writer) + offsetof(plan::Words, announced);
     case Flag::kReplied: return layout.words(epoch, writer) + offsetof(plan::Words, replied);

@@ -14,7 +14,6 @@ namespace deep_ep::net {
 
 namespace {
 
-constexpr std::uint8_t kDataChannel = plan::kForwardSlots;  // channels below are forwarding slots
 static_assert(kDataChannel < kNumChannels);
 constexpr std::size_t kPieceBytes = kMaxMessageBytes - sizeof(ControlHead);
 constexpr std::chrono::milliseconds kGoodbye{2000};
@@ -60,6 +59,7 @@ Link::Link(const LinkInput& input)
       control_(input.control),
       low_latency_(input.low_latency),
       doorbell_(input.doorbell),
+      kernels_(input.kernels),
       memory_(plan::FarMemory::of(input.layout, input.config.forward_slot_bytes)),
       slot_bytes_(memory_.slot_bytes),
       mirror_bytes_(plan::FarMemory::mirror_bytes(input.layout)),
@@ -126,7 +126,7 @@ void Link::open_network(const LinkInput& input) {
   proxy_ = std::make_unique<Proxy>(
       std::move(fabric), static_cast<ProxyReceiver&>(*this),
       ProxyOptions{.bytes_in_flight = config.network.bytes_in_flight, .core = input.proxy_core});
-  if (input.commands != nullptr) proxy_->add_device_fifo(*input.commands);
+  if (kernels_ != nullptr) proxy_->add_device_fifo(kernels_->commands);
   open_.count_down();
 }
 
@@ -255,6 +255,35 @@ bool Link::low_latency_has_left(std::uint64_t epoch) const {
   return proxy_->completed(kDataChannel, static_cast<std::uint32_t>(epoch)) >= (noted & 0xffffffff);
 }
 
+// Kernels
+// ---------------------------------------------------------------------------------------------------------------------
+
+// On the proxy's thread. The mirror was written before the signal; its place there is not used again before the peer
+// has what it publishes and has left the operation.
+void Link::on_signal(const Signal& signal) {
+  if (signal.peer < 0 || signal.peer >= num_ranks_ || !reaches(signal.peer)) return;
+  if (signal.flag == kCreditSignal)
+    return give_back({.source = signal.peer, .slot = static_cast<int>(signal.value), .head = {.epoch = signal.epoch}});
+  const auto flag = static_cast<Flag>(signal.flag);
+  const bool reply = flag == Flag::kReplied, for_good = flag == Flag::kReleased;
+  if (!reply && flag != Flag::kAnnounced && signal.payload_bytes > 0) return;
+  if (signal.payload_bytes > (reply ? layout_.reply_bytes : layout_.announcement_bytes)) return;
+  const std::size_t at = reply ? layout_.reply(signal.epoch, rank_) : layout_.announcement(signal.epoch, rank_);
+  const std::uint64_t value = for_good ? signal.value : std::uint64_t{signal.epoch} << 32 | signal.value;
+  publish(signal.peer, {flag, signal.epoch, value, signal.puts}, {mirror(signal.peer) + at, signal.payload_bytes});
+}
+
+void Link::on_completed() {
+  if (kernels_ == nullptr) return doorbell_.ring();
+  const std::uint32_t now = proxy_->epoch();
+  for (std::uint32_t back = 0; back < plan::kOperationsInFlight && back < now; ++back) {
+    const std::uint32_t epoch = now - back;
+    // Release: the network has read these bytes; whoever acquires this may write over them.
+    std::atomic_ref(kernels_->left[epoch % plan::kOperationsInFlight])
+        .store(std::uint64_t{epoch} << 32 | proxy_->completed(kDataChannel, epoch), std::memory_order_release);
+  }
+}
+
 // Life and death
 // ---------------------------------------------------------------------------------------------------------------------
 
@@ -298,7 +327,7 @@ int Link::silent_rank(int suspect, const std::vector<int>& ranks) {
   return silent == ranks.end() ? -1 : *silent;
 }
 
-void Link::send(int peer, const ControlHead& head) { proxy_->message(peer, epoch(), net::bytes_of(head)); }
+void Link::send(int peer, const ControlHead& head) { proxy_->message(peer, proxy_->epoch(), net::bytes_of(head)); }
 
 // What arrives, on the proxy's thread
 // ---------------------------------------------------------------------------------------------------------------------
@@ -317,8 +346,13 @@ void Link::take_chunk(int source, int slot, std::uint32_t epoch) {
   const plan::ChunkHead& head = landed.head;
   // What does not fit together is not ours to read: its operation then ends at the deadline.
   if (static_cast<std::uint32_t>(head.epoch) != epoch || head.bytes < plan::kChunkHeadBytes ||
-      head.bytes > slot_bytes_ || head.units == 0)
+      head.bytes > slot_bytes_ || (head.units == 0 && kernels_ == nullptr))
     return;
+  if (kernels_ != nullptr) {
+    // Release: the chunk's bytes are visible to this thread.
+    std::atomic_ref(kernels_->slots()[source].landed[slot]).fetch_add(1, std::memory_order_release);
+    return;
+  }
   {
     std::lock_guard lock(landed_mutex_);
     landed_.push_back(landed);
@@ -363,7 +397,12 @@ void Link::on_message(int source, std::uint32_t epoch, std::span<const std::byte
 }
 
 void Link::take_credit(int source, int slot) {
-  if (!reaches(source) || slot >= plan::kForwardSlots) return;
+  if (!reaches(source) || slot < 0 || slot >= plan::kForwardSlots) return;
+  if (kernels_ != nullptr) {
+    // Release: the peer has read what the slot held before.
+    std::atomic_ref(kernels_->slots()[source].free_again[slot]).fetch_add(1, std::memory_order_release);
+    return;
+  }
   // Release: pairs with take_slot().
   slot_free_[static_cast<std::size_t>(source) * plan::kForwardSlots + slot].store(true, std::memory_order_release);
   doorbell_.ring();
@@ -373,6 +412,9 @@ void Link::take_flag(int source, const ControlHead& head, std::span<const std::b
   if (!reaches(source)) return;
   switch (head.flag) {
     case Flag::kReleased:
+      // Kernels tell in the same line up to where they write no more (cuda/exchange.h); before the word that frees.
+      if (kernels_ != nullptr) store_at(layout_.released(source) + sizeof(std::uint64_t), head.puts);
+      return store(source, head.flag, head.epoch, head.value);
     case Flag::kExcluded: return store(source, head.flag, head.epoch, head.value);
     case Flag::kAnnounced:
     case Flag::kReplied:
@@ -410,8 +452,11 @@ void Link::store_if_complete(int source, const Expected& flag) {
 }
 
 void Link::store(int source, Flag flag, std::uint64_t epoch, std::uint64_t value) {
-  auto& word = *reinterpret_cast<std::uint64_t*>(control_ + place_of(layout_, flag, epoch, source));
-  std::atomic_ref<std::uint64_t> at(word);
+  store_at(place_of(layout_, flag, epoch, source), value);
+}
+
+void Link::store_at(std::size_t place, std::uint64_t value) {
+  std::atomic_ref<std::uint64_t> at(*reinterpret_cast<std::uint64_t*>(control_ + place));
   // This thread alone stores it, and flags only grow: an older one that came late changes nothing.
   if (at.load(std::memory_order_relaxed) >= value) return;
   // Release: what the flag publishes was stored by this thread before, or is visible to it.

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 // One rank's way to the ranks that share no memory with it. Flags, with what they publish, go as messages and are
-// stored into memory of the owner's there, laid out as its window, so that whoever waits, waits as for a neighbour. Rows
-// go as puts: into forwarding slots, or into low-latency slots. Host threads call it, or kernels write commands for it.
+// stored into memory of the owner's there, laid out as its window, so that whoever waits, waits as for a neighbour.
+// Rows go as puts: into forwarding slots, or into low-latency slots. Host threads call it, or kernels write commands
+// for it.
 //
 // Nothing that arrives is ordered. A flag names how many pieces of message and how many puts it stands behind, and is
 // stored only when all of them are here.
@@ -20,9 +21,10 @@
 
 #include "deep_ep/bootstrap.h"
 #include "deep_ep/config.h"
+#include "net/arrivals.h"
 #include "net/control_message.h"
 #include "net/doorbell.h"
-#include "net/arrivals.h"
+#include "net/kernel_end.h"
 #include "net/proxy.h"
 #include "plan/forwarding.h"
 #include "plan/topology.h"
@@ -40,11 +42,11 @@ struct LinkInput {
   const plan::Topology& topology;
   const plan::WindowLayout& layout;
   // The link outlives none of these.
-  std::byte* control;        // where flags are stored, with what they publish: as the control part of our window
-  std::byte* low_latency;    // where low-latency data lands: as the low-latency slots of our window
-  Doorbell& doorbell;        // rung after each store; we sleep on it too
-  FifoMemory* commands = nullptr;  // that kernels write
-  int proxy_core = -1;       // for the thread that moves it all; -1: where the system likes
+  std::byte* control;            // where flags are stored, with what they publish: as the control part of our window
+  std::byte* low_latency;        // where low-latency data lands: as the low-latency slots of our window
+  Doorbell& doorbell;            // rung after each store; we sleep on it too
+  KernelEnd* kernels = nullptr;  // where kernels are to send
+  int proxy_core = -1;           // for the thread that moves it all; -1: where the system likes
   std::shared_ptr<std::byte> (*memory)(std::size_t bytes) = untouched_pages;  // to send from, and to receive in
 };
 
@@ -100,9 +102,7 @@ class Link final : private ProxyReceiver {
   /// Chunks of an operation that have come since the last call. Those of older ones are given back unread.
   std::vector<LandedChunk> landed(std::uint64_t epoch);
   bool has_landed(std::uint64_t epoch) const;
-  const std::byte* bytes_of(const LandedChunk& chunk) const {
-    return inbox_.get() + slot_at(chunk.source, chunk.slot);
-  }
+  const std::byte* bytes_of(const LandedChunk& chunk) const { return inbox_.get() + slot_at(chunk.source, chunk.slot); }
   /// The slot is free again for its source.
   void give_back(const LandedChunk& chunk);
 
@@ -118,13 +118,24 @@ class Link final : private ProxyReceiver {
   void note_low_latency(std::uint64_t epoch, std::uint64_t puts);
   bool low_latency_has_left(std::uint64_t epoch) const;
 
+  // Kernels
+  // -------------------------------------------------------------------------------------------------------------------
+  /// What they send from is the mirrors, and low_latency(). The numbers that commands need:
+  int chunk_region() const { return staging_region_; }
+  int inbox_region_of(int peer) const { return peer_inbox_[peer]; }
+  const std::byte* inbox() const { return inbox_.get(); }
+  int low_latency_region() const { return low_latency_region_; }
+  int slots_region_of(int peer) const { return peer_slots_[peer]; }
+  /// Where low_latency(peer, ticket) lies in that region.
+  std::size_t low_latency_at(int peer, int ticket) const {
+    return (static_cast<std::size_t>(ticket) * static_cast<std::size_t>(num_ranks_) + static_cast<std::size_t>(peer)) *
+           layout_.low_latency_ticket_bytes;
+  }
+
   // Life and death
   // -------------------------------------------------------------------------------------------------------------------
   /// The operation that this rank is in.
-  void begin(std::uint64_t epoch) {
-    epoch_.store(static_cast<std::uint32_t>(epoch), std::memory_order_relaxed);  // a number, publishes nothing
-    proxy_->set_epoch(epoch_);
-  }
+  void begin(std::uint64_t epoch) { proxy_->set_epoch(static_cast<std::uint32_t>(epoch)); }
   /// A rank that is known to have ended, whoever found out; -1: none. `ignored`: ranks that are left out.
   int dead_rank(const std::vector<char>& ignored) const;
   bool dead(int peer) const { return state_[peer].load(std::memory_order_acquire) == kDead; }
@@ -154,21 +165,19 @@ class Link final : private ProxyReceiver {
     return (static_cast<std::size_t>(peer) * plan::kForwardSlots + static_cast<std::size_t>(slot)) * slot_bytes_;
   }
   int free_slot(int peer, plan::Stream stream) const;
-  std::size_t low_latency_at(int peer, int ticket) const {
-    return (static_cast<std::size_t>(ticket) * static_cast<std::size_t>(num_ranks_) + static_cast<std::size_t>(peer)) *
-           layout_.low_latency_ticket_bytes;
-  }
   void open_network(const LinkInput& input);
 
   void on_notice(int source, const Notice& notice) override;
   void on_message(int source, std::uint32_t epoch, std::span<const std::byte> payload) override;
   void on_peer_failed(int peer, const std::string& reason) override;
   void on_bad_command(const std::string& why) override;
-  void on_completed() override { doorbell_.ring(); }
+  void on_completed() override;
+  void on_signal(const Signal& signal) override;
   void take_flag(int source, const ControlHead& head, std::span<const std::byte> payload);
   bool take_payload(int source, const ControlHead& head, std::span<const std::byte> payload);
   void store_if_complete(int source, const Expected& flag);
   void store(int source, Flag flag, std::uint64_t epoch, std::uint64_t value);
+  void store_at(std::size_t at, std::uint64_t value);
   void take_chunk(int source, int slot, std::uint32_t epoch);
   void take_credit(int source, int slot);
   Expected& expected(int source, std::uint64_t epoch, Flag flag) {
@@ -178,7 +187,6 @@ class Link final : private ProxyReceiver {
   void say_goodbye();
   void send(int peer, const ControlHead& head);
   bool mark_dead(int peer);
-  std::uint32_t epoch() const { return epoch_.load(std::memory_order_relaxed); }
 
   const int rank_, num_ranks_;
   const plan::Topology& topology_;
@@ -186,12 +194,12 @@ class Link final : private ProxyReceiver {
   std::byte* const control_;
   std::byte* const low_latency_;
   Doorbell& doorbell_;
+  KernelEnd* const kernels_;
   const plan::FarMemory memory_;
   const std::size_t slot_bytes_;
   const std::size_t mirror_bytes_;
   const std::shared_ptr<std::byte> mirrors_, staging_, inbox_, low_latency_staging_;
 
-  std::atomic<std::uint32_t> epoch_{0};
   std::vector<std::atomic<int>> state_;                // [num_ranks]
   std::vector<std::atomic<bool>> knows_we_leave_;      // [num_ranks]
   std::vector<std::atomic<bool>> slot_free_;           // [num_ranks * kForwardSlots] at peers
@@ -199,7 +207,7 @@ class Link final : private ProxyReceiver {
   std::atomic<std::uint64_t> roll_calls_{0};
   std::vector<std::atomic<std::uint64_t>> answered_;  // [num_ranks] the latest of our calls that each answered
   std::vector<Expected> expected_;                    // proxy thread only
-  Arrivals arrivals_;                            // proxy thread only
+  Arrivals arrivals_;                                 // proxy thread only
 
   mutable std::mutex landed_mutex_;
   std::vector<LandedChunk> landed_;
@@ -207,7 +215,7 @@ class Link final : private ProxyReceiver {
   std::vector<int> peer_inbox_, peer_slots_;  // regions of the peers
   int staging_region_ = -1, low_latency_region_ = -1;
   std::array<std::atomic<std::uint64_t>, plan::kOperationsInFlight> low_latency_puts_{};  // epoch << 32 | puts
-  std::latch open_{1};                 // what arrives earlier waits, on the proxy's thread
+  std::latch open_{1};            // what arrives earlier waits, on the proxy's thread
   std::unique_ptr<Proxy> proxy_;  // last: its thread ends before what it uses
 };
 

@@ -157,8 +157,8 @@ void Proxy::run() {
     bool found = false;
     // Requests are made first and rung for then.
     if (std::exchange(answered, seen) != seen && !take_requests(found)) return;
-    fabric_->set_epoch(epoch_.load(std::memory_order_relaxed));
     found |= take_commands();
+    fabric_->set_epoch(epoch_.load(std::memory_order_relaxed));
     found |= use_network();
     publish_completions();
     if (is_flushing_) answer_flushes();
@@ -207,14 +207,25 @@ bool Proxy::take_requests(bool& found) {
 bool Proxy::take_commands() {
   bool found = false;
   for (FifoReader& reader : readers_) {
+    follow_kernels(reader);
     for (int i = 0; i < kCommandsAtOnce && has_room_; ++i) {
       const auto packed = reader.pop();
       if (!packed) break;
       found = true;
-      hold(packed->unpack(epoch_.load(std::memory_order_relaxed)));
+      const std::uint32_t now = epoch_.load(std::memory_order_relaxed);
+      if (packed->is_signal()) {
+        receiver_.on_signal(packed->unpack_signal(now));
+      } else {
+        hold(packed->unpack(now));
+      }
     }
   }
   return found;
+}
+
+// Operations that kernels begin, replayed by a graph perhaps, are counted on the device alone.
+void Proxy::follow_kernels(const FifoReader& reader) {
+  if (const std::uint64_t theirs = reader.epoch(); theirs != 0) set_epoch(static_cast<std::uint32_t>(theirs));
 }
 
 void Proxy::hold(const Command& command) {

@@ -30,6 +30,8 @@ class ProxyReceiver : public Receiver {
  public:
   /// Proxy::completed() says more than before, for some channel and epoch.
   virtual void on_completed() {}
+  /// A kernel asks for a flag to be sent, with what it published before this signal.
+  virtual void on_signal(const Signal&) {}
   /// A command that can never succeed came from the queue (offsets, regions); it was dropped and counts as completed.
   virtual void on_bad_command(const std::string& why) = 0;
 };
@@ -64,6 +66,7 @@ class Proxy {
   void message(int peer, std::uint32_t epoch, std::span<const std::byte> payload);
   /// The operation that this rank is in (Fabric::set_epoch). Before the first put or message of it.
   void set_epoch(std::uint32_t epoch);
+  std::uint32_t epoch() const { return epoch_.load(std::memory_order_relaxed); }
   /// The peer is lost, the caller knows why: frees what waits for it.
   void give_up(int peer, const std::string& reason);
   /// A queue that kernels write, in pinned host memory; it lives until close(). From now on the proxy polls.
@@ -110,6 +113,7 @@ class Proxy {
   bool use_network();
   bool take_requests(bool& found);
   bool take_commands();
+  void follow_kernels(const FifoReader& reader);
   void hold(const Command& command);
   bool send_messages();
   bool send_puts();

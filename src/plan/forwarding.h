@@ -66,6 +66,8 @@ struct ChunkHead {
   std::uint32_t units = 0;       // in this chunk
   std::uint64_t first_unit = 0;  // of the stream
   std::uint64_t bytes = 0;       // of the chunk, this head included
+  std::uint32_t of_streams = 1;  // that the source sends us in this operation (GPUs: one for each block that packs)
+  bool last = false;             // of its stream (GPUs)
 };
 
 inline constexpr std::size_t kChunkHeadBytes = 64;
@@ -76,20 +78,19 @@ struct Chunking {
   std::size_t unit_bytes = 0;
   std::int64_t per_chunk = 1;  // 0: a unit does not fit into a slot
 
-  static Chunking of(std::size_t unit_bytes, std::size_t slot_bytes) {
-    return {unit_bytes,
-            static_cast<std::int64_t>((slot_bytes - kChunkHeadBytes) / std::max<std::size_t>(1, unit_bytes))};
+  EP_HOST_DEVICE static Chunking of(std::size_t unit_bytes, std::size_t slot_bytes) {
+    return {unit_bytes, static_cast<std::int64_t>((slot_bytes - kChunkHeadBytes) / (unit_bytes > 0 ? unit_bytes : 1))};
   }
-  std::int64_t chunk_of(std::int64_t unit) const { return unit / per_chunk; }
-  std::int64_t num_chunks(std::int64_t units) const { return (units + per_chunk - 1) / per_chunk; }
+  EP_HOST_DEVICE std::int64_t chunk_of(std::int64_t unit) const { return unit / per_chunk; }
+  EP_HOST_DEVICE std::int64_t num_chunks(std::int64_t units) const { return (units + per_chunk - 1) / per_chunk; }
   std::int64_t units_in(std::int64_t chunk, std::int64_t units) const {
     return std::min(per_chunk, units - chunk * per_chunk);
   }
   /// Where a unit lies in its chunk.
-  std::size_t at(std::int64_t unit) const {
+  EP_HOST_DEVICE std::size_t at(std::int64_t unit) const {
     return kChunkHeadBytes + static_cast<std::size_t>(unit % per_chunk) * unit_bytes;
   }
-  std::size_t chunk_bytes(std::int64_t units_in_chunk) const {
+  EP_HOST_DEVICE std::size_t chunk_bytes(std::int64_t units_in_chunk) const {
     return kChunkHeadBytes + static_cast<std::size_t>(units_in_chunk) * unit_bytes;
   }
 };

@@ -49,7 +49,7 @@ inline std::size_t dispatch_slot_bytes(int num_ranks, int max_tokens_per_rank, s
 }
 
 /// Weights that one row brings home, so placed that a row's can be written alone over a network.
-inline std::size_t combine_weights_stride(int num_topk) {
+EP_HOST_DEVICE constexpr std::size_t combine_weights_stride(int num_topk) {
   return align_up(4 * static_cast<std::size_t>(num_topk), MessageLayout::kAlignment);
 }
 

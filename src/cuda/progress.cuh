@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: MIT
+// How a rank leaves an operation, and tells its peers that the places it used there are free again.
+#pragma once
+
+#include "cuda/far.cuh"
+
+namespace deep_ep::cuda {
+
+/// Nobody writes for that operation into our window any more, except ranks that are left out.
+__device__ inline bool everybody_sent(const Now& now, std::uint64_t epoch) {
+  for (int peer = 0; peer < now.common.num_ranks; ++peer)
+    if (now.active(peer) && ptx::load_acquire_system(&now.progress(now.common.rank, peer).sent) < epoch) return false;
+  return true;
+}
+
+/// One thread: counts on over the operations that have ended, as far as `begun`, and gives what may be said released.
+/// One that ended without its data holds back those after it until nobody writes for it any more.
+__device__ __noinline__ inline std::uint64_t advance_released(const Now& now, std::uint64_t begun) {
+  State& state = *now.common.state;
+  std::uint64_t released = state.released;
+  for (; released < begun; ++released) {
+    const std::uint64_t next = released + 1, at = next % plan::kOperationsInFlight;
+    if (state.ended[at] != next) break;
+    if (state.abandoned[at] == next && !everybody_sent(now, next)) break;
+  }
+  return state.released = released;
+}
+
+/// One thread: tells a far rank. Our reads come before the signal, which is a release.
+__device__ inline void tell_far_progress(const Now& now, int peer, std::uint64_t released, std::uint64_t sent) {
+  net::Signal signal;
+  signal.peer = peer;
+  signal.flag = static_cast<int>(net::Flag::kReleased);
+  signal.epoch = static_cast<std::uint32_t>(now.epoch);
+  signal.value = static_cast<std::uint32_t>(released);
+  signal.puts = static_cast<std::uint32_t>(sent);
+  push(now, signal);
+}
+
+/// One thread: tells a peer how far we are. The fence makes both words releases: our reads come before the peer's next
+/// writes in the same places.
+__device__ inline void tell_progress(const Now& now, int peer, std::uint64_t released, std::uint64_t sent) {
+  if (now.far(peer)) return tell_far_progress(now, peer, released, sent);
+  Progress& there = now.progress(peer, now.common.rank);
+  __threadfence_system();
+  ptx::store_relaxed_system(&there.sent, sent);
+  ptx::store_relaxed_system(&there.released, released);
+}
+
+/// The last block ends the operation: its places may be used again, and the next one counts on.
+__device__ inline void finish(const Now& now) {
+  __shared__ std::uint64_t released;
+  State& state = *now.common.state;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    state.ended[now.epoch % plan::kOperationsInFlight] = now.epoch;
+    released = advance_released(now, now.epoch);
+  }
+  __syncthreads();
+  // Other warps, where there are any: thread 0 has to wait for a fence of its own.
+  const auto threads = static_cast<int>(blockDim.x);
+  for (int peer = (static_cast<int>(threadIdx.x) + threads - 32) % threads; peer < now.common.num_ranks;
+       peer += threads)
+    tell_progress(now, peer, released, now.epoch);
+  if (threadIdx.x != 0) return;
+  state.barrier = state.blocks_done = 0;
+  state.bad_selection = 0;
+  state.epoch = now.epoch;
+  __threadfence_system();
+  *static_cast<volatile std::uint64_t*>(&now.common.mailbox->completed) = now.common.serial;
+}
+
+}  // namespace deep_ep::cuda
