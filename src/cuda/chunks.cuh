@@ -63,23 +63,23 @@ __device__ inline void give_back(const Now& now, int source, int slot) {
   push(now, credit);
 }
 
-/// One thread, the only one for this source: a slot with a chunk of this operation that has come and that nobody has
-/// looked at; -1: none. Chunks of earlier operations are given back unread. The slot is the caller's until it gives it
-/// back.
-__device__ inline int take_landed(const Now& now, int source) {
+/// A chunk has come into that slot of ours that nobody has looked at, of this operation or an earlier one.
+__device__ inline bool has_landed(const Now& now, int source, int slot) {
   const Common& common = now.common;
-  const net::SlotWords& words = common.far.end->slots()[source];
-  for (int slot = 0; slot < plan::kForwardSlots; ++slot) {
-    std::uint32_t& seen = common.far.slot_use[source].seen[slot];
-    // Acquire: the chunk's bytes. A slot holds one chunk until it is given back.
-    if (ptx::load_acquire_system(&words.landed[slot]) == seen) continue;
-    const std::uint64_t epoch = __ldcg(reinterpret_cast<const unsigned long long*>(chunk_from(common, source, slot)));
-    if (epoch > now.epoch) continue;  // the source is ahead of us
-    ++seen;
-    if (epoch == now.epoch) return slot;
-    give_back(now, source, slot);
-  }
-  return -1;
+  // Acquire: the chunk's bytes. A slot holds one chunk until it is given back.
+  if (ptx::load_acquire_system(&common.far.end->slots()[source].landed[slot]) == common.far.slot_use[source].seen[slot])
+    return false;
+  return __ldcg(reinterpret_cast<const unsigned long long*>(chunk_from(common, source, slot))) <= now.epoch;
+}
+
+/// One thread, the only one for this slot, after has_landed(): the chunk is the caller's until it gives the slot back.
+/// False: it was of an earlier operation, and the slot is given back already.
+__device__ inline bool take_landed(const Now& now, int source, int slot) {
+  const Common& common = now.common;
+  ++common.far.slot_use[source].seen[slot];
+  if (__ldcg(reinterpret_cast<const unsigned long long*>(chunk_from(common, source, slot))) == now.epoch) return true;
+  give_back(now, source, slot);
+  return false;
 }
 
 }  // namespace deep_ep::cuda

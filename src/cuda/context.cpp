@@ -11,6 +11,7 @@
 #include "check.h"
 #include "cuda/capture.h"
 #include "cuda/failure.h"
+#include "cuda/forward_dispatch.h"
 #include "cuda/graph_memory.h"
 #include "cuda/low_latency.h"
 #include "cuda/own_memory.h"
@@ -158,7 +159,8 @@ void Context::place_own_memory() {
                     peers_at = plan::take(end, sizeof(Peer) * num_ranks),
                     nodes_at = plan::take(end, sizeof(std::int32_t) * num_ranks),
                     pushed_at = plan::take(end, sizeof(Pushed)),
-                    slot_use_at = plan::take(end, sizeof(SlotUse) * num_ranks);
+                    slot_use_at = plan::take(end, sizeof(SlotUse) * num_ranks),
+                    passed_on_at = plan::take(end, sizeof(PassedOn) * num_ranks);
   on_device_ = own_device_memory(device, sharing_, end);
   cuda::check(cudaMemsetAsync(on_device_.get(), 0, end, copies_->get()), "cudaMemsetAsync");
   state_ = reinterpret_cast<State*>(on_device_.get() + state_at);
@@ -167,6 +169,7 @@ void Context::place_own_memory() {
   device_peers_ = reinterpret_cast<Peer*>(on_device_.get() + peers_at);
   nodes_ = reinterpret_cast<std::int32_t*>(on_device_.get() + nodes_at);
   far_.pushed = reinterpret_cast<Pushed*>(on_device_.get() + pushed_at);
+  far_.passed_on = reinterpret_cast<PassedOn*>(on_device_.get() + passed_on_at);
   far_.slot_use = reinterpret_cast<SlotUse*>(on_device_.get() + slot_use_at);
   copy(nodes_, topology.node_of_rank.data(), sizeof(std::int32_t) * num_ranks, cudaMemcpyHostToDevice);
 
@@ -276,11 +279,13 @@ void Context::prepare_kernels() {
   prepare(notify_kernel());
   prepare(refuse_kernel());
   prepare(dispatch_kernel(false, DType::kU8));
+  prepare(forward_dispatch_kernel(false, DType::kU8));
   prepare(low_latency_dispatch_kernel(false, DType::kU8));
   prepare(abandon_kernel());
   prepare(leave_out_silent_kernel());
   for (DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
     prepare(dispatch_kernel(true, dtype));
+    prepare(forward_dispatch_kernel(true, dtype));
     prepare(combine_kernel(dtype, false));
     prepare(combine_kernel(dtype, true));
     prepare(low_latency_dispatch_kernel(true, dtype));

@@ -25,13 +25,21 @@ __device__ bool carries_ids_or_weights(const DispatchParams& p) {
   return !p.cached || (p.shape.topk_weights && p.layout == OutputLayout::kByRank);
 }
 
+// What a rank is told of one of a token's selections.
+struct Entry {
+  int k;
+  bool for_it;        // that rank's
+  std::int32_t slot;  // there, as is the row
+  std::int64_t row;
+  float weight;
+};
+
 // Entry k of what is told of a token once per rank.
-__device__ void write_entry(const DispatchParams& p, const Destination& to, const Companion& c, int rank,
-                            std::int64_t arrival) {
-  const std::int64_t there = arrival * p.num_topk + c.k, here = std::int64_t{c.token} * p.num_topk + c.k;
-  const bool by_rank = p.layout == OutputLayout::kByRank, for_it = c.rank == rank;
+__device__ void write_entry(const DispatchParams& p, const Destination& to, std::int64_t arrival, const Entry& e) {
+  const std::int64_t there = arrival * p.num_topk + e.k;
+  const bool by_rank = p.layout == OutputLayout::kByRank;
   if (!p.cached) {
-    const std::int32_t slot = for_it ? c.slot : -1;
+    const std::int32_t slot = e.for_it ? e.slot : -1;
     std::byte* ids = to.block + to.at.topk_idx_at;
     if (p.shape.topk_idx_bytes == 8) {
       reinterpret_cast<std::int64_t*>(ids)[there] = slot;
@@ -40,21 +48,19 @@ __device__ void write_entry(const DispatchParams& p, const Destination& to, cons
     }
     if (!by_rank)
       reinterpret_cast<std::int32_t*>(to.block + to.at.arrival_row_at)[there] =
-          for_it ? static_cast<std::int32_t>(c.row) : -1;
+          e.for_it ? static_cast<std::int32_t>(e.row) : -1;
   }
   if (p.shape.topk_weights && by_rank)
     reinterpret_cast<float*>(to.block + to.at.topk_weights_at)[there] =
-        for_it || !p.mask_topk_weights ? p.topk_weights[here] : 0.0f;
+        e.for_it || !p.mask_topk_weights ? e.weight : 0.0f;
 }
 
-// Side tensors, once per rank and token. All lanes.
-__device__ void write_sides(const DispatchParams& p, const Destination& to, std::int64_t arrival, int token, int lane) {
-  for (int i = 0; i < p.shape.num_side; ++i) {
-    const auto words = static_cast<int>(p.shape.side_bytes[i] / 4);
-    const auto* src = reinterpret_cast<const std::int32_t*>(p.side[i]) + std::int64_t{token} * words;
-    auto* dst = reinterpret_cast<std::int32_t*>(to.block + to.at.side_at[i]) + arrival * words;
-    for (int word = lane; word < words; word += 32) dst[word] = src[word];
-  }
+// One side tensor's words, once per rank and token. All lanes.
+__device__ void write_side(const DispatchParams& p, const Destination& to, std::int64_t arrival, int i,
+                           const std::int32_t* words, int lane) {
+  const auto count = static_cast<int>(p.shape.side_bytes[i] / 4);
+  auto* dst = reinterpret_cast<std::int32_t*>(to.block + to.at.side_at[i]) + arrival * count;
+  for (int word = lane; word < count; word += 32) dst[word] = words[word];
 }
 
 // The caller's scales, once per row. All lanes.
@@ -82,6 +88,7 @@ class Companions {
   __device__ Companion read(int token, int chunk) {
     Companion c{token, chunk * 32 + lane_ % lanes_, -1, -1, false, -1, -1};
     if (token_here_ < tokens_ && token < p_.num_tokens && c.k < p_.num_topk) look(c);
+    if (c.rank >= 0 && to_[c.rank].block == nullptr) c.rank = -1;  // far: another kernel sends it
     c.first = first_to_rank(p_, c.rank, token, token_here_, chunk, lane_);
     return c;
   }
@@ -93,7 +100,7 @@ class Companions {
     c.arrival = (p_.cached ? p_.routes.dst_arrival : p_.routes.relative_arrival)[at];
     if (!by_rank) c.row = (p_.cached ? p_.routes.dst_row : p_.routes.relative_row)[at];
     if (!p_.cached) c.slot = p_.routes.slot[at];
-    if (c.rank >= 0 && to_[c.rank].block == nullptr) c.rank = -1;
+    if (c.rank >= 0 && !to_[c.rank].active) c.rank = -1;
     if (c.rank >= 0 && !p_.cached) {
       c.arrival += to_[c.rank].first_arrival;
       if (!by_rank) c.row += to_[c.rank].first_rows[c.slot];
@@ -127,7 +134,10 @@ class Companions {
       const int token = __shfl_sync(kAllLanes, c.token, from);
       const std::int64_t arrival = __shfl_sync(kAllLanes, static_cast<long long>(c.arrival), from);
       const std::int64_t row = __shfl_sync(kAllLanes, static_cast<long long>(c.row), from);
-      if (__shfl_sync(kAllLanes, static_cast<int>(c.first), from) != 0) write_sides(p_, to, arrival, token, lane_);
+      if (__shfl_sync(kAllLanes, static_cast<int>(c.first), from) != 0)
+        for (int i = 0; i < p_.shape.num_side; ++i)
+          write_side(p_, to, arrival, i,
+                     reinterpret_cast<const std::int32_t*>(p_.side[i] + token * p_.shape.side_bytes[i]), lane_);
       write_given_scales(p_, to, row, token, lane_);
     }
   }
@@ -139,7 +149,8 @@ class Companions {
         other.k = k, other.rank = -1;
         look(other);
       }
-      write_entry(p_, to_[rank], other, rank, arrival);
+      const float weight = p_.shape.topk_weights ? p_.topk_weights[std::int64_t{c.token} * p_.num_topk + k] : 0;
+      write_entry(p_, to_[rank], arrival, {k, other.rank == rank, other.slot, other.row, weight});
     }
   }
 
@@ -190,18 +201,7 @@ __device__ void add_rows_sent(const DispatchParams& p, const Destination* to) {
   if (p.layout == OutputLayout::kByRank) return;
   __syncthreads();
   for (int peer = static_cast<int>(threadIdx.x); peer < p.common.num_ranks; peer += static_cast<int>(blockDim.x))
-    if (to[peer].block != nullptr) count_sent(p.common, peer, to[peer].rows_counted * p.shape.bytes_of_row(p.layout));
-}
-
-// The last block, once an exchange has ended well.
-__device__ void count_exchange(const Now& now, const DispatchParams& p) {
-  const std::uint64_t bytes =
-      p.shape.bytes_of_arrival(p.layout) + (p.layout == OutputLayout::kByRank ? p.shape.bytes_of_row(p.layout) : 0);
-  const std::int32_t* const tokens = p.tokens_between + p.common.rank * p.common.num_ranks;
-  for (int peer = static_cast<int>(threadIdx.x); peer < p.common.num_ranks; peer += static_cast<int>(blockDim.x))
-    if (now.active(peer)) count_sent(p.common, peer, static_cast<std::uint64_t>(tokens[peer]) * bytes);
-  for (int slot = static_cast<int>(threadIdx.x); slot < p.num_slots; slot += static_cast<int>(blockDim.x))
-    count_received(p.common, slot, p.slot_rows[slot]);
+    if (to[peer].active) count_sent(p.common, peer, to[peer].rows_counted * p.shape.bytes_of_row(p.layout));
 }
 
 }  // namespace

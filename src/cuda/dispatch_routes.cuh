@@ -2,8 +2,8 @@
 // Dispatch: what each receiver replied, and the final rows that follow for each selection.
 #pragma once
 
+#include "cuda/far.cuh"
 #include "cuda/kernels.h"
-#include "cuda/wait.cuh"
 
 namespace deep_ep::cuda {
 namespace {  // a part of one kernel, included by its file alone
@@ -23,9 +23,11 @@ constexpr int kPassesOf = Number::kBytes == 4 ? 3 : 7;
 
 // One receiver's output, seen from here.
 struct Destination {
-  std::byte* block;  // null: takes no part
+  bool active;       // takes part
+  std::byte* block;  // null: not ours to write
   plan::OutputBlock at;
-  std::int64_t first_arrival;
+  std::int64_t rows, arrivals;     // that the block has room for
+  std::int64_t first_arrival;      // of ours
   const std::int32_t* first_rows;  // by slot
   bool writes_here;                // this block's movers write there
   unsigned rows_counted;           // where rows are more than arrivals: those that this block counted
@@ -75,11 +77,15 @@ __device__ void reply(const Now& now, const DispatchParams& p, const Incoming& i
     }
     __syncwarp();  // every lane's first rows come before lane 0's release
     if (lane != 0) continue;
-    plan::Words& words = now.words(src, me);
-    if (p.cached) {
+    const std::size_t told = plan::WindowLayout::kReplyHead + (p.cached ? 0 : sizeof(std::int32_t) * p.num_slots);
+    if (p.cached && now.far(src)) {
+      publish_to(now, src, net::Flag::kAnnounced, kSame, plan::WindowLayout::kAnnouncementHead);
+      publish_to(now, src, net::Flag::kReplied, 0, told);
+    } else if (p.cached) {
+      plan::Words& words = now.words(src, me);
       publish(now, &words.announced, kSame, &words.replied, 0);
     } else {
-      publish(now, &words.replied, 0);
+      publish_to(now, src, net::Flag::kReplied, 0, told);
     }
   }
 }
@@ -87,6 +93,7 @@ __device__ void reply(const Now& now, const DispatchParams& p, const Incoming& i
 // One thread per receiver. Every block waits for itself: the words lie in our own memory.
 __device__ bool await_reply(const Now& now, const DispatchParams& p, int dst, Destination& to) {
   const int me = p.common.rank;
+  to.active = now.active(dst);
   to.block = nullptr;
   to.rows_counted = 0;
   if (!now.active(dst)) return true;
@@ -104,10 +111,13 @@ __device__ bool await_reply(const Now& now, const DispatchParams& p, int dst, De
     report(now, kind, dst, static_cast<std::int64_t>(answer.needed), static_cast<std::int64_t>(answer.there));
     return false;
   }
-  to.block = now.window(dst) + answer.block_at;
-  to.at = plan::OutputBlock::place(p.shape, p.layout, answer.rows, answer.arrivals);
   to.first_arrival = answer.first_arrival;
   to.first_rows = now.reply_first_rows(me, dst);
+  to.writes_here = false;
+  if (now.far(dst)) return true;
+  to.block = now.window(dst) + answer.block_at;
+  to.rows = answer.rows, to.arrivals = answer.arrivals;
+  to.at = plan::OutputBlock::place(p.shape, p.layout, answer.rows, answer.arrivals);
   const bool far_block = static_cast<int>(blockIdx.x) < p.roles.far;
   to.writes_here = p.roles.far == 0 || far_block == (p.common.peers[dst].same_device == 0);
   return true;

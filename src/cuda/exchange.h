@@ -111,10 +111,19 @@ struct SlotUse {
   std::uint32_t seen[plan::kForwardSlots];   // how many of the peer's chunks we took out of each of ours
 };
 
+/// What a dispatch has passed on for a far source, in device memory; its last block clears it.
+struct PassedOn {
+  std::uint32_t units;    // delivered
+  std::uint32_t awaited;  // of the streams whose last chunk has come
+  std::uint32_t streams;  // so many of these
+  std::uint32_t all;      // everything is delivered, and our node knows
+};
+
 /// The way to far ranks (net/link.h), as kernels see it. Pinned host memory, where nothing else is said.
 struct Far {
   net::KernelEnd* end = nullptr;     // null: there are no far ranks
   Pushed* pushed = nullptr;          // device memory
+  PassedOn* passed_on = nullptr;     // device memory, [num_ranks]
   SlotUse* slot_use = nullptr;       // device memory, [num_ranks]
   std::byte* chunks = nullptr;       // chunks on their way, by rank and slot
   const std::byte* inbox = nullptr;  // chunks that have come, likewise

@@ -189,7 +189,9 @@ __device__ void announce(const Now& now, const NotifyParams& p, int warp, int la
                                       : static_cast<const std::int32_t*>(p.topk_idx)[at];
     }
     __syncwarp();  // every lane's part comes before lane 0's release
-    if (lane == 0) publish(now, &now.words(peer, p.common.rank).announced, bad != 0 ? kBadExpert : kSame);
+    const std::size_t told = plan::WindowLayout::kAnnouncementHead +
+                             sizeof(std::int32_t) * static_cast<std::size_t>(p.common.num_ranks + slots);
+    if (lane == 0) publish_to(now, peer, net::Flag::kAnnounced, bad != 0 ? kBadExpert : kSame, told);
   }
 }
 

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: MIT
 #include "cuda/operations.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 
 #include "check.h"
 #include "cuda/failure.h"
+#include "cuda/forward_dispatch.h"
 
 namespace deep_ep::cuda {
 
@@ -21,6 +24,7 @@ class Dispatch {
 
   DispatchOutput run() {
     context_.show_slots(num_slots_);
+    check_unit();
     require(!now_.capturing || cached_ || call_.in.max_rows > 0,
             "stream: an exact-size dispatch waits for its counts and cannot be captured: give max_rows");
     if (!cached_) {
@@ -186,6 +190,7 @@ class Dispatch {
     p.tokens_between = handle.tokens_between.as<std::int32_t>();
     p.roles = plan::roles_of(now_.blocks, context_.neighbourhood(), call_.quantize);
     launch_dispatch(p, call_.quantize, now_.blocks, now_.stream, context_.shared_limit());
+    if (context_.link() != nullptr) forward(p);
     context_.launched(now_);
     if (has_room) return;
     const auto there = static_cast<std::size_t>(p.there);
@@ -194,6 +199,32 @@ class Dispatch {
     context_.end(waiting);  // raises the same, found by the kernel
     require(false, "arena_bytes: rank {} needs {} bytes of arena for this dispatch, {} are free there", context_.rank,
             at_.total_bytes, there);
+  }
+
+  // Rows of far nodes, there and from there, and the end of the operation.
+  void forward(const DispatchParams& p) {
+    ForwardDispatchParams f{};
+    f.dispatch = p;
+    f.quantize = call_.quantize;
+    f.unit = plan::TokenUnit::place(call_.shape, call_.layout);
+    f.chunking = plan::Chunking::of(f.unit.bytes, context_.link()->slot_bytes());
+    f.node_of_rank = context_.node_of_rank();
+    f.num_nodes = context_.topology.num_nodes;
+    constexpr int kTokensPerPacker = 64;  // or more: the last chunk of each is seldom full
+    f.packers = std::clamp(call_.num_tokens / kTokensPerPacker, 1, now_.blocks);
+    launch_forward_dispatch(f, now_.blocks, now_.stream);
+  }
+
+  // The same on all ranks, whose calls are alike.
+  void check_unit() const {
+    if (context_.link() == nullptr) return;
+    const std::size_t unit = plan::TokenUnit::place(call_.shape, call_.layout).bytes;
+    const std::size_t slot = context_.link()->slot_bytes() - plan::kChunkHeadBytes;
+    if (unit <= slot) return;
+    const std::string why =
+        fmt::format("forward_slot_bytes: a row, with what travels beside it, is {} bytes, a slot has {}", unit, slot);
+    context_.refuse(now_, why);
+    throw Error(ErrorCode::kInvalidArgument, why);
   }
 
   DispatchOutput output() {

@@ -66,8 +66,9 @@ struct ChunkHead {
   std::uint32_t units = 0;       // in this chunk
   std::uint64_t first_unit = 0;  // of the stream
   std::uint64_t bytes = 0;       // of the chunk, this head included
-  std::uint32_t of_streams = 1;  // that the source sends us in this operation (GPUs: one for each block that packs)
-  bool last = false;             // of its stream (GPUs)
+  // GPUs, each of whose blocks packs a stream of its own:
+  std::uint32_t of_streams = 1;  // that the source sends in this operation
+  bool last = false;             // of its stream
 };
 
 inline constexpr std::size_t kChunkHeadBytes = 64;
