@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # Program, and the backend that it tests by itself.
-PROGRAMS = [("cuda_tests", "host"), ("backends_tests", "cuda"), ("faults_tests", "cuda")]
+PROGRAMS = [("cuda_tests", "host"), ("backends_tests", "cuda"), ("faults_tests", "cuda"), ("internode_tests", "cuda")]
 BEGUN = re.compile(r"^\[ RUN      \] (\S+)")
 ENDED = re.compile(r"^\[ *(OK|FAILED|SKIPPED) *\] ([^\s,]+)")
 UNABLE = re.compile(r"^deep_ep tests on \w+: 0 passed, 0 failed, (\d+) skipped$")

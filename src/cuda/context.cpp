@@ -166,6 +166,7 @@ void Context::place_own_memory() {
   state_ = reinterpret_cast<State*>(on_device_.get() + state_at);
   counters_.peers = reinterpret_cast<Statistics::Peer*>(on_device_.get() + counters_at);
   counters_.rows_per_slot = reinterpret_cast<std::uint64_t*>(counters_.peers + num_ranks);
+  counters_.puts_while_packing = counters_.rows_per_slot + config.max_experts;
   device_peers_ = reinterpret_cast<Peer*>(on_device_.get() + peers_at);
   nodes_ = reinterpret_cast<std::int32_t*>(on_device_.get() + nodes_at);
   far_.pushed = reinterpret_cast<Pushed*>(on_device_.get() + pushed_at);
@@ -333,7 +334,7 @@ void Context::set_masked(int peer, bool masked) {
 }
 
 std::size_t Context::counters_bytes() const {
-  return sizeof(Statistics::Peer) * num_ranks + sizeof(std::uint64_t) * config.max_experts;
+  return sizeof(Statistics::Peer) * num_ranks + sizeof(std::uint64_t) * (config.max_experts + 1);
 }
 
 void Context::show_slots(int num_slots) {
@@ -352,6 +353,8 @@ Statistics Context::statistics() const {
   const std::size_t peers = sizeof(Statistics::Peer) * num_ranks;
   std::memcpy(result.peers.data(), counted.data(), peers);
   std::memcpy(result.rows_per_slot.data(), counted.data() + peers, sizeof(std::uint64_t) * result.rows_per_slot.size());
+  std::memcpy(&result.puts_while_packing, counted.data() + peers + sizeof(std::uint64_t) * config.max_experts,
+              sizeof result.puts_while_packing);
   result.arena_bytes_in_use = arena_->in_use();
   result.arena_bytes_high_water = arena_->high_water();
   return result;

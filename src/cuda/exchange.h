@@ -137,6 +137,7 @@ struct Far {
 struct Counters {
   Statistics::Peer* peers;       // [num_ranks]
   std::uint64_t* rows_per_slot;  // [max_slots]
+  std::uint64_t* puts_while_packing;
 };
 
 /// What every kernel is told.

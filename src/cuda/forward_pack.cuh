@@ -242,9 +242,19 @@ class Packer {
     head.bytes = f_.chunking.chunk_bytes(units);
     head.of_streams = static_cast<std::uint32_t>(f_.packers);
     head.last = last;
-    put_chunk(now_, state_.to.rail, slot, head);
+    const int rail = state_.to.rail;
     state_.units += static_cast<std::uint64_t>(units);
     if (last) next_node();
+    if (done() && blockIdx.x == 0) count_early_puts();
+    put_chunk(now_, rail, slot, head);
+  }
+
+  // The last row is packed, and its chunk not yet handed over: what has left by now left while this kernel packed.
+  __device__ void count_early_puts() const {
+    const Common& common = f_.dispatch.common;
+    const auto* const words = common.far.end->chunks_left;
+    const std::uint64_t left = ptx::load_acquire_system(&words[now_.epoch % plan::kOperationsInFlight]);
+    if (left >> 32 == now_.epoch) add_relaxed(common.counters.puts_while_packing, left & 0xffffffff);
   }
 
   const Now& now_;

@@ -130,8 +130,9 @@ class FifoWriter {
  public:
   explicit FifoWriter(FifoMemory& memory) : memory_(memory) {}
 
-  /// False: full, nothing was written.
-  bool push(const Command& command) {
+  /// A Command or a Signal. False: full, nothing was written.
+  template <class Any>
+  bool push(const Any& command) {
     std::uint64_t number = reserved_.load(std::memory_order_relaxed);
     do {
       // Acquire: the proxy has read the slot's last command before we overwrite it.

@@ -27,6 +27,8 @@ struct KernelEnd {
   FifoMemory commands;
   /// By operation modulo kOperationsInFlight: epoch << 32 | low-latency puts whose bytes have left. Stored by the link.
   alignas(128) std::uint64_t left[plan::kOperationsInFlight] = {};
+  /// Likewise, of chunks.
+  std::uint64_t chunks_left[plan::kOperationsInFlight] = {};
 
   EP_HOST_DEVICE SlotWords* slots() { return reinterpret_cast<SlotWords*>(this + 1); }
   static std::size_t bytes(int num_ranks) { return sizeof(KernelEnd) + sizeof(SlotWords) * num_ranks; }

@@ -277,10 +277,13 @@ void Link::on_completed() {
   if (kernels_ == nullptr) return doorbell_.ring();
   const std::uint32_t now = proxy_->epoch();
   for (std::uint32_t back = 0; back < plan::kOperationsInFlight && back < now; ++back) {
-    const std::uint32_t epoch = now - back;
-    // Release: the network has read these bytes; whoever acquires this may write over them.
-    std::atomic_ref(kernels_->left[epoch % plan::kOperationsInFlight])
-        .store(std::uint64_t{epoch} << 32 | proxy_->completed(kDataChannel, epoch), std::memory_order_release);
+    const std::uint32_t epoch = now - back, at = epoch % plan::kOperationsInFlight;
+    const auto store = [epoch](std::uint64_t& word, std::uint64_t puts) {
+      // Release: the network has read these bytes; whoever acquires this may write over them.
+      std::atomic_ref(word).store(std::uint64_t{epoch} << 32 | puts, std::memory_order_release);
+    };
+    store(kernels_->left[at], proxy_->completed(kDataChannel, epoch));
+    store(kernels_->chunks_left[at], chunks_left(epoch));
   }
 }
 

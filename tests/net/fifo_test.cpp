@@ -43,6 +43,35 @@ TEST(fifo, commands_survive_packing_at_their_limits) {
   }
 }
 
+TEST(fifo, signals_survive_packing_at_their_limits) {
+  std::mt19937_64 random(5);
+  for (int i = 0; i < 1000; ++i) {
+    Signal signal;
+    const auto below = [&](std::uint64_t limit) { return i == 0 ? 0 : i == 1 ? limit - 1 : random() % limit; };
+    signal.peer = static_cast<int>(below(Command::kMaxPeers));
+    signal.flag = static_cast<int>(below(16));
+    signal.epoch = static_cast<std::uint32_t>(below(std::uint64_t{1} << 32));
+    signal.value = static_cast<std::uint32_t>(below(std::uint64_t{1} << 32));
+    signal.puts = static_cast<std::uint32_t>(below(std::uint64_t{1} << 32));
+    signal.payload_bytes = below(std::uint64_t{1} << 24) * Command::kUnit;
+    for (const bool lap : {false, true}) {
+      const PackedCommand packed = PackedCommand::of(signal, lap);
+      EXPECT_EQ(packed.lap(), lap);
+      EXPECT_TRUE(packed.is_signal());
+      EXPECT_FALSE(PackedCommand::of(Command{}, lap).is_signal());
+      for (const int distance : {-127, 0, 127}) {
+        const Signal back = packed.unpack_signal(signal.epoch + static_cast<std::uint32_t>(distance));
+        EXPECT_EQ(back.peer, signal.peer);
+        EXPECT_EQ(back.flag, signal.flag);
+        EXPECT_EQ(back.epoch, signal.epoch);
+        EXPECT_EQ(back.value, signal.value);
+        EXPECT_EQ(back.puts, signal.puts);
+        EXPECT_EQ(back.payload_bytes, signal.payload_bytes);
+      }
+    }
+  }
+}
+
 TEST(fifo, it_is_full_after_its_capacity_and_empty_again_after_as_many) {
   const auto memory = std::make_unique<FifoMemory>();
   FifoWriter writer(*memory);
