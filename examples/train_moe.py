@@ -195,9 +195,16 @@ def main() -> int:
     args = parser.parse_args()
     if args.batch % args.num_processes or args.experts % args.num_processes:
         parser.error("--batch and --experts must be multiples of --num-processes")
+    try:
+        text = gather_text(args.file)
+    except OSError as error:
+        parser.error(f"--file: {error}")
+    if len(text) < args.length + 2:
+        source = args.file or f"docs/ and src/ of {ROOT}"
+        parser.error(f"the text must have at least --length + 2 = {args.length + 2} bytes: {source} has {len(text)}")
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "text").write_bytes(gather_text(args.file))  # both runs learn the same, whoever edits the sources meanwhile
+    (out / "text").write_bytes(text)  # both runs learn the same, whoever edits the sources meanwhile
     results = {}
     for ranks in (args.num_processes, 1):
         launch(run, ranks, ranks, free_port(), args)

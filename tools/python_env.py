@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / "build" / "python"
 TORCH = "torch==2.13.0"
+MPI4PY = "mpi4py>=4.1"  # from this version on its wheels find the machine's MPI when they are loaded
 
 
 def run(*command):
@@ -22,4 +23,8 @@ def prepare():
     made = python.exists() or run(sys.executable, "-m", "venv", HOME)
     # Where nvcc is but no GPU, its kernels would be compiled for nothing: the preset `cuda` compiles them in the tests.
     no_gpu = () if shutil.which("nvidia-smi") else ("-C", "cmake.define.DEEP_EP_CUDA=OFF")
-    return python if made and run(python, "-m", "pip", "install", "-q", *no_gpu, TORCH, ".[test]") else None
+    if not (made and run(python, "-m", "pip", "install", "-q", *no_gpu, TORCH, ".[test]")):
+        return None
+    if shutil.which("mpirun"):
+        run(python, "-m", "pip", "install", "-q", MPI4PY)  # without it a test is skipped and says so
+    return python

@@ -75,7 +75,7 @@ def test_2_5_sub_groups_at_once():
     spawn(_halves)
 
 
-def _pipeline_round(buffer, rank):
+def pipeline_round(buffer, rank):
     buffer.pp_set_config(1 << 12, 2)
     following, before = (rank + 1) % RANKS, (rank - 1) % RANKS
     for i in range(4):
@@ -92,7 +92,7 @@ def _pipeline_round(buffer, rank):
 
 def _pipeline(rank):
     with ElasticBuffer(dist.new_group(list(range(RANKS))), 2 << 20) as buffer:
-        _pipeline_round(buffer, rank)
+        pipeline_round(buffer, rank)
 
 
 def test_3_7_pipeline_sends_to_ring_neighbours_arrive_in_order():
@@ -119,7 +119,7 @@ class ThreadComm:
 def test_3_7_pipeline_calls_go_over_an_mpi_communicator_too():
     def body(group):
         with ElasticBuffer(ThreadComm(group), 2 << 20) as buffer:
-            _pipeline_round(buffer, group.rank())
+            pipeline_round(buffer, group.rank())
             with pytest.raises(Error, match="neighbour"):
                 buffer.pp_send(torch.zeros(8), (group.rank() + 2) % RANKS)
 

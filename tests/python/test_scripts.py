@@ -53,3 +53,15 @@ def test_a_small_model_learns_alike_on_several_ranks_and_on_one(tmp_path):
         str(tmp_path),
     )
     assert "the curves differ by" in printed and (tmp_path / "2_ranks.json").exists()
+
+
+@pytest.mark.parametrize("content, says", [(None, "No such file"), ("", "at least --length"), ("short", "has 5")])
+def test_training_says_what_is_wrong_with_a_text(content, says, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "text.txt"
+    if content is not None:
+        file.write_text(content)
+    monkeypatch.setattr(sys, "argv", ["train_moe.py", "--file", str(file), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(TESTS.parent / "examples" / "train_moe.py"), run_name="__main__")
+    assert ended.value.code == 2 and says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
