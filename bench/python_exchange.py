@@ -50,23 +50,24 @@ class Clock:
     def every(self, word: int) -> List[int]:
         return [self.words[rank + word] for rank in self.ranks]
 
-    def sync(self) -> int:
-        """When the last rank came."""
-        words, self.round = self.words, self.round + 1
+    def _arrived(self) -> int:
         # A rank is at most one round ahead of another, so two words serve.
-        arrived = self.ARRIVED + self.round % 2
-        words[self.mine + arrived] = time.monotonic_ns()
+        return self.ARRIVED + self.round % 2
+
+    def sync(self) -> None:
+        words, self.round = self.words, self.round + 1
+        words[self.mine + self._arrived()] = time.monotonic_ns()
         words[self.mine + self.ROUND] = self.round
         for rank in self.ranks:
             while words[rank + self.ROUND] < self.round:
                 os.sched_yield()
-        return max(self.every(arrived))
 
     def time(self, run: Callable[[], Any]) -> int:
-        """Nanoseconds of the slowest rank."""
-        start = self.sync()
+        """Nanoseconds until the slowest rank was done. The sums are done outside of them."""
+        self.sync()
         run()
         self.words[self.mine + self.ENDED] = time.monotonic_ns()
+        start = max(self.every(self._arrived()))
         self.sync()
         return max(self.every(self.ENDED)) - start
 

@@ -94,11 +94,11 @@ class Calls:
             ],
             "low_latency_dispatch, BF16": [
                 lambda: self.low_latency_dispatch(use_fp8=False),
-                lambda: core.low_latency_dispatch(False, **padded).receive(),
+                lambda: core.low_latency_dispatch(**padded).receive(),
             ],
             "low_latency_dispatch, FP8": [
                 lambda: self.low_latency_dispatch(),
-                lambda: core.low_latency_dispatch(False, fp8=(False, False), **padded).receive(),
+                lambda: core.low_latency_dispatch(fp8=(False, False), **padded).receive(),
             ],
             "low_latency_dispatch, BF16, with hook": [
                 lambda: self.low_latency_dispatch(use_fp8=False, return_recv_hook=True),

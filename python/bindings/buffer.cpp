@@ -48,19 +48,6 @@ void refuse(const Seat& seat, std::string_view operation, const std::string& why
     if (operation == name(each)) seat->refuse(each, why);
 }
 
-// Arguments that cannot even be read are refused like those that the library rejects.
-template <typename Parse>
-auto parsed(const Seat& seat, Operation operation, const Parse& parse) {
-  try {
-    return parse();
-  } catch (const std::exception& error) {
-    const std::string why = error.what();  // before the interpreter's lock goes: an error of Python lives there
-    nb::gil_scoped_release unlocked;
-    seat->refuse(operation, why);
-    throw;
-  }
-}
-
 nb::tuple dispatch(const Seat& seat, const nb::kwargs& keywords) {
   const DispatchInput input = parsed(seat, Operation::kDispatch, [&] { return dispatch_input(seat, keywords); });
   DispatchOutput output;
@@ -79,16 +66,6 @@ nb::tuple combine(const Seat& seat, const nb::kwargs& keywords) {
     output = lent(seat, seat->combine(input));
   }
   return to_python(output, keywords.contains("out") ? nb::borrow(keywords["out"]) : nb::none(), seat.device);
-}
-
-// With prepared tensors for a caller who looks at the outputs before receive().
-nb::object low_latency_dispatch(const Seat& seat, bool prepare, const nb::kwargs& keywords) {
-  const DispatchInput input =
-      parsed(seat, Operation::kLowLatencyDispatch, [&] { return dispatch_input(seat, keywords); });
-  DispatchTicket ticket(seat, input);
-  if (!prepare) return nb::cast(std::move(ticket));
-  nb::tuple tensors = ticket.prepare();
-  return nb::make_tuple(tensors, nb::cast(std::move(ticket)));
 }
 
 nb::tuple dispatch_layout(const Seat& seat, nb::handle topk_idx, int num_experts,
@@ -223,12 +200,9 @@ void bind_buffer(nb::module_& m) {
       .def("dispatch", &dispatch)
       .def("combine", &combine)
       .def("low_latency_dispatch", &low_latency_dispatch)
-      .def("low_latency_combine",
-           [](const Seat& seat, const nb::kwargs& keywords) {
-             const CombineInput input =
-                 parsed(seat, Operation::kLowLatencyCombine, [&] { return combine_input(seat, keywords); });
-             return CombineTicket(seat, input, keywords);
-           })
+      .def("low_latency_dispatch_padded", &low_latency_dispatch_padded, nb::arg("with_hook"),
+           nb::arg("wait_stats").none(), nb::arg("count_stats").none(), nb::arg("keywords"))
+      .def("low_latency_combine", &low_latency_combine)
       .def("weighted_combine_gradient", &weighted_combine_gradient, nb::arg("handle"), nb::arg("grad_out"),
            nb::arg("weights"), nb::arg("rows"))
       .def("refuse", &refuse, nb::arg("operation"), nb::arg("why"))

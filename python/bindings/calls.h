@@ -5,12 +5,28 @@
 
 #include <nanobind/nanobind.h>
 
+#include <exception>
 #include <memory>
+#include <string>
 
 #include "deep_ep/buffer.h"
 #include "seat.h"
 
 namespace deep_ep::python {
+
+/// The result of parse(). Arguments that cannot even be read are refused like those that the library rejects, so that
+/// the peers' same call says so.
+template <typename Parse>
+auto parsed(const Seat& seat, Operation operation, const Parse& parse) {
+  try {
+    return parse();
+  } catch (const std::exception& error) {
+    const std::string why = error.what();  // before the interpreter's lock goes: an error of Python lives there
+    nanobind::gil_scoped_release unlocked;
+    seat->refuse(operation, why);
+    throw;
+  }
+}
 
 DispatchInput dispatch_input(const Seat& seat, const nanobind::kwargs& keywords);
 CombineInput combine_input(const Seat& seat, const nanobind::kwargs& keywords);

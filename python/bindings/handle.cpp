@@ -167,6 +167,14 @@ std::shared_ptr<Handle> leave_out(const std::shared_ptr<Handle>& handle, nb::han
   return changed ? changed : handle;
 }
 
+nb::object handle_of(nb::handle tensor, nb::handle topk_idx) {
+  if (tensor.is_none()) return nb::none();
+  const HandlePtr found = handle_at(data_of(tensor));
+  if (!found) return nb::none();
+  const auto handle = std::const_pointer_cast<Handle>(found);
+  return nb::cast(topk_idx.is_none() ? handle : leave_out(handle, topk_idx));
+}
+
 // The same on a GPU, where the caller has taken the selections back himself.
 std::shared_ptr<Handle> with_dst_rank(const Handle& handle, nb::handle dst_rank) {
   auto copy = std::make_shared<Handle>(handle);
@@ -219,17 +227,10 @@ void bind_handle(nb::module_& m) {
                   nb::arg("expert_alignment"), nb::arg("num_rows"), nb::arg("num_arrivals"), nb::arg("tensors"),
                   "A handle over tensors with the names of its properties.")
       .def_static("restore", &restore, nb::arg("tensors"));
-  m.def("leave_out", &leave_out, nb::arg("handle"), nb::arg("topk_idx"),
-        "The handle, of a low-latency dispatch, without the selections that are negative in topk_idx now.");
-  m.def(
-      "handle_of",
-      [](nb::handle tensor) -> nb::object {
-        if (tensor.is_none()) return nb::none();
-        const auto* data = reinterpret_cast<const void*>(nb::cast<std::uintptr_t>(tensor.attr("data_ptr")()));
-        const HandlePtr found = handle_at(data);
-        return found ? nb::cast(std::const_pointer_cast<Handle>(found)) : nb::none();
-      },
-      nb::arg("tensor").none(), "The handle that a tensor of a handle tuple stands for, or None.");
+  m.def("handle_of", &handle_of, nb::arg("tensor").none(), nb::arg("topk_idx").none() = nb::none(),
+        "The handle that a tensor of a handle tuple stands for, or None. With topk_idx, for a low-latency dispatch: "
+        "without "
+        "the selections that are negative there now.");
 }
 
 }  // namespace deep_ep::python

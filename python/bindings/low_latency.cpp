@@ -28,21 +28,25 @@ struct SlotTables {
 
   void fill(const HandlePtr& handle) {
     const Handle& h = *handle;
-    const std::int64_t slot_rows = std::int64_t{h.num_ranks} * h.max_tokens_per_rank;
+    const std::int32_t slot_rows = h.num_ranks * h.max_tokens_per_rank;
     std::copy_n(h.slot_rows.as<const std::int32_t>(), count.numel(), count.as<std::int32_t>());
     const auto* first = h.first_arrival.as<const std::int32_t>();
     const auto* rows = h.arrival_row.as<const std::int32_t>();
     const auto* tokens = h.src_token.as<const std::int32_t>();
     auto* range = layout_range.tensor().as<std::int64_t>();
+    auto* source = src_info.as<std::int32_t>();
     for (int src = 0; src < h.num_ranks; ++src)
-      for (std::int64_t i = std::int64_t{first[src]} * h.num_topk; i < std::int64_t{first[src + 1]} * h.num_topk; ++i) {
-        const std::int64_t row = rows[i];
-        if (row < 0) continue;
-        src_info.as<std::int32_t>()[row] = tokens[i / h.num_topk];
-        std::int64_t& block = range[row / slot_rows * h.num_ranks + src];
-        if (block == 0) block = row % slot_rows << 32;  // rows of a source are contiguous and come in order
-        ++block;
-      }
+      for (std::int64_t arrival = first[src]; arrival < first[src + 1]; ++arrival)
+        for (int k = 0; k < h.num_topk; ++k) {
+          const std::int32_t row = rows[arrival * h.num_topk + k];
+          if (row < 0) continue;
+          source[row] = tokens[arrival];
+          const std::int32_t slot = row / slot_rows;
+          std::int64_t& block = range[slot * h.num_ranks + src];
+          // Rows of a source are contiguous and come in order.
+          if (block == 0) block = std::int64_t{row - slot * slot_rows} << 32;
+          ++block;
+        }
     layout_range.set(handle);
   }
 };
@@ -69,6 +73,11 @@ void add_counts(const Handle& handle, const nb::object& stats) {
     view.as<std::int32_t>()[slot] += handle.slot_rows.as<const std::int32_t>()[slot];
 }
 
+nb::tuple padded(const DispatchOutput& out, const SlotTables& tables, Device device) {
+  return nb::make_tuple(to_torch(out.x, device), to_torch(out.scales, device), to_torch(tables.count),
+                        to_torch(tables.src_info), to_torch(tables.layout_range.tensor()));
+}
+
 }  // namespace
 
 DispatchTicket::DispatchTicket(const Seat& seat, const DispatchInput& input) : seat_(seat) {
@@ -84,8 +93,7 @@ nb::tuple DispatchTicket::prepare() {
     throw Error(ErrorCode::kUnsupported, "return_recv_hook: only outputs of one block per expert are known beforehand");
   const Tensor& x = promised->x;
   prepared_ = std::make_unique<SlotTables>(x.size(0), x.size(1), seat_->num_ranks());
-  return nb::make_tuple(to_torch(x, seat_.device), to_torch(promised->scales, seat_.device), to_torch(prepared_->count),
-                        to_torch(prepared_->src_info), to_torch(prepared_->layout_range.tensor()));
+  return padded(*promised, *prepared_, seat_.device);
 }
 
 nb::tuple DispatchTicket::promised() {
@@ -130,14 +138,12 @@ nb::object DispatchTicket::receive(nb::object wait_stats, nb::object count_stats
   return to_python(out, seat_.device);
 }
 
-nb::tuple DispatchTicket::receive_padded(nb::object wait_stats, nb::object count_stats) {
+nb::tuple DispatchTicket::receive_padded(const nb::object& wait_stats, const nb::object& count_stats) {
   const DispatchOutput out = wait(wait_stats, count_stats);
   const Handle& h = *out.handle;
   SlotTables tables(h.slot_rows.numel(), std::int64_t{h.num_ranks} * h.max_tokens_per_rank, h.num_ranks);
   tables.fill(out.handle);
-  return nb::make_tuple(to_torch(out.x, seat_.device), to_torch(out.scales, seat_.device), to_torch(tables.count),
-                        to_torch(tables.src_info), to_torch(tables.layout_range.tensor()),
-                        nb::cast(std::const_pointer_cast<Handle>(out.handle)));
+  return padded(out, tables, seat_.device);
 }
 
 CombineTicket::CombineTicket(const Seat& seat, const CombineInput& input, const nb::kwargs& keywords)
@@ -160,13 +166,27 @@ nb::tuple CombineTicket::receive(nb::object wait_stats) {
   return result;
 }
 
+DispatchTicket low_latency_dispatch(const Seat& seat, const nb::kwargs& keywords) {
+  return {seat, parsed(seat, Operation::kLowLatencyDispatch, [&] { return dispatch_input(seat, keywords); })};
+}
+
+CombineTicket low_latency_combine(const Seat& seat, const nb::kwargs& keywords) {
+  const CombineInput input = parsed(seat, Operation::kLowLatencyCombine, [&] { return combine_input(seat, keywords); });
+  return {seat, input, keywords};
+}
+
+nb::tuple low_latency_dispatch_padded(const Seat& seat, bool with_hook, const nb::object& wait_stats,
+                                      const nb::object& count_stats, const nb::kwargs& keywords) {
+  DispatchTicket ticket = low_latency_dispatch(seat, keywords);
+  const nb::tuple made = with_hook ? ticket.prepare() : ticket.receive_padded(wait_stats, count_stats);
+  return nb::make_tuple(made, with_hook ? nb::cast(std::move(ticket)) : nb::none());
+}
+
 void bind_low_latency(nb::module_& m) {
   nb::class_<DispatchTicket>(m, "DispatchTicket", "A low-latency dispatch on its way.")
       .def("promised", &DispatchTicket::promised)
       .def("finish", &DispatchTicket::finish)
       .def("receive", &DispatchTicket::receive, nb::arg("wait_stats").none() = nb::none(),
-           nb::arg("count_stats").none() = nb::none())
-      .def("receive_padded", &DispatchTicket::receive_padded, nb::arg("wait_stats").none() = nb::none(),
            nb::arg("count_stats").none() = nb::none());
   nb::class_<CombineTicket>(m, "CombineTicket", "A low-latency combine on its way.")
       .def("finish", &CombineTicket::finish)

@@ -30,8 +30,8 @@ class DispatchTicket {
   nanobind::tuple promised();
   void finish();
 
-  /// As receive() without prepared tensors, in the form of prepare(), with the handle as last entry.
-  nanobind::tuple receive_padded(nanobind::object wait_stats, nanobind::object count_stats);
+  /// As receive() without prepared tensors, in the form of prepare().
+  nanobind::tuple receive_padded(const nanobind::object& wait_stats, const nanobind::object& count_stats);
 
  private:
   DispatchOutput wait(const nanobind::object& wait_stats, const nanobind::object& count_stats);
@@ -56,5 +56,13 @@ class CombineTicket {
   nanobind::object out_;
   Ticket<CombineOutput> ticket_;
 };
+
+DispatchTicket low_latency_dispatch(const Seat& seat, const nanobind::kwargs& keywords);
+CombineTicket low_latency_combine(const Seat& seat, const nanobind::kwargs& keywords);
+
+/// DeepEP's low_latency_dispatch on CPU tensors, in one call: ((x, scales, count, src_info, layout_range), ticket).
+/// With a hook the ticket's receive() is still to come; without, the ticket is None.
+nanobind::tuple low_latency_dispatch_padded(const Seat& seat, bool with_hook, const nanobind::object& wait_stats,
+                                            const nanobind::object& count_stats, const nanobind::kwargs& keywords);
 
 }  // namespace deep_ep::python

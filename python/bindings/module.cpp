@@ -11,7 +11,7 @@ NB_MODULE(_core, m) {
   // Objects may outlive the interpreter where a program ends in the middle of its work; that is no leak worth a report.
   nanobind::set_leak_warnings(false);
   m.attr("__version__") = DEEP_EP_VERSION;
-  m.def("use_torch", &use_torch, nb::arg("from_dlpack"), nb::arg("dtypes"));
+  m.def("use_torch", &use_torch, nb::arg("from_dlpack"), nb::arg("dtypes"), nb::arg("tensor_type"));
   bind_errors(m);
   bind_groups(m);
   bind_placement(m);

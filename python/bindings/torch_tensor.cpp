@@ -1,68 +1,31 @@
 // SPDX-License-Identifier: MIT
 #include "torch_tensor.h"
 
-#include <algorithm>
 #include <array>
 #include <string>
 #include <unordered_map>
 
 #include "deep_ep/error.h"
+#include "dlpack.h"
 
 namespace deep_ep::python {
 
 namespace {
 
-// DLPack's binary interface: plain structs that every array library agrees on.
-struct DlDevice {
-  std::int32_t type;
-  std::int32_t id;
-};
-struct DlDataType {
-  std::uint8_t code;
-  std::uint8_t bits;
-  std::uint16_t lanes;
-};
-struct DlTensor {
-  void* data;
-  DlDevice device;
-  std::int32_t ndim;
-  DlDataType dtype;
-  std::int64_t* shape;
-  std::int64_t* strides;
-  std::uint64_t byte_offset;
-};
-struct DlManagedTensor {
-  DlTensor tensor;
-  void* context;
-  void (*deleter)(DlManagedTensor*);
-};
-
 constexpr char kCapsuleName[] = "dltensor";
-constexpr std::int32_t kDlCpu = 1;
-constexpr std::int32_t kDlCuda = 2;
 
 // A tensor on its way out: the struct that DLPack passes around, and what it points to.
 struct Parcel {
-  DlManagedTensor managed{};
+  dlpack::DlManagedTensor managed{};
   Tensor tensor;
 };
 
-// FP8 and bool leave as bytes, because old versions of torch do not read them from DLPack; they are viewed afterwards.
-DlDataType dl_type(DType dtype) {
-  switch (dtype) {
-    case DType::kU8:
-    case DType::kFp8E4m3:
-    case DType::kBool: return {1, 8, 1};
-    case DType::kBf16: return {4, 16, 1};
-    case DType::kFp16: return {2, 16, 1};
-    case DType::kFp32: return {2, 32, 1};
-    case DType::kI32: return {0, 32, 1};
-    case DType::kI64: return {0, 64, 1};
-  }
-  return {1, 8, 1};
-}
+// FP8 and bool leave as bytes, because old versions of torch do not read them from a capsule; they are viewed
+// afterwards.
+bool leaves_as_bytes(DType dtype) { return dtype == DType::kFp8E4m3 || dtype == DType::kBool; }
 
 struct TorchFace {
+  dlpack::Exchange exchange;  // knows nothing in a torch before 2.10: then the rest does the work
   nb::object from_dlpack;
   std::unordered_map<PyObject*, DType> dtype_of;  // dtype objects live as long as the process
   std::array<nb::object, 8> dtypes;
@@ -76,7 +39,7 @@ TorchFace& torch_face() {
 
 void forget_capsule(PyObject* capsule) {
   if (PyCapsule_IsValid(capsule, kCapsuleName) == 0) return;  // taken: its new owner deletes it
-  auto* managed = static_cast<DlManagedTensor*>(PyCapsule_GetPointer(capsule, kCapsuleName));
+  auto* managed = static_cast<dlpack::DlManagedTensor*>(PyCapsule_GetPointer(capsule, kCapsuleName));
   managed->deleter(managed);
 }
 
@@ -89,14 +52,19 @@ std::string text_of(const nb::object& object) { return nb::str(object).c_str(); 
                                            ", where this call's tensors must be on " + wanted);
 }
 
+void* data_by_attribute(nb::handle tensor) {
+  return reinterpret_cast<void*>(nb::cast<std::uintptr_t>(tensor.attr("data_ptr")()));
+}
+
 std::int64_t item(const nb::object& tuple, int i) {
   return nb::cast<std::int64_t>(nb::borrow(PyTuple_GetItem(tuple.ptr(), i)));
 }
 
 }  // namespace
 
-void use_torch(nb::object from_dlpack, nb::dict dtypes) {
+void use_torch(nb::object from_dlpack, nb::dict dtypes, nb::object tensor_type) {
   TorchFace& face = torch_face();
+  face.exchange.find(std::move(tensor_type));
   face.from_dlpack = std::move(from_dlpack);
   face.dtype_of.clear();
   for (auto [dtype, code] : dtypes) {
@@ -113,10 +81,11 @@ Device device_of(nb::handle tensor, const char* what) {
               std::string(what) + " is on " + text_of(tensor.attr("device")) + ": CPU and CUDA are supported");
 }
 
-TensorView view_of(nb::handle tensor, const char* what, Device device) {
-  TensorView view;
-  if (tensor.is_none()) return view;
-  if (device_of(tensor, what) != device) throw_elsewhere(tensor, what, device);
+namespace {
+
+// Of any tensor, subclasses and versions of torch without an exchange included; or says what is wrong with it.
+TensorView by_attributes(nb::handle tensor, const char* what, Device& device) {
+  device = device_of(tensor, what);
   const auto& known = torch_face().dtype_of;
   const nb::object dtype = tensor.attr("dtype");
   const auto found = known.find(dtype.ptr());
@@ -129,7 +98,8 @@ TensorView view_of(nb::handle tensor, const char* what, Device device) {
   if (ndim < 1 || ndim > TensorView::kMaxDims)
     throw Error(ErrorCode::kInvalidArgument,
                 std::string(what) + " must have 1 to 3 dimensions: it has " + std::to_string(ndim));
-  view.data = reinterpret_cast<void*>(nb::cast<std::uintptr_t>(tensor.attr("data_ptr")()));
+  TensorView view;
+  view.data = data_by_attribute(tensor);
   view.dtype = found->second;
   view.ndim = ndim;
   for (int i = 0; i < ndim; ++i) {
@@ -137,6 +107,27 @@ TensorView view_of(nb::handle tensor, const char* what, Device device) {
     view.strides[i] = item(strides, i);
   }
   return view;
+}
+
+}  // namespace
+
+TensorView view_of(nb::handle tensor, const char* what, Device device) {
+  TensorView view;
+  if (tensor.is_none()) return view;
+  const TorchFace& face = torch_face();
+  Device where = kCpu;
+  if (!face.exchange.knows(tensor) || !face.exchange.view(tensor, view, where))
+    view = by_attributes(tensor, what, where);
+  if (where != device) throw_elsewhere(tensor, what, device);
+  return view;
+}
+
+const void* data_of(nb::handle tensor) {
+  const TorchFace& face = torch_face();
+  TensorView view;
+  Device device = kCpu;
+  return face.exchange.knows(tensor) && face.exchange.view(tensor, view, device) ? view.data
+                                                                                 : data_by_attribute(tensor);
 }
 
 Tensor hold(nb::handle tensor, const char* what) {
@@ -152,21 +143,15 @@ Tensor hold(nb::handle tensor, const char* what) {
 
 nb::object to_torch(const Tensor& tensor, Device device) {
   if (!tensor.given()) return nb::none();
+  const TorchFace& face = torch_face();
+  if (face.exchange.makes_tensors()) return face.exchange.tensor(tensor, device);
   auto* parcel = new Parcel{{}, tensor};
-  parcel->managed.tensor = {parcel->tensor.data,
-                            device == kCpu ? DlDevice{kDlCpu, 0} : DlDevice{kDlCuda, device},
-                            parcel->tensor.ndim,
-                            dl_type(tensor.dtype),
-                            parcel->tensor.shape.data(),
-                            parcel->tensor.strides.data(),
-                            0};
-  parcel->managed.context = parcel;
-  parcel->managed.deleter = [](DlManagedTensor* managed) { delete static_cast<Parcel*>(managed->context); };
+  const DType sent = leaves_as_bytes(tensor.dtype) ? DType::kU8 : tensor.dtype;
+  parcel->managed = {dlpack::dl_tensor(parcel->tensor, dlpack::dl_type(sent), device), parcel,
+                     [](dlpack::DlManagedTensor* managed) { delete static_cast<Parcel*>(managed->context); }};
   const nb::object capsule = nb::steal(PyCapsule_New(&parcel->managed, kCapsuleName, forget_capsule));
-  nb::object made = torch_face().from_dlpack(capsule);
-  if (tensor.dtype == DType::kFp8E4m3 || tensor.dtype == DType::kBool)
-    made = made.attr("view")(torch_face().dtypes.at(static_cast<int>(tensor.dtype)));
-  return made;
+  nb::object made = face.from_dlpack(capsule);
+  return leaves_as_bytes(tensor.dtype) ? made.attr("view")(face.dtypes.at(static_cast<int>(tensor.dtype))) : made;
 }
 
 }  // namespace deep_ep::python

@@ -14,8 +14,9 @@ namespace nb = nanobind;
 using Device = int;
 inline constexpr Device kCpu = -1;
 
-/// Told once by the package: how a DLPack capsule becomes a tensor, and which dtype objects stand for which DType.
-void use_torch(nb::object from_dlpack, nb::dict dtypes);
+/// Told once by the package: how a DLPack capsule becomes a tensor, which dtype objects stand for which DType, and
+/// torch.Tensor, which may offer a shorter way.
+void use_torch(nb::object from_dlpack, nb::dict dtypes, nb::object tensor_type);
 
 /// Borrows a torch tensor of that device; None is "not given". `what` names it in errors. Throws kUnsupported for
 /// another device or dtype. The caller keeps the object alive as long as the view is used.
@@ -23,6 +24,9 @@ TensorView view_of(nb::handle tensor, const char* what, Device device = kCpu);
 
 /// As view_of, of whatever device, and keeps the torch tensor alive itself. None: not given.
 Tensor hold(nb::handle tensor, const char* what);
+
+/// Where a torch tensor's memory begins.
+const void* data_of(nb::handle tensor);
 
 /// Of a torch tensor. Throws kUnsupported where it is neither a CPU nor a CUDA tensor.
 Device device_of(nb::handle tensor, const char* what);

@@ -12,7 +12,7 @@ class Error(RuntimeError):
     code: "ErrorCode"
     wait: Optional["WaitRecord"]
 
-def use_torch(from_dlpack: Any, dtypes: dict) -> None: ...
+def use_torch(from_dlpack: Any, dtypes: dict, tensor_type: Any) -> None: ...
 
 class ErrorCode(enum.Enum):
     """What the caller can do about an error."""
@@ -184,13 +184,10 @@ class Handle:
     @staticmethod
     def restore(tensors: Sequence) -> Handle: ...
 
-def leave_out(handle: Handle, topk_idx: Any) -> Handle:
+def handle_of(tensor: Any, topk_idx: Any = None) -> Any:
     """
-    The handle, of a low-latency dispatch, without the selections that are negative in topk_idx now.
+    The handle that a tensor of a handle tuple stands for, or None. With topk_idx, for a low-latency dispatch: without the selections that are negative there now.
     """
-
-def handle_of(tensor: Any) -> Any:
-    """The handle that a tensor of a handle tuple stands for, or None."""
 
 class DispatchTicket:
     """A low-latency dispatch on its way."""
@@ -200,8 +197,6 @@ class DispatchTicket:
     def finish(self) -> None: ...
 
     def receive(self, wait_stats: Any = None, count_stats: Any = None) -> Any: ...
-
-    def receive_padded(self, wait_stats: Any = None, count_stats: Any = None) -> tuple: ...
 
 class CombineTicket:
     """A low-latency combine on its way."""
@@ -326,7 +321,9 @@ class CoreBuffer:
 
     def combine(self, **kwargs) -> tuple: ...
 
-    def low_latency_dispatch(self, arg0: bool, /, **kwargs) -> Any: ...
+    def low_latency_dispatch(self, **kwargs) -> DispatchTicket: ...
+
+    def low_latency_dispatch_padded(self, with_hook: bool, wait_stats: Any, count_stats: Any, **keywords) -> tuple: ...
 
     def low_latency_combine(self, **kwargs) -> CombineTicket: ...
 

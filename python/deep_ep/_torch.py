@@ -24,7 +24,7 @@ _DTYPES = {
 if hasattr(torch, "float8_e4m3fn"):
     _DTYPES[torch.float8_e4m3fn] = 1
 
-_core.use_torch(from_dlpack, _DTYPES)
+_core.use_torch(from_dlpack, _DTYPES, torch.Tensor)
 
 
 def as_carried(x: torch.Tensor) -> torch.Tensor:

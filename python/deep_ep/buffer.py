@@ -67,8 +67,7 @@ class Buffer(NormalMode, LowLatencyMode):
         self._config.arena_bytes = arena_bytes
         self._config.timeout_secs = timeout_secs
         self._config.num_tickets = NUM_TICKETS
-        if low_latency_mode:
-            self._plan_low_latency(num_rdma_bytes)
+        self._plan_low_latency(num_rdma_bytes if low_latency_mode else 0)
         self._open()
         self.runtime: Optional[Runtime] = Runtime(self)
 

@@ -3,31 +3,30 @@
 package supports. Passed all the same, they are ignored where they ask for nothing and refused, with the reason, where they
 ask for something."""
 
-import functools
-from typing import Any, Callable, TypeVar, cast
+import inspect
+from typing import Any, Callable, Dict, Tuple, TypeVar
 
 from .errors import unsupported
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-def refuses(switch: str, *companions: str, because: str) -> Callable[[_Method], _Method]:
-    """For a collective method of a Session: without `switch`, a fork's, and the arguments that only count beside it."""
-    names = frozenset((switch, *companions))
+def unannounced(method: _Method) -> _Method:
+    """Leaves the method's `**keywords` out of its signature."""
+    signature = inspect.signature(method)
+    named = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    method.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+    return method
 
-    def decorate(method: _Method) -> _Method:
-        def refuse() -> None:
-            raise unsupported(f"{switch}, an argument of forks: {because}")
 
-        @functools.wraps(method)
-        def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
-            if not names.isdisjoint(keywords):
-                asked = keywords.pop(switch, False)
-                keywords = {name: value for name, value in keywords.items() if name not in names}
-                if asked:
-                    self._checked(method.__name__, refuse)
-            return method(self, *arguments, **keywords)
+def refuse(session: Any, operation: str, given: Dict[str, Any], known: Tuple[str, ...], because: str) -> None:
+    """For a collective operation that was given such keywords. The first one known is the switch, others count beside it."""
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{operation}() got an unexpected keyword argument '{name}'")
+    if given.get(known[0], False):
 
-        return cast(_Method, call)
+        def refusal() -> None:
+            raise unsupported(f"{known[0]}, an argument of forks: {because}")
 
-    return decorate
+        session._checked(operation, refusal)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """V1's low-latency calls. `send` waits for nobody; the hook, or the call itself without one, waits and places the rows."""
 
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Optional, Set, Tuple
 
 import torch
 
@@ -9,15 +9,19 @@ from . import _core
 from .config import NUM_TICKETS, low_latency_capacity
 from .errors import Error, invalid, require, require_counters, unsupported
 from .event import EventOverlap, finished
-from .forks import refuses
+from .forks import refuse, unannounced
 from .session import Session
 
 Hook = Optional[Callable[[], None]]
 
 _BY_TOPK = _core.SumOrder(by_topk=True)
+_PADDED = _core.OutputLayout.padded
 
-#: Beside `overlap`, in forks for Blackwell and for Hopper.
-_OVERLAP = "src_signals src_signal_expect_value packed_recv_count comp_signal block_m threshold num_sms".split()
+#: Of forks: the switch, and what counts beside it.
+_NVFP4 = ("use_nvfp4", "x_global_scale")
+_OVERLAP = tuple(
+    "overlap src_signals src_signal_expect_value packed_recv_count comp_signal block_m threshold num_sms".split()
+)
 
 
 class LowLatencyMode(Session):
@@ -26,7 +30,7 @@ class LowLatencyMode(Session):
     low_latency_mode: bool
     enable_shrink: bool
 
-    @refuses("use_nvfp4", "x_global_scale", because="rows travel as BF16, or as FP8 with use_fp8")
+    @unannounced
     def low_latency_dispatch(
         self,
         x: torch.Tensor,
@@ -42,53 +46,43 @@ class LowLatencyMode(Session):
         return_recv_hook: bool = False,
         *,
         placement: Any = None,
+        **of_forks: Any,
     ) -> Tuple[Any, torch.Tensor, Tuple[Any, ...], EventOverlap, Hook]:
+        if of_forks:
+            refuse(self, "low_latency_dispatch", of_forks, _NVFP4, "rows travel as BF16, or as FP8 with use_fp8")
         if isinstance(cumulative_local_expert_recv_stats, bool):  # the first V1 had use_fp8 in this place
             use_fp8, cumulative_local_expert_recv_stats = cumulative_local_expert_recv_stats, None
-        max_tokens, hidden = num_max_dispatch_tokens_per_rank, x.size(-1)
-        self._use(x)
-        core = self._core_for(hidden, max_tokens, topk_idx.size(-1), num_experts)
-        try:
-            self._check_dispatch(async_finish, return_recv_hook, dispatch_wait_recv_cost_stats)
-            if cumulative_local_expert_recv_stats is not None:
-                placed = _core.Placement.even(num_experts, self._num_ranks) if placement is None else placement
-                slots = placed.num_slots(self._rank)
-                require_counters(
-                    "cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats, torch.int32, slots
-                )
-        except Exception as error:
-            core.refuse("low_latency_dispatch", str(error))
-            raise
+        shape = (x.size(-1), num_max_dispatch_tokens_per_rank, topk_idx.size(-1), num_experts)
+        core = self._use(x)
+        if shape not in self._fitting[self._on_gpu]:
+            core = self._core_for(shape)
+        stats = (dispatch_wait_recv_cost_stats, cumulative_local_expert_recv_stats)
+        if async_finish or stats[0] is not None or stats[1] is not None:
+            self._checked(
+                "low_latency_dispatch",
+                lambda: self._check_dispatch(async_finish and return_recv_hook, *stats, num_experts, placement),
+            )
         keywords: Dict[str, Any] = dict(
             x=x,
             topk_idx=topk_idx,
             num_experts=num_experts,
-            max_tokens_per_rank=max_tokens,
-            layout=_core.OutputLayout.padded,
+            max_tokens_per_rank=num_max_dispatch_tokens_per_rank,
+            placement=placement,
+            layout=_PADDED,
             column_major_scales=True,
+            fp8=(round_scale, use_ue8m0) if use_fp8 else None,
             mask_silent=self.enable_shrink,
         )
-        if use_fp8:
-            keywords["fp8"] = (round_scale, use_ue8m0)
-        if placement is not None:
-            keywords["placement"] = placement
         if self._on_gpu:
-            return self._dispatch_on_gpu(keywords, cumulative_local_expert_recv_stats, async_finish, return_recv_hook)
-        stats = (dispatch_wait_recv_cost_stats, cumulative_local_expert_recv_stats)
-        made = core.low_latency_dispatch(return_recv_hook, **keywords)
-        hook: Hook = None
-        if return_recv_hook:
-            (data, scales, count, src_info, layout_range), ticket = made
-            hook = once(lambda: ticket.receive(*stats))
-        else:
-            data, scales, count, src_info, layout_range, _ = made.receive_padded(*stats)
-        handle = (src_info, layout_range, max_tokens, hidden, num_experts)
-        event = finished(async_finish, x, topk_idx, data, scales, count, src_info, layout_range)
+            return self._dispatch_on_gpu(keywords, stats[1], async_finish, return_recv_hook)
+        made, ticket = core.low_latency_dispatch_padded(return_recv_hook, *stats, **keywords)
+        data, scales, count, src_info, layout_range = made
+        hook = None if ticket is None else once(lambda: ticket.receive(*stats))
+        handle = (src_info, layout_range, num_max_dispatch_tokens_per_rank, shape[0], num_experts)
+        event = finished(True, x, topk_idx, *made) if async_finish else EventOverlap()
         return ((data, scales) if use_fp8 else data), count, handle, event, hook
 
-    @refuses(
-        "overlap", *_OVERLAP, because="combine sends rows that are complete; return_recv_hook overlaps its second half"
-    )
+    @unannounced
     def low_latency_combine(
         self,
         x: torch.Tensor,
@@ -103,27 +97,19 @@ class LowLatencyMode(Session):
         combine_wait_recv_cost_stats: Optional[torch.Tensor] = None,
         *,
         wire: Optional[str] = None,
+        **of_forks: Any,
     ) -> Tuple[torch.Tensor, EventOverlap, Hook]:
         """`wire`: how rows cross, "logfmt10" (as `use_logfmt` asks for), "fp8", or as they are; equal on all ranks."""
-
-        self._use(x)
+        if of_forks:
+            why = "combine sends rows that are complete; return_recv_hook overlaps its second half"
+            refuse(self, "low_latency_combine", of_forks, _OVERLAP, why)
+        core, wait_stats = self._use(x), combine_wait_recv_cost_stats
 
         def check() -> Any:
-            require(not (use_logfmt and zero_copy), "use_logfmt and zero_copy exclude each other")
-            require(not (use_logfmt and wire), f"use_logfmt and wire exclude each other: wire is {wire!r}")
-            require(not (async_finish and return_recv_hook), "async_finish and return_recv_hook exclude each other")
-            require(
-                topk_idx.shape == topk_weights.shape,
-                f"topk_weights must be {list(topk_idx.shape)} as topk_idx is: {list(topk_weights.shape)}",
-            )
-            if combine_wait_recv_cost_stats is not None:
-                require_counters(
-                    "combine_wait_recv_cost_stats", combine_wait_recv_cost_stats, torch.int64, self._num_ranks
-                )
-                self._no_wait_stats()
-            found = self._handle_of(handle)
+            if use_logfmt or async_finish or wait_stats is not None:
+                self._check_combine(use_logfmt, zero_copy, wire, async_finish and return_recv_hook, wait_stats)
             # Selections that the caller has taken back since the dispatch do not count.
-            found = found if self._on_gpu else _core.leave_out(found, topk_idx)
+            found = self._handle_of(handle, None if self._on_gpu else topk_idx)
             return found, self._combine_rows(x, handle, zero_copy)
 
         core_handle, rows = self._checked("low_latency_combine", check)
@@ -134,24 +120,24 @@ class LowLatencyMode(Session):
             keywords["wire"] = wire or "logfmt10"
         if self._on_gpu:
             return self._combine_on_gpu(keywords, core_handle, topk_idx, out, async_finish, return_recv_hook)
-        keywords["handle"] = core_handle
         if return_recv_hook and out is None:
             out = torch.empty((topk_idx.size(0), x.size(-1)), dtype=x.dtype, device="cpu")
         if out is not None:
             keywords["out"] = out
-        ticket = self._opened().low_latency_combine(**keywords)
+        ticket = core.low_latency_combine(handle=core_handle, **keywords)
         if return_recv_hook:
             assert out is not None
-            return out, finished(False), once(lambda: ticket.receive(combine_wait_recv_cost_stats))
-        combined, _ = ticket.receive(combine_wait_recv_cost_stats)
-        return combined, finished(async_finish, x, topk_idx, topk_weights, combined), None
+            return out, EventOverlap(), once(lambda: ticket.receive(wait_stats))
+        combined, _ = ticket.receive(wait_stats)
+        event = finished(True, x, topk_idx, topk_weights, combined) if async_finish else EventOverlap()
+        return combined, event, None
 
     def get_next_low_latency_combine_buffer(self, handle: Tuple[Any, ...]) -> torch.Tensor:
         """Where the rows of this handle's `low_latency_combine(.., zero_copy=True)` are to be written. Ask anew for each
         combine: after it, other ranks may still read there. Peers reach this memory, so nothing is copied."""
         src_info, layout_range, _, hidden = handle[:4]
         shape = (src_info.size(0), src_info.size(1), hidden)
-        buffers, key = self._combine_buffers(), layout_range.data_ptr()
+        buffers, key = self._combine_buffers, layout_range.data_ptr()
         found = buffers.get(key)
         if found is None or found.shape != shape:  # of another shape: for a handle gone, whose memory serves this one now
             buffers.pop(key, None)
@@ -196,7 +182,7 @@ class LowLatencyMode(Session):
 
         if with_hook:
             stream = self._current_stream("low_latency_dispatch")
-            ticket = self._opened().low_latency_dispatch(False, **keywords)
+            ticket = self._opened().low_latency_dispatch(**keywords)
             made = ticket.promised()
 
             def receive() -> None:
@@ -207,7 +193,7 @@ class LowLatencyMode(Session):
             event, hook = EventOverlap(), once(receive)
         else:
             with self._call("low_latency_dispatch", None, async_finish) as call:
-                ticket = self._opened().low_latency_dispatch(False, at_once=True, **keywords)
+                ticket = self._opened().low_latency_dispatch(at_once=True, **keywords)
                 made = ticket.promised()
                 ticket.finish()
                 count(made[2])
@@ -257,6 +243,11 @@ class LowLatencyMode(Session):
 
     def _plan_low_latency(self, num_rdma_bytes: int) -> None:
         """Slots from the bytes that the caller grants; a call that needs more opens a larger buffer, see `_core_for`."""
+        # Shapes of calls that fit as the buffer is, on CPUs and on GPUs.
+        self._fitting: Tuple[Set[Any], Set[Any]] = (set(), set())
+        self._largest: Tuple[int, ...] = (0, 0, 0)
+        # Handed out and not combined yet, by the memory of the handle's layout_range.
+        self._combine_buffers: Dict[int, torch.Tensor] = {}
         capacity = _core.LowLatencyCapacity()
         # A GPU's memory is too dear for a guess: there the first call says what it needs.
         if num_rdma_bytes > 0 and not self._on_gpu:
@@ -265,21 +256,17 @@ class LowLatencyMode(Session):
             capacity.max_tokens_per_rank, capacity.num_topk, capacity.side_bytes = 1, 1, 0
             capacity.row_bytes = -(-per_ticket // self._num_ranks)
         self._config.low_latency = capacity
-        self._fitting: Set[Tuple[str, Tuple[int, ...]]] = set()  # by type of device
-        self._largest: Tuple[int, ...] = (0, 0, 0)
 
-    def _core_for(self, hidden: int, max_tokens: int, num_topk: int, num_experts: int) -> Any:
-        """The C++ buffer, large enough for such a call. All ranks see the same numbers, so all enlarge it together."""
-        core = self._opened()
-        shape = (hidden, max_tokens, num_topk, num_experts)
-        fitting = getattr(self, "_fitting", None)
-        if fitting is None:
+    def _core_for(self, shape: Tuple[int, int, int, int]) -> Any:
+        """The C++ buffer, large enough for calls of (hidden, max tokens, top-k, experts). All ranks see the same numbers, so
+        all enlarge it together."""
+        if not self.low_latency_mode:
             raise invalid("low-latency calls need a buffer made with low_latency_mode=True")
-        if (self._device.type, shape) in fitting:
-            return core
+        core, fitting = self._opened(), self._fitting[self._on_gpu]
         reason = core.supports_low_latency(*shape)
         if "Config::low_latency" in reason:
             # At least the largest of each that was ever asked for.
+            hidden, max_tokens, num_topk, _ = shape
             self._largest = tuple(map(max, self._largest, (max_tokens, hidden, num_topk)))
             self._config.low_latency = low_latency_capacity(*self._largest)
             fitting.clear()
@@ -288,33 +275,43 @@ class LowLatencyMode(Session):
             core = self._opened()
             reason = core.supports_low_latency(*shape)
         if not reason:
-            fitting.add((self._device.type, shape))
+            fitting.add(shape)
         return core  # where it does not fit at all, the library's own checks say why
 
     # Checks ---------------------------------------------------------------------------------------------------------
 
-    def _check_dispatch(self, async_finish: bool, return_recv_hook: bool, wait_stats: Optional[torch.Tensor]) -> None:
-        require(not (async_finish and return_recv_hook), "async_finish and return_recv_hook exclude each other")
+    def _check_dispatch(
+        self, both: bool, wait_stats: Any, count_stats: Any, num_experts: int, placement: Any
+    ) -> None:
+        require(not both, "async_finish and return_recv_hook exclude each other")
         if wait_stats is not None:
             self._no_wait_stats()
             require_counters("dispatch_wait_recv_cost_stats", wait_stats, torch.int64, self._num_ranks)
+        if count_stats is not None:
+            placed = _core.Placement.even(num_experts, self._num_ranks) if placement is None else placement
+            slots = placed.num_slots(self._rank)
+            require_counters("cumulative_local_expert_recv_stats", count_stats, torch.int32, slots)
 
-    def _handle_of(self, handle: Tuple[Any, ...]) -> Any:
+    def _check_combine(self, use_logfmt: bool, zero_copy: bool, wire: Any, both: bool, wait_stats: Any) -> None:
+        require(not (use_logfmt and zero_copy), "use_logfmt and zero_copy exclude each other")
+        require(not (use_logfmt and wire), f"use_logfmt and wire exclude each other: wire is {wire!r}")
+        require(not both, "async_finish and return_recv_hook exclude each other")
+        if wait_stats is not None:
+            require_counters("combine_wait_recv_cost_stats", wait_stats, torch.int64, self._num_ranks)
+            self._no_wait_stats()
+
+    def _handle_of(self, handle: Tuple[Any, ...], topk_idx: Optional[torch.Tensor]) -> Any:
         require(
             isinstance(handle, (tuple, list)) and len(handle) >= 2,
             "handle must be the tuple that low_latency_dispatch returned",
         )
-        found = _core.handle_of(handle[1])
+        found = _core.handle_of(handle[1], topk_idx)
         require(
             found is not None,
             "handle: its layout_range is not the tensor that low_latency_dispatch returned, or the dispatch's hook has "
             "not run yet",
         )
         return found
-
-    def _combine_buffers(self) -> Dict[int, torch.Tensor]:
-        """Handed out and not combined yet, by the memory of the handle's layout_range."""
-        return self.__dict__.setdefault("_combine_buffers_by_handle", {})
 
     def _combine_buffer(self, shape: Tuple[int, ...]) -> torch.Tensor:
         if not self._on_gpu:
@@ -326,7 +323,9 @@ class LowLatencyMode(Session):
 
     def _combine_rows(self, x: torch.Tensor, handle: Tuple[Any, ...], zero_copy: bool) -> torch.Tensor:
         """x itself, or what was written into the buffer that was handed out for this handle."""
-        written = self._combine_buffers().pop(handle[1].data_ptr(), None)
+        if not self._combine_buffers:
+            return x
+        written = self._combine_buffers.pop(handle[1].data_ptr(), None)
         if not zero_copy or written is None:
             return x
         require(written.shape == x.shape, f"zero_copy: x must be {list(written.shape)}: {list(x.shape)}")
