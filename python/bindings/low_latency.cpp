@@ -16,38 +16,46 @@ namespace deep_ep::python {
 // The small ones, which are made for every call.
 struct SlotTables {
   Tensor count;            // i32 [slots]: rows of each expert
-  Tensor src_info;         // i32 [slots, rows of a slot]: token on its source rank
+  Tensor src_info;         // i32 [slots, rows of a slot]: token on its source rank; unset behind the last row
   KeyTensor layout_range;  // i64 [slots, num_ranks]: (first row << 32) | rows of that source
 
   SlotTables(std::int64_t slots, std::int64_t slot_rows, int num_ranks)
       : count(filled({slots}, 0)),
-        src_info(filled({slots, slot_rows}, -1)),
+        src_info(Tensor::allocate(DType::kI32, {slots, slot_rows})),
         layout_range(DType::kI64, {slots, num_ranks}) {
     std::fill_n(layout_range.tensor().as<std::int64_t>(), slots * num_ranks, 0);
   }
 
   void fill(const HandlePtr& handle) {
     const Handle& h = *handle;
-    const std::int32_t slot_rows = h.num_ranks * h.max_tokens_per_rank;
     std::copy_n(h.slot_rows.as<const std::int32_t>(), count.numel(), count.as<std::int32_t>());
     const auto* first = h.first_arrival.as<const std::int32_t>();
+    for (int src = 0; src < h.num_ranks; ++src) note_source(h, src, first[src], first[src + 1]);
+    layout_range.set(handle);
+  }
+
+ private:
+  // Most selections of a token are on other ranks, in no order that a processor could guess: so there is no branch for
+  // them, and a product instead of a quotient, which a double has room for.
+  void note_source(const Handle& h, int src, std::int64_t begin, std::int64_t end) {
     const auto* rows = h.arrival_row.as<const std::int32_t>();
     const auto* tokens = h.src_token.as<const std::int32_t>();
-    auto* range = layout_range.tensor().as<std::int64_t>();
     auto* source = src_info.as<std::int32_t>();
-    for (int src = 0; src < h.num_ranks; ++src)
-      for (std::int64_t arrival = first[src]; arrival < first[src + 1]; ++arrival)
-        for (int k = 0; k < h.num_topk; ++k) {
-          const std::int32_t row = rows[arrival * h.num_topk + k];
-          if (row < 0) continue;
-          source[row] = tokens[arrival];
-          const std::int32_t slot = row / slot_rows;
-          std::int64_t& block = range[slot * h.num_ranks + src];
-          // Rows of a source are contiguous and come in order.
-          if (block == 0) block = std::int64_t{row - slot * slot_rows} << 32;
-          ++block;
-        }
-    layout_range.set(handle);
+    auto* range = layout_range.tensor().as<std::int64_t>() + src;
+    const std::int32_t slot_rows = h.num_ranks * h.max_tokens_per_rank;
+    const double slots_per_row = 1.0 / slot_rows;
+    std::int32_t no_source = 0;
+    std::int64_t no_block = 0;
+    for (std::int64_t i = begin * h.num_topk, arrival = begin; arrival < end; ++arrival)
+      for (int k = 0; k < h.num_topk; ++k, ++i) {
+        const std::int32_t row = rows[i];
+        const auto slot = static_cast<std::int32_t>((row + 0.5) * slots_per_row);
+        const std::int64_t begins = std::int64_t{row - slot * slot_rows} << 32;
+        std::int64_t* block = row < 0 ? &no_block : range + slot * h.num_ranks;
+        *(row < 0 ? &no_source : source + row) = tokens[arrival];
+        // Rows of a source are contiguous and come in order.
+        *block = (*block == 0 ? begins : *block) + 1;
+      }
   }
 };
 
