@@ -6,8 +6,11 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string_view.h>
 
+#include <algorithm>
+#include <cstddef>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -28,145 +31,136 @@ std::shared_ptr<const T> shared(nb::handle object) {
   return object.is_none() ? nullptr : std::shared_ptr<const T>(nb::cast<std::shared_ptr<T>>(object));
 }
 
+// A keyword argument and the field that it sets.
+template <typename Input>
+struct Keyword {
+  std::string_view name;
+  void (*set)(Input& in, const char* name, nb::handle given, Device device);
+};
+
+template <auto kField, typename Input>
+void tensor(Input& in, const char* name, nb::handle given, Device device) {
+  in.*kField = view_of(given, name, device);
+}
+
+template <auto kField, typename Input>
+void value(Input& in, const char*, nb::handle given, Device) {
+  in.*kField = nb::cast<std::decay_t<decltype(in.*kField)>>(given);
+}
+
+template <int kIndex>
+void bias(CombineInput& in, const char* name, nb::handle given, Device device) {
+  in.bias[kIndex] = view_of(given, name, device);
+}
+
+template <typename Input>
+void handle(Input& in, const char*, nb::handle given, Device) {
+  in.handle = shared<Handle>(given);
+}
+
+template <typename Input>
+void timeout(Input& in, const char*, nb::handle given, Device) {
+  in.timeout = milliseconds(given);
+}
+
+void side(DispatchInput& in, const char* name, nb::handle given, Device device) {
+  for (nb::handle each : given) in.side.push_back(view_of(each, name, device));
+}
+
+void placement(DispatchInput& in, const char*, nb::handle given, Device) { in.placement = shared<Placement>(given); }
+
+void scale_order(DispatchInput& in, const char*, nb::handle column_major, Device) {
+  in.scale_order = nb::cast<bool>(column_major) ? ScaleOrder::kColumnMajor : ScaleOrder::kRowMajor;
+}
+
+// None, or (round_scale, ue8m0).
+void fp8(DispatchInput& in, const char*, nb::handle given, Device) {
+  if (given.is_none()) return;
+  const auto [round_scale, ue8m0] = nb::cast<std::pair<bool, bool>>(given);
+  in.fp8 = Fp8Options{round_scale, ue8m0};
+}
+
+void weights_home(CombineInput& in, const char*, nb::handle from_owner, Device) {
+  in.weights_home = nb::cast<bool>(from_owner) ? WeightsHome::kFromOwner : WeightsHome::kSumOverRanks;
+}
+
+// None: as they are.
+void wire(CombineInput& in, const char*, nb::handle given, Device) {
+  if (given.is_none()) return;
+  const auto name = nb::cast<std::string_view>(given);
+  if (name != "logfmt10" && name != "fp8")
+    throw Error(ErrorCode::kInvalidArgument, "wire: '" + std::string(name) + "' vs 'logfmt10' or 'fp8'");
+  in.wire = name == "fp8" ? WireFormat::kFp8 : WireFormat::kLogFmt10;
+}
+
+constexpr Keyword<DispatchInput> kOfDispatch[] = {
+    {"x", tensor<&DispatchInput::x>},
+    {"scales", tensor<&DispatchInput::scales>},
+    {"topk_idx", tensor<&DispatchInput::topk_idx>},
+    {"topk_weights", tensor<&DispatchInput::topk_weights>},
+    {"side", side},
+    {"num_experts", value<&DispatchInput::num_experts>},
+    {"expert_alignment", value<&DispatchInput::expert_alignment>},
+    {"max_tokens_per_rank", value<&DispatchInput::max_tokens_per_rank>},
+    {"max_rows", value<&DispatchInput::max_rows>},
+    {"placement", placement},
+    {"layout", value<&DispatchInput::layout>},
+    {"column_major_scales", scale_order},
+    {"mask_topk_weights", value<&DispatchInput::mask_topk_weights>},
+    {"fp8", fp8},
+};
+
+constexpr Keyword<CombineInput> kOfCombine[] = {
+    {"x", tensor<&CombineInput::x>},
+    {"topk_weights", tensor<&CombineInput::topk_weights>},
+    {"weights", tensor<&CombineInput::weights>},
+    {"bias_0", bias<0>},
+    {"bias_1", bias<1>},
+    {"out", tensor<&CombineInput::out>},
+    {"weights_from_owner", weights_home},
+    {"order", value<&CombineInput::order>},
+    {"wire", wire},
+    {"zero_copy", value<&CombineInput::zero_copy>},
+};
+
 // How a call runs, dispatch or combine.
 template <typename Input>
-bool set_way(Input& in, std::string_view key, nb::handle value) {
-  if (key == "handle") {
-    in.handle = shared<Handle>(value);
-  } else if (key == "timeout_secs") {
-    in.timeout = milliseconds(value);
-  } else if (key == "num_workers") {
-    in.num_workers = nb::cast<int>(value);
-  } else if (key == "at_once") {
-    in.at_once = nb::cast<bool>(value);
-  } else if (key == "mask_silent") {
-    in.mask_silent = nb::cast<bool>(value);
-  } else {
-    return false;
+constexpr Keyword<Input> kOfBoth[] = {
+    {"handle", handle<Input>},
+    {"timeout_secs", timeout<Input>},
+    {"num_workers", value<&Input::num_workers, Input>},
+    {"at_once", value<&Input::at_once, Input>},
+    {"mask_silent", value<&Input::mask_silent, Input>},
+};
+
+template <typename Input, std::size_t kSize>
+const Keyword<Input>* find(const Keyword<Input> (&keywords)[kSize], std::string_view name) {
+  const auto* found = std::find_if(keywords, keywords + kSize, [&](const auto& each) { return each.name == name; });
+  return found == keywords + kSize ? nullptr : found;
+}
+
+template <typename Input, std::size_t kSize>
+Input input_of(const Seat& seat, const Keyword<Input> (&own)[kSize], const nb::kwargs& given) {
+  Input in;
+  in.stream = seat.calls;
+  for (auto [key, value] : given) {
+    const char* name = nb::borrow<nb::str>(key).c_str();
+    const Keyword<Input>* keyword = find(own, name);
+    if (keyword == nullptr) keyword = find(kOfBoth<Input>, name);
+    if (keyword == nullptr) throw nb::type_error(("unexpected keyword argument '" + std::string(name) + "'").c_str());
+    keyword->set(in, name, value, seat.device);
   }
-  return true;
-}
-
-bool set_tensor(DispatchInput& in, std::string_view key, nb::handle value, Device device) {
-  if (key == "x") {
-    in.x = view_of(value, "x", device);
-  } else if (key == "scales") {
-    in.scales = view_of(value, "scales", device);
-  } else if (key == "topk_idx") {
-    in.topk_idx = view_of(value, "topk_idx", device);
-  } else if (key == "topk_weights") {
-    in.topk_weights = view_of(value, "topk_weights", device);
-  } else if (key == "side") {
-    for (nb::handle each : value) in.side.push_back(view_of(each, "side", device));
-  } else {
-    return false;
-  }
-  return true;
-}
-
-bool set_number(DispatchInput& in, std::string_view key, nb::handle value) {
-  if (key == "num_experts") {
-    in.num_experts = nb::cast<int>(value);
-  } else if (key == "expert_alignment") {
-    in.expert_alignment = nb::cast<int>(value);
-  } else if (key == "max_tokens_per_rank") {
-    in.max_tokens_per_rank = nb::cast<int>(value);
-  } else if (key == "max_rows") {
-    in.max_rows = nb::cast<std::int64_t>(value);
-  } else {
-    return false;
-  }
-  return true;
-}
-
-bool set_choice(DispatchInput& in, std::string_view key, nb::handle value) {
-  if (key == "placement") {
-    in.placement = shared<Placement>(value);
-  } else if (key == "layout") {
-    in.layout = nb::cast<OutputLayout>(value);
-  } else if (key == "column_major_scales") {
-    in.scale_order = nb::cast<bool>(value) ? ScaleOrder::kColumnMajor : ScaleOrder::kRowMajor;
-  } else if (key == "mask_topk_weights") {
-    in.mask_topk_weights = nb::cast<bool>(value);
-  } else if (key == "fp8") {  // None, or (round_scale, ue8m0)
-    if (value.is_none()) return true;
-    const auto [round_scale, ue8m0] = nb::cast<std::pair<bool, bool>>(value);
-    in.fp8 = Fp8Options{round_scale, ue8m0};
-  } else {
-    return false;
-  }
-  return true;
-}
-
-bool set_tensor(CombineInput& in, std::string_view key, nb::handle value, Device device) {
-  if (key == "x") {
-    in.x = view_of(value, "x", device);
-  } else if (key == "topk_weights") {
-    in.topk_weights = view_of(value, "topk_weights", device);
-  } else if (key == "weights") {
-    in.weights = view_of(value, "weights", device);
-  } else if (key == "bias_0") {
-    in.bias[0] = view_of(value, "bias_0", device);
-  } else if (key == "bias_1") {
-    in.bias[1] = view_of(value, "bias_1", device);
-  } else if (key == "out") {
-    in.out = view_of(value, "out", device);
-  } else {
-    return false;
-  }
-  return true;
-}
-
-WireFormat wire_format(nb::handle value) {
-  if (value.is_none()) return WireFormat::kAsIs;
-  const std::string_view name = nb::cast<std::string_view>(value);
-  if (name == "logfmt10") return WireFormat::kLogFmt10;
-  if (name == "fp8") return WireFormat::kFp8;
-  throw Error(ErrorCode::kInvalidArgument, "wire: '" + std::string(name) + "' vs 'logfmt10' or 'fp8'");
-}
-
-bool set_choice(CombineInput& in, std::string_view key, nb::handle value) {
-  if (key == "weights_from_owner") {
-    in.weights_home = nb::cast<bool>(value) ? WeightsHome::kFromOwner : WeightsHome::kSumOverRanks;
-  } else if (key == "order") {
-    in.order = nb::cast<SumOrder>(value);
-  } else if (key == "wire") {
-    in.wire = wire_format(value);
-  } else if (key == "zero_copy") {
-    in.zero_copy = nb::cast<bool>(value);
-  } else {
-    return false;
-  }
-  return true;
-}
-
-[[noreturn]] void unknown(std::string_view key) {
-  throw nb::type_error(("unexpected keyword argument '" + std::string(key) + "'").c_str());
+  return in;
 }
 
 }  // namespace
 
 DispatchInput dispatch_input(const Seat& seat, const nb::kwargs& keywords) {
-  DispatchInput in;
-  in.stream = seat.calls;
-  for (auto [name, value] : keywords) {
-    const std::string_view key = nb::borrow<nb::str>(name).c_str();
-    if (!set_tensor(in, key, value, seat.device) && !set_number(in, key, value) && !set_choice(in, key, value) &&
-        !set_way(in, key, value))
-      unknown(key);
-  }
-  return in;
+  return input_of(seat, kOfDispatch, keywords);
 }
 
 CombineInput combine_input(const Seat& seat, const nb::kwargs& keywords) {
-  CombineInput in;
-  in.stream = seat.calls;
-  for (auto [name, value] : keywords) {
-    const std::string_view key = nb::borrow<nb::str>(name).c_str();
-    if (!set_tensor(in, key, value, seat.device) && !set_choice(in, key, value) && !set_way(in, key, value))
-      unknown(key);
-  }
-  return in;
+  return input_of(seat, kOfCombine, keywords);
 }
 
 namespace {

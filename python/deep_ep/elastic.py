@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`ElasticBuffer`, the second generation of DeepEP's API."""
 
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import torch
 
@@ -19,6 +19,24 @@ from .normal import Rows, received_as, split
 from .pipeline import PipelineMixin
 from .session import Session, two_biases
 from .topology import physical_domains
+
+
+class _Asked(NamedTuple):
+    """What a caller of dispatch wants, beside the rows."""
+
+    num_tokens: int
+    topk_idx: Any
+    stats: Any
+    num_experts: Any
+    num_max_tokens_per_rank: Optional[int]
+    expert_alignment: Optional[int]
+    num_sms: int
+    num_qps: int
+    do_handle_copy: bool
+    do_cpu_sync: Optional[bool]
+    do_expand: bool
+    do_zero_padding: bool
+    placement: Any
 
 
 class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
@@ -193,86 +211,95 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
     ) -> Tuple[Any, Optional[torch.Tensor], Optional[torch.Tensor], EPHandle, EventOverlap]:
         data, scales = split(x)
         self._use(data)
+        asked = _Asked(
+            data.size(0),
+            topk_idx,
+            cumulative_local_expert_recv_stats,
+            num_experts,
+            num_max_tokens_per_rank,
+            expert_alignment,
+            num_sms,
+            num_qps,
+            do_handle_copy,
+            do_cpu_sync,
+            do_expand,
+            do_zero_padding,
+            placement,
+        )
         keywords: Dict[str, Any] = dict(
             x=as_carried(data),
             scales=scales,
             topk_weights=topk_weights,
             column_major_scales=use_tma_aligned_col_major_sf,
+            mask_topk_weights=False,
         )
-        call = self._call("dispatch", previous_event, async_with_compute_stream, previous_event_before_epilogue)
-        if handle is not None:
-            again = (num_experts, num_max_tokens_per_rank, expert_alignment, do_cpu_sync, do_expand, topk_idx)
-            keywords.update(self._sms(num_sms or handle.num_sms))
-            with call as streams:
-                received = self._dispatch_again(keywords, handle, again, cumulative_local_expert_recv_stats)
-                streams.results(*received[:4])
-        else:
-            require_sms = num_sms >= 0 and num_qps >= 0
-            max_tokens = num_max_tokens_per_rank or self.num_max_tokens_per_rank
-            cpu_sync = True if do_cpu_sync is None else do_cpu_sync
-
-            def check() -> None:
-                require(require_sms, f"num_sms and num_qps must not be negative: {num_sms}, {num_qps}")
-                require(topk_idx is not None and num_experts is not None, "topk_idx and num_experts must be given")
-                require(do_expand or not do_zero_padding, "do_zero_padding needs do_expand")
-                require(
-                    0 <= data.size(0) <= max_tokens,
-                    f"x: {data.size(0)} tokens are more than num_max_tokens_per_rank: {max_tokens}",
-                )
-                if cumulative_local_expert_recv_stats is not None:
-                    slots = self._placement(placement, num_experts).num_slots(self._rank)  # type: ignore[arg-type]
-                    require_counters(
-                        "cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats, torch.int32, slots
-                    )
-
-            self._checked("dispatch", check)
-            sms = num_sms or self.get_theoretical_num_sms(num_experts, topk_idx.size(1))  # type: ignore[arg-type,union-attr]
-            keywords.update(
-                topk_idx=topk_idx,
-                num_experts=num_experts,
-                placement=placement,
-                expert_alignment=expert_alignment or 1,
-                layout=_core.OutputLayout.by_expert if do_expand else _core.OutputLayout.by_rank,
-                mask_topk_weights=False,
-                timeout_secs=self._cpu_timeout if cpu_sync else self._gpu_timeout,
-                **self._sms(sms),
-            )
-            with call as streams:
-                received = self._dispatch_first(keywords, max_tokens, cpu_sync, do_handle_copy, sms)
-                if cumulative_local_expert_recv_stats is not None:
-                    cumulative_local_expert_recv_stats.add_(received[4].num_unaligned_recv_tokens_per_expert)
-                streams.results(*received[:4], *received[4].tensors())
-        recv_data, recv_scales, recv_idx, recv_weights, made = received
+        with self._call(
+            "dispatch", previous_event, async_with_compute_stream, previous_event_before_epilogue
+        ) as streams:
+            if handle is None:
+                received, handle = self._dispatch_first(keywords, asked)
+                streams.results(*received, *handle.tensors())
+            else:
+                received = self._dispatch_again(keywords, asked, handle)
+                streams.results(*received)
+        recv_data, recv_scales, recv_idx, recv_weights = received
         event = streams.finished(data, scales, topk_idx, topk_weights, cumulative_local_expert_recv_stats)
-        return received_as(data, recv_data, recv_scales), recv_idx, recv_weights, made, event
+        return received_as(data, recv_data, recv_scales), recv_idx, recv_weights, handle, event
 
-    def _dispatch_first(
-        self, keywords: Dict[str, Any], max_tokens: int, cpu_sync: bool, do_handle_copy: bool, num_sms: int
-    ) -> Tuple[Any, ...]:
-        topk_idx, alignment = keywords["topk_idx"], keywords["expert_alignment"]
-        expanded = keywords["layout"] == _core.OutputLayout.by_expert
-        placement = self._placement(keywords["placement"], keywords["num_experts"])
-        bound, slots = self._num_ranks * max_tokens, placement.num_slots(self._rank)
+    def _check_first(self, asked: "_Asked", max_tokens: int) -> None:
+        require(
+            asked.num_sms >= 0 and asked.num_qps >= 0,
+            f"num_sms and num_qps must not be negative: {asked.num_sms}, {asked.num_qps}",
+        )
+        require(asked.topk_idx is not None and asked.num_experts is not None, "topk_idx and num_experts must be given")
+        require(asked.do_expand or not asked.do_zero_padding, "do_zero_padding needs do_expand")
+        require(
+            asked.num_tokens <= max_tokens,
+            f"x: {asked.num_tokens} tokens are more than num_max_tokens_per_rank: {max_tokens}",
+        )
+        if asked.stats is not None:
+            slots = self._placement(asked.placement, asked.num_experts).num_slots(self._rank)
+            require_counters("cumulative_local_expert_recv_stats", asked.stats, torch.int32, slots)
+
+    def _dispatch_first(self, keywords: Dict[str, Any], asked: "_Asked") -> Tuple[Tuple[Any, ...], EPHandle]:
+        max_tokens = asked.num_max_tokens_per_rank or self.num_max_tokens_per_rank
+        self._checked("dispatch", lambda: self._check_first(asked, max_tokens))
+        topk_idx, alignment, expanded = asked.topk_idx, asked.expert_alignment or 1, asked.do_expand
+        cpu_sync = asked.do_cpu_sync is None or asked.do_cpu_sync
+        num_sms = asked.num_sms or self.get_theoretical_num_sms(asked.num_experts, topk_idx.size(1))
+        bound, slots = (
+            self._num_ranks * max_tokens,
+            self._placement(asked.placement, asked.num_experts).num_slots(self._rank),
+        )
         worst_expanded = max(1, align(bound * min(topk_idx.size(1), slots) + (alignment - 1) * slots, alignment))
         if not cpu_sync:
             keywords["max_rows"] = worst_expanded if expanded else max(1, bound)
-        data, scales, idx, weights, _, core_handle = self._opened().dispatch(**keywords)
+        data, scales, idx, weights, _, core_handle = self._opened().dispatch(
+            **keywords,
+            topk_idx=topk_idx,
+            num_experts=asked.num_experts,
+            placement=asked.placement,
+            expert_alignment=alignment,
+            layout=_core.OutputLayout.by_expert if expanded else _core.OutputLayout.by_rank,
+            timeout_secs=self._cpu_timeout if cpu_sync else self._gpu_timeout,
+            **self._sms(num_sms),
+        )
         arrivals = core_handle.num_arrivals if cpu_sync else min(bound, core_handle.num_arrivals)
         fields = Fields(core_handle, idx, arrivals, max_tokens, self.num_scaleup_ranks)
         aligned = core_handle.aligned_counts() if cpu_sync else []
         made = EPHandle.of_dispatch(
             fields,
             do_expand=expanded,
-            num_experts=keywords["num_experts"],
+            num_experts=asked.num_experts,
             expert_alignment=alignment,
             num_max_tokens_per_rank=max_tokens,
             num_sms=num_sms,
-            topk_idx=topk_idx.clone() if do_handle_copy else topk_idx,
+            topk_idx=topk_idx.clone() if asked.do_handle_copy else topk_idx,
             num_recv_tokens=arrivals,
             num_expanded_tokens=sum(aligned) if cpu_sync else worst_expanded,
             num_recv_tokens_per_expert_list=aligned,
         )
-        if keywords["placement"] is not None:
+        if asked.placement is not None:
             made._routes = core_handle
         if not expanded and self.num_scaleout_ranks > 1 and not self.deterministic:
             order = row_order.by_scaleup_rank(made.recv_src_metadata, max_tokens, self.num_scaleup_ranks)
@@ -280,37 +307,32 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
             data, scales, idx, weights = (row_order.taken(each, order) for each in (data, scales, idx, weights))
         if self._on_gpu and torch.cuda.is_current_stream_capturing():
             made.make_fields()  # by the graph, anew in each replay
-        return data, scales, (None if expanded else idx), weights, made
+        if asked.stats is not None:
+            asked.stats.add_(made.num_unaligned_recv_tokens_per_expert)
+        return (data, scales, None if expanded else idx, weights), made
 
     def _placement(self, placement: Any, num_experts: int) -> Any:
         return _core.Placement.even(num_experts, self._num_ranks) if placement is None else placement
 
-    def _dispatch_again(
-        self, keywords: Dict[str, Any], handle: EPHandle, again: Tuple[Any, ...], stats: Any
-    ) -> Tuple[Any, ...]:
-        num_experts, max_tokens, alignment, cpu_sync, do_expand, topk_idx = again
+    def _check_again(self, asked: "_Asked", handle: EPHandle) -> Any:
+        require(asked.topk_idx is None, "topk_idx must be None with a handle")
+        require(asked.stats is None, "cumulative_local_expert_recv_stats must be None with a handle")
+        require(not asked.do_cpu_sync, "do_cpu_sync must not be set with a handle")
+        for name in ("num_experts", "num_max_tokens_per_rank", "expert_alignment"):
+            given, own = getattr(asked, name), getattr(handle, name)
+            require(given in (None, own), f"{name} == the handle's: {given} vs {own}")
+        require(handle.do_expand or not asked.do_expand, "do_expand: the handle was made without it")
+        return handle.core_handle(self._rank, self._num_ranks)
 
-        def check() -> Any:
-            require(topk_idx is None, "topk_idx must be None with a handle")
-            require(stats is None, "cumulative_local_expert_recv_stats must be None with a handle")
-            require(not cpu_sync, "do_cpu_sync must not be set with a handle")
-            for name, given, own in (
-                ("num_experts", num_experts, handle.num_experts),
-                ("num_max_tokens_per_rank", max_tokens, handle.num_max_tokens_per_rank),
-                ("expert_alignment", alignment, handle.expert_alignment),
-            ):
-                require(given in (None, own), f"{name} == the handle's: {given} vs {own}")
-            require(handle.do_expand or not do_expand, "do_expand: the handle was made without it")
-            return handle.core_handle(self._rank, self._num_ranks)
-
-        core_handle = self._checked("dispatch", check)
+    def _dispatch_again(self, keywords: Dict[str, Any], asked: "_Asked", handle: EPHandle) -> Tuple[Any, ...]:
+        core_handle = self._checked("dispatch", lambda: self._check_again(asked, handle))
         side = [] if handle.do_expand else [self._marked_ids(core_handle, handle)]
         data, scales, _, weights, arrived, _ = self._opened().dispatch(
-            **keywords, handle=core_handle, side=side, mask_topk_weights=False
+            **keywords, handle=core_handle, side=side, **self._sms(asked.num_sms or handle.num_sms)
         )
         ids = self._local_ids(arrived[0], handle) if arrived else None
         order = None if handle.do_expand else handle.row_order(data.size(0))
-        return (*(row_order.taken(each, order) for each in (data, scales, ids, weights)), handle)
+        return tuple(row_order.taken(each, order) for each in (data, scales, ids, weights))
 
     def _marked_ids(self, core_handle: Any, handle: EPHandle) -> torch.Tensor:
         """int64 [tokens, topk]: each selection's expert, and which rank's copy of it was taken; -1 for none."""
@@ -361,13 +383,13 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
             "combine", previous_event, async_with_compute_stream, previous_event_before_epilogue
         ) as streams:
             core_handle, biases, (rows, weights) = self._checked("combine", check)
-            combined, combined_weights = self._opened().combine(
-                x=rows,
-                handle=core_handle,
-                topk_weights=None if weights is None else weights.contiguous(),
+            combined, combined_weights = self._combine_rows_home(
+                self._opened(),
+                rows,
+                core_handle,
+                weights,
+                biases,
                 weights_from_owner=True,
-                bias_0=biases[0],
-                bias_1=biases[1],
                 order=self._order(handle.do_expand),
                 **self._sms(num_sms or handle.num_sms),
             )

@@ -139,7 +139,9 @@ class LowLatencyMode(Session):
         shape = (src_info.size(0), src_info.size(1), hidden)
         buffers, key = self._combine_buffers, layout_range.data_ptr()
         found = buffers.get(key)
-        if found is None or found.shape != shape:  # of another shape: for a handle gone, whose memory serves this one now
+        if (
+            found is None or found.shape != shape
+        ):  # of another shape: for a handle gone, whose memory serves this one now
             buffers.pop(key, None)
             while len(buffers) >= NUM_TICKETS:  # fetched, but never combined
                 buffers.pop(next(iter(buffers)))
@@ -280,9 +282,7 @@ class LowLatencyMode(Session):
 
     # Checks ---------------------------------------------------------------------------------------------------------
 
-    def _check_dispatch(
-        self, both: bool, wait_stats: Any, count_stats: Any, num_experts: int, placement: Any
-    ) -> None:
+    def _check_dispatch(self, both: bool, wait_stats: Any, count_stats: Any, num_experts: int, placement: Any) -> None:
         require(not both, "async_finish and return_recv_hook exclude each other")
         if wait_stats is not None:
             self._no_wait_stats()

@@ -68,23 +68,30 @@ class NormalMode(Session):
     ) -> Tuple[Any, Any, Any, Any, Any, EventOverlap]:
         data, scales = split(x)
         core = self._use(data)
-        if handle is not None:
-            with self._call("dispatch", previous_event, async_finish) as call:
-                received = self._dispatch_again(data, scales, handle, topk_idx, topk_weights, config)
-            return received, None, None, None, None, call.finished(data, scales)
         layout = (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
         with self._call("dispatch", previous_event, async_finish) as call:
-            keywords = self._checked(
-                "dispatch", lambda: self._dispatch_keywords(data, scales, layout, topk_idx, topk_weights, placement)
+            routes = self._checked(
+                "dispatch",
+                lambda: (
+                    self._new_routes(data, layout, topk_idx, topk_weights, placement)
+                    if handle is None
+                    else self._known_routes(handle, topk_idx, topk_weights)
+                ),
             )
-            keywords.update(expert_alignment=expert_alignment, max_rows=num_worst_tokens, **self._config_sms(config))
-            recv_data, recv_scales, recv_idx, recv_weights, side, core_handle = core.dispatch(**keywords)
-            if topk_idx is None:
-                recv_idx = None
-            counts = self._expert_counts(core_handle, layout[2], topk_idx, expert_alignment, num_worst_tokens)
-        tuple_ = self._handle_tuple(core_handle, is_token_in_rank, side, config)
+            if handle is None:
+                routes.update(expert_alignment=expert_alignment, max_rows=num_worst_tokens)
+            recv_data, recv_scales, recv_idx, recv_weights, side, core_handle = core.dispatch(
+                x=as_carried(data), scales=scales, **routes, **self._config_sms(config)
+            )
+            counts = None
+            if handle is None:
+                counts = self._expert_counts(core_handle, layout[2], topk_idx, expert_alignment, num_worst_tokens)
+        rows = received_as(data, recv_data, recv_scales)
         event = call.finished(data, scales, topk_idx, topk_weights, is_token_in_rank)
-        return received_as(data, recv_data, recv_scales), recv_idx, recv_weights, counts, tuple_, event
+        if handle is not None:
+            return rows, None, None, None, None, event
+        tuple_ = self._handle_tuple(core_handle, is_token_in_rank, side, config)
+        return rows, None if topk_idx is None else recv_idx, recv_weights, counts, tuple_, event
 
     def combine(
         self,
@@ -103,14 +110,8 @@ class NormalMode(Session):
             core_handle, biases = self._checked(
                 "combine", lambda: (recover(handle, self._rank, self._num_ranks, num_topk), two_biases(bias))
             )
-            combined, weights = core.combine(
-                x=x,
-                handle=core_handle,
-                topk_weights=None if topk_weights is None else topk_weights.contiguous(),
-                bias_0=biases[0],
-                bias_1=biases[1],
-                order=self._rank_order(),
-                **self._config_sms(config),
+            combined, weights = self._combine_rows_home(
+                core, x, core_handle, topk_weights, biases, order=self._rank_order(), **self._config_sms(config)
             )
         return combined, weights, call.finished(x, topk_weights, *biases)
 
@@ -170,29 +171,13 @@ class NormalMode(Session):
 
     # Parts of dispatch ----------------------------------------------------------------------------------------------
 
-    def _dispatch_again(
+    def _known_routes(self, handle: Any, topk_idx: Any, topk_weights: Any) -> Dict[str, Any]:
+        assert topk_idx is None and topk_weights is None, "with a handle, topk_idx and topk_weights must be None"
+        return {"handle": recover(handle, self._rank, self._num_ranks, None)}
+
+    def _new_routes(
         self,
         data: torch.Tensor,
-        scales: Optional[torch.Tensor],
-        handle: Any,
-        topk_idx: Any,
-        topk_weights: Any,
-        config: Optional[Config],
-    ) -> Rows:
-        def check() -> Any:
-            assert topk_idx is None and topk_weights is None, "with a handle, topk_idx and topk_weights must be None"
-            return recover(handle, self._rank, self._num_ranks, None)
-
-        core_handle = self._checked("dispatch", check)
-        recv_data, recv_scales, *_ = self._opened().dispatch(
-            x=as_carried(data), scales=scales, handle=core_handle, **self._config_sms(config)
-        )
-        return received_as(data, recv_data, recv_scales)
-
-    def _dispatch_keywords(
-        self,
-        data: torch.Tensor,
-        scales: Optional[torch.Tensor],
         layout: Tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]],
         topk_idx: Optional[torch.Tensor],
         topk_weights: Optional[torch.Tensor],
@@ -219,16 +204,12 @@ class NormalMode(Session):
             placement is None or topk_idx is not None,
             "placement needs topk_idx: without it ranks are all that is known",
         )
-        keywords: Dict[str, Any] = {"x": as_carried(data), "scales": scales}
-        if topk_idx is not None:
-            keywords.update(topk_idx=topk_idx, topk_weights=topk_weights, num_experts=num_tokens_per_expert.size(0))
-            keywords.update(placement=placement)
-        else:
+        side = [membership_words(is_token_in_rank)] if self._num_nodes > 1 else []
+        if topk_idx is None:
             # Only the ranks are known: each stands for one expert of its own.
-            keywords.update(topk_idx=ranks_as_experts(is_token_in_rank), num_experts=self._num_ranks)
-        if self._num_nodes > 1:
-            keywords["side"] = [membership_words(is_token_in_rank)]
-        return keywords
+            return dict(topk_idx=ranks_as_experts(is_token_in_rank), num_experts=self._num_ranks, side=side)
+        experts = num_tokens_per_expert.size(0)
+        return dict(topk_idx=topk_idx, topk_weights=topk_weights, num_experts=experts, placement=placement, side=side)
 
     def _expert_counts(
         self, core_handle: Any, per_expert: Any, topk_idx: Any, alignment: int, num_worst_tokens: int

@@ -3,7 +3,7 @@
 
 import atexit
 import weakref
-from typing import Any, Callable, Dict, List, Optional, TypeVar
+from typing import Any, Callable, Dict, List, Optional, Tuple, TypeVar
 
 import torch
 
@@ -149,6 +149,14 @@ class Session:
         except Exception as error:
             core.refuse(operation, str(error))
             raise
+
+    @staticmethod
+    def _combine_rows_home(
+        core: Any, x: Any, handle: Any, topk_weights: Optional[torch.Tensor], biases: Any, **how: Any
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """The high-throughput combine of both APIs: (rows, weights)"""
+        weights = None if topk_weights is None else topk_weights.contiguous()
+        return core.combine(x=x, handle=handle, topk_weights=weights, bias_0=biases[0], bias_1=biases[1], **how)
 
     def close(self) -> None:
         """Unmaps the buffer on this rank. May be called twice; tensors that it gave out stay valid."""
