@@ -180,23 +180,22 @@ class Placer {
 
  private:
   const std::byte* head(int src, int number) const { return sent_.head(context_.rank, src, number); }
-  const std::byte* body(int src, int number) const {
-    return context_.is_far(src) ? head(src, number) : sent_.body(src, token_of(head(src, number)));
-  }
-  std::int32_t token_of(const std::byte* head) const {
-    return *reinterpret_cast<const std::int32_t*>(head + sent_.message.src_token_at);
-  }
-  const std::int32_t* slots_of(const std::byte* head) const {
-    return reinterpret_cast<const std::int32_t*>(head + sent_.message.slots_at);
-  }
 
+  // Reads each head once: most come from other cores.
   void count_rows() {
+    const int topk = call_.num_topk;
     counts_.rows_from.assign(static_cast<std::size_t>(context_.num_ranks) * num_slots_, 0);
-    for (int src = 0; src < context_.num_ranks; ++src)
-      for (int i = 0; i < counts_.tokens_from[src]; ++i)
-        for (int k = 0; k < call_.num_topk; ++k)
-          if (const std::int32_t slot = slots_of(head(src, i))[k]; slot >= 0)
-            ++counts_.rows_from[static_cast<std::size_t>(src) * num_slots_ + slot];
+    for (int src = 0; src < context_.num_ranks; ++src) {
+      std::int32_t* rows_of_slot = counts_.rows_from.data() + static_cast<std::size_t>(src) * num_slots_;
+      for (int i = 0; i < counts_.tokens_from[src]; ++i) {
+        const std::byte* head = this->head(src, i);
+        src_token_.push_back(*reinterpret_cast<const std::int32_t*>(head + sent_.message.src_token_at));
+        const auto* slots = reinterpret_cast<const std::int32_t*>(head + sent_.message.slots_at);
+        slots_.insert(slots_.end(), slots, slots + topk);
+        for (int k = 0; k < topk; ++k)
+          if (slots[k] >= 0) ++rows_of_slot[slots[k]];
+      }
+    }
     rows_ = plan::make_row_plan(counts_);
     const std::int64_t room = std::int64_t{context_.num_ranks} * call_.max_tokens_per_rank;
     for (int slot = 0; slot < num_slots_ && call_.layout == OutputLayout::kPadded; ++slot)
@@ -208,16 +207,14 @@ class Placer {
   void number_rows() {
     std::vector<std::int32_t> next = rows_.first_row;
     const bool by_rank = call_.layout == OutputLayout::kByRank;
-    arrival_row_.reserve(static_cast<std::size_t>(rows_.num_arrivals) * call_.num_topk);
-    std::int32_t arrival = 0;
-    for (int src = 0; src < context_.num_ranks; ++src)
-      for (int i = 0; i < counts_.tokens_from[src]; ++i, ++arrival)
-        for (int k = 0; k < call_.num_topk; ++k) {
-          const std::int32_t slot = slots_of(head(src, i))[k];
-          std::int32_t row = -1;
-          if (slot >= 0) row = by_rank ? arrival : next[static_cast<std::size_t>(src) * num_slots_ + slot]++;
-          arrival_row_.push_back(row);
-        }
+    arrival_row_.assign(slots_.size(), -1);
+    std::size_t at = 0;
+    for (int src = 0; src < context_.num_ranks; ++src) {
+      std::int32_t* next_of_slot = by_rank ? nullptr : next.data() + static_cast<std::size_t>(src) * num_slots_;
+      for (std::int32_t arrival = rows_.first_arrival[src]; arrival < rows_.first_arrival[src + 1]; ++arrival)
+        for (int k = 0; k < call_.num_topk; ++k, ++at)
+          if (slots_[at] >= 0) arrival_row_[at] = by_rank ? arrival : next_of_slot[slots_[at]]++;
+    }
   }
 
   void clear_padding(std::byte* block) const {
@@ -229,11 +226,12 @@ class Placer {
   }
 
   void place_message(int src, int number, std::int64_t arrival, std::byte* block, const RowOps& ops) {
-    const std::byte *head = this->head(src, number), *body = this->body(src, number);
+    const std::byte* head = this->head(src, number);
+    const std::byte* body = context_.is_far(src) ? head : sent_.body(src, src_token_[arrival]);
     const plan::MessageLayout& from = sent_.message;
     const int topk = call_.num_topk;
     const bool by_rank = call_.layout == OutputLayout::kByRank;
-    const std::int32_t* slots = slots_of(head);
+    const std::int32_t* slots = slots_.data() + arrival * topk;
     const auto* weights = reinterpret_cast<const float*>(head + from.weights_at);
     bool row_written = false;
     for (int k = 0; k < topk; ++k) {
@@ -285,12 +283,10 @@ class Placer {
     handle->num_rows = rows_.num_rows;
     handle->num_arrivals = rows_.num_arrivals;
     handle->dst_rank = tensor_of(sent_.dst_rank, {call_.num_tokens, call_.num_topk});
-    std::vector<std::int32_t> src_token, between(static_cast<std::size_t>(context_.num_ranks) * context_.num_ranks, 0);
-    for (int src = 0; src < context_.num_ranks; ++src) {
+    std::vector<std::int32_t> between(static_cast<std::size_t>(context_.num_ranks) * context_.num_ranks, 0);
+    for (int src = 0; src < context_.num_ranks; ++src)
       between[static_cast<std::size_t>(src) * context_.num_ranks + context_.rank] = counts_.tokens_from[src];
-      for (int i = 0; i < counts_.tokens_from[src]; ++i) src_token.push_back(token_of(head(src, i)));
-    }
-    handle->src_token = tensor_of(std::move(src_token), {rows_.num_arrivals});
+    handle->src_token = tensor_of(std::move(src_token_), {rows_.num_arrivals});
     handle->tokens_between = tensor_of(std::move(between), {context_.num_ranks, context_.num_ranks});
     handle->arrival_row = tensor_of(std::move(arrival_row_), {rows_.num_arrivals, call_.num_topk});
     handle->first_arrival = tensor_of(std::move(rows_.first_arrival), {context_.num_ranks + 1});
@@ -305,7 +301,8 @@ class Placer {
   const int num_slots_;
   plan::RowCounts counts_;
   plan::RowPlan rows_;
-  std::vector<std::int32_t> arrival_row_;
+  std::vector<std::int32_t> src_token_;            // of each arrival
+  std::vector<std::int32_t> slots_, arrival_row_;  // of each arrival's selections; -1: not here
   // Where column-major scales came to, by row; null for rows that nothing came for. Empty: they are placed row by row.
   std::vector<const std::int32_t*> scales_of_row_;
   plan::OutputBlock at_;

@@ -322,76 +322,82 @@ float dot(const void* a, const void* b, DType dtype, std::int64_t n) {
   });
 }
 
-// Encodes one group and returns its scale.
+// How a group is quantised: its largest magnitude, and its codes once the factor is known.
 template <class Number>
-EP_ALWAYS_INLINE float quantize_group(const typename Number::Code* __restrict src, std::uint8_t* __restrict codes,
-                                      int channels, plan::Fp8Scale kind) {
-  float x[plan::kFp8Group];
-  std::int32_t largest = 0;
-  for (int i = 0; i < channels; ++i) x[i] = Number::load(src[i]);
-  for (int i = 0; i < channels; ++i) {
-    const std::int32_t magnitude = plan::fp8_magnitude(x[i]);
-    largest = largest > magnitude ? largest : magnitude;
+struct PlainGroup {
+  using Code = typename Number::Code;
+  static std::int32_t largest(const Code* __restrict src, int channels) {
+    std::int32_t largest = 0;
+    for (int i = 0; i < channels; ++i) {
+      const std::int32_t magnitude = plan::fp8_magnitude(Number::load(src[i]));
+      largest = largest > magnitude ? largest : magnitude;
+    }
+    return largest;
   }
-  const plan::Fp8Scaling scaling = plan::fp8_scaling(largest, kind);
-  for (int i = 0; i < channels; ++i) codes[i] = plan::fp8_encode(x[i], scaling.factor);
-  return scaling.scale;
-}
+  static void encode(const Code* __restrict src, std::uint8_t* __restrict codes, int channels, float factor) {
+    for (int i = 0; i < channels; ++i) codes[i] = plan::fp8_encode(Number::load(src[i]), factor);
+  }
+};
 
-#ifdef __AVX512F__
-EP_ALWAYS_INLINE float quantize_bf16_group(const std::uint16_t* __restrict src, std::uint8_t* __restrict codes,
-                                           plan::Fp8Scale kind) {
-  __m512i largest_of_32 = _mm512_setzero_si512();
-  for (int i = 0; i < plan::kFp8Group; i += kWideBf16)
-    largest_of_32 = _mm512_max_epu16(largest_of_32, magnitude32(load_32_words(src + i)));
-  const std::int32_t largest = largest_bf16(largest_of_32);
-  // An infinity or a NaN among them is rare enough for the plain loop.
-  if (largest >= plan::kFloatInfBits) return quantize_group<Bf16>(src, codes, plan::kFp8Group, kind);
-  const plan::Fp8Scaling scaling = plan::fp8_scaling(largest, kind);
-  const __m512 factor = _mm512_set1_ps(scaling.factor);
-  for (int i = 0; i < plan::kFp8Group; i += kWideBf16)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), fp8_encode32_bf16(load_32_words(src + i), factor));
-  return scaling.scale;
-}
-#endif
-
+// The same for full groups without infinities and NaNs: in a group that has any, largest() is no number.
+#if defined(__AVX512F__)
 template <class Number>
-EP_ALWAYS_INLINE float quantize_full_group(const typename Number::Code* __restrict src, std::uint8_t* __restrict codes,
-                                           plan::Fp8Scale kind) {
-#ifdef __AVX512F__
-  if constexpr (std::is_same_v<Number, Bf16>) return quantize_bf16_group(src, codes, kind);
-  constexpr int kWides = plan::kFp8Group / kWide;
-  __m512 x[kWides];
-  __m512i largest_of_16 = _mm512_setzero_si512();
-  for (int i = 0; i < kWides; ++i) {
-    x[i] = Number::load_wide(src + i * kWide);
-    largest_of_16 = _mm512_max_epi32(largest_of_16, magnitude16(x[i]));
+struct FullGroup {
+  using Code = typename Number::Code;
+  static EP_ALWAYS_INLINE std::int32_t largest(const Code* src) {
+    __m512i largest = _mm512_setzero_si512();
+    for (int i = 0; i < plan::kFp8Group; i += kWide)
+      largest = _mm512_max_epi32(largest, magnitude16(Number::load_wide(src + i)));
+    return _mm512_reduce_max_epi32(largest);
   }
-  const std::int32_t largest = _mm512_reduce_max_epi32(largest_of_16);
-  // An infinity or a NaN among them is rare enough for the plain loop.
-  if (largest >= plan::kFloatInfBits) return quantize_group<Number>(src, codes, plan::kFp8Group, kind);
-  const plan::Fp8Scaling scaling = plan::fp8_scaling(largest, kind);
-  const __m512 factor = _mm512_set1_ps(scaling.factor);
-  for (int i = 0; i < kWides; ++i)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i * kWide), fp8_encode16(x[i], factor));
-  return scaling.scale;
+  static EP_ALWAYS_INLINE void encode(const Code* src, std::uint8_t* codes, float factor) {
+    for (int i = 0; i < plan::kFp8Group; i += kWide)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i),
+                       fp8_encode16(Number::load_wide(src + i), _mm512_set1_ps(factor)));
+  }
+};
+
+template <>
+struct FullGroup<Bf16> {
+  static EP_ALWAYS_INLINE std::int32_t largest(const std::uint16_t* src) {
+    __m512i largest = _mm512_setzero_si512();
+    for (int i = 0; i < plan::kFp8Group; i += kWideBf16)
+      largest = _mm512_max_epu16(largest, magnitude32(load_32_words(src + i)));
+    return largest_bf16(largest);
+  }
+  static EP_ALWAYS_INLINE void encode(const std::uint16_t* src, std::uint8_t* codes, float factor) {
+    for (int i = 0; i < plan::kFp8Group; i += kWideBf16)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i),
+                          fp8_encode32_bf16(load_32_words(src + i), _mm512_set1_ps(factor)));
+  }
+};
 #elif defined(__AVX2__)
-  __m256i largest_of_8 = _mm256_setzero_si256();
-  for (int i = 0; i < plan::kFp8Group; i += kBlock)
-    largest_of_8 = _mm256_max_epi32(largest_of_8, magnitude8(Number::load_block(src + i)));
-  const std::int32_t largest = largest_lane(largest_of_8);
-  // An infinity or a NaN among them is rare enough for the plain loop.
-  if (largest >= plan::kFloatInfBits) return quantize_group<Number>(src, codes, plan::kFp8Group, kind);
-  const plan::Fp8Scaling scaling = plan::fp8_scaling(largest, kind);
-  const __m256 factor = _mm256_set1_ps(scaling.factor);
-  for (int i = 0; i < plan::kFp8Group; i += 4 * kBlock)
-    fp8_encode32(codes + i, Number::load_block(src + i), Number::load_block(src + i + kBlock),
-                 Number::load_block(src + i + 2 * kBlock), Number::load_block(src + i + 3 * kBlock), factor);
-  return scaling.scale;
+template <class Number>
+struct FullGroup {
+  using Code = typename Number::Code;
+  static EP_ALWAYS_INLINE std::int32_t largest(const Code* src) {
+    __m256i largest = _mm256_setzero_si256();
+    for (int i = 0; i < plan::kFp8Group; i += kBlock)
+      largest = _mm256_max_epi32(largest, magnitude8(Number::load_block(src + i)));
+    return largest_lane(largest);
+  }
+  static EP_ALWAYS_INLINE void encode(const Code* src, std::uint8_t* codes, float factor) {
+    for (int i = 0; i < plan::kFp8Group; i += 4 * kBlock)
+      fp8_encode32(codes + i, Number::load_block(src + i), Number::load_block(src + i + kBlock),
+                   Number::load_block(src + i + 2 * kBlock), Number::load_block(src + i + 3 * kBlock),
+                   _mm256_set1_ps(factor));
+  }
+};
 #else
-  return quantize_group<Number>(src, codes, plan::kFp8Group, kind);
+template <class Number>
+struct FullGroup {
+  using Code = typename Number::Code;
+  static std::int32_t largest(const Code* src) { return PlainGroup<Number>::largest(src, plan::kFp8Group); }
+  static void encode(const Code* src, std::uint8_t* codes, float factor) {
+    PlainGroup<Number>::encode(src, codes, plan::kFp8Group, factor);
+  }
+};
 #endif
-}
 
 // Fetches what is read a page later, perhaps of the next row: the processor's own prefetch stops at a page's end.
 // Measured in dispatch with FP8, where rows come from memory: a quarter less time.
@@ -416,21 +422,45 @@ void store_scale(const QuantizeRow& row, std::int64_t group_idx, float scale) {
   word = static_cast<std::int32_t>(before | plan::ue8m0_in_word(scale, group_idx));
 }
 
-void quantize(const QuantizeRow& row) {
-  with_number_type(row.dtype, [&row](auto number) {
-    using Number = decltype(number);
-    const typename Number::Code* src = static_cast<const typename Number::Code*>(row.src);
-    const std::int64_t full_groups = row.hidden / plan::kFp8Group;
-    for (std::int64_t group_idx = 0; group_idx < full_groups; ++group_idx) {
-      const std::int64_t at = group_idx * plan::kFp8Group;
-      prefetch_ahead(src + at, plan::kFp8Group * sizeof(*src));
-      store_scale(row, group_idx, quantize_full_group<Number>(src + at, row.codes + at, row.kind));
+template <class Number>
+[[gnu::noinline, gnu::cold]] void quantize_plainly(const QuantizeRow& row, std::int64_t group_idx, int channels) {
+  const std::int64_t at = group_idx * plan::kFp8Group;
+  const auto* src = static_cast<const typename Number::Code*>(row.src) + at;
+  const plan::Fp8Scaling scaling = plan::fp8_scaling(PlainGroup<Number>::largest(src, channels), row.kind);
+  store_scale(row, group_idx, scaling.scale);
+  PlainGroup<Number>::encode(src, row.codes + at, channels, scaling.factor);
+}
+
+// A group's factor is computed before the group in front of it is encoded: it takes as long, and the processor does
+// both at a time, where otherwise instructions that wait for a factor fill its queues.
+template <class Number>
+void quantize_row(const QuantizeRow& row) {
+  const auto* src = static_cast<const typename Number::Code*>(row.src);
+  const std::int64_t full_groups = row.hidden / plan::kFp8Group;
+  std::int32_t largest = full_groups > 0 ? FullGroup<Number>::largest(src) : 0;
+  plan::Fp8Scaling scaling = plan::fp8_scaling(largest, row.kind);
+  for (std::int64_t group_idx = 0; group_idx < full_groups; ++group_idx) {
+    const std::int32_t largest_here = largest;
+    const plan::Fp8Scaling here = scaling;
+    const std::int64_t at = group_idx * plan::kFp8Group;
+    prefetch_ahead(src + at, plan::kFp8Group * sizeof(*src));
+    if (group_idx + 1 < full_groups) {
+      largest = FullGroup<Number>::largest(src + at + plan::kFp8Group);
+      scaling = plan::fp8_scaling(largest, row.kind);
     }
-    const std::int64_t at = full_groups * plan::kFp8Group;
-    if (at == row.hidden) return;
-    const int rest = static_cast<int>(row.hidden - at);
-    store_scale(row, full_groups, quantize_group<Number>(src + at, row.codes + at, rest, row.kind));
-  });
+    if (largest_here < plan::kFloatInfBits) {
+      store_scale(row, group_idx, here.scale);
+      FullGroup<Number>::encode(src + at, row.codes + at, here.factor);
+    } else {
+      quantize_plainly<Number>(row, group_idx, plan::kFp8Group);
+    }
+  }
+  if (const int rest = static_cast<int>(row.hidden % plan::kFp8Group); rest > 0)
+    quantize_plainly<Number>(row, full_groups, rest);
+}
+
+void quantize(const QuantizeRow& row) {
+  with_number_type(row.dtype, [&row](auto number) { quantize_row<decltype(number)>(row); });
 }
 
 float load_scale(const DequantizeRow& row, std::int64_t group_idx) {
