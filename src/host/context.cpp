@@ -408,6 +408,17 @@ void Context::announce_to(int peer, const Epoch& epoch, const Announcement& ours
   publish(peer, Flag::kAnnounced, epoch, value, sizeof ours);
 }
 
+bool Context::has_announced(int owner, const Epoch& epoch, int writer) const {
+  // Acquire: pairs with publish(); the announcement and its counts come with the flag.
+  return load_acquire(word(owner, Flag::kAnnounced, epoch.number, writer)) == word_of(epoch, 0);
+}
+
+void Context::let_others_come(const std::function<bool()>& enough) const {
+  if (patience_.yield_for.count() == 0) return;
+  const Deadline end = Clock::now() + patience_.yield_for;
+  for (int i = 0; i < num_ranks && !enough() && Clock::now() < end; ++i) sched_yield();
+}
+
 void Context::await_announcement(const Epoch& epoch, int peer, const Signature& ours) {
   const std::uint32_t value = await(Flag::kAnnounced, epoch, peer, 1);
   const Announcement& theirs = announcement(rank, epoch.number, peer);

@@ -148,6 +148,11 @@ class Context {
   /// Writes our announcement to every active rank. Counts, where there are any, go first, by the caller.
   void announce(const Epoch& epoch, const Announcement& announcement, std::uint32_t value = 0);
   void announce_to(int peer, const Epoch& epoch, const Announcement& announcement, std::uint32_t value = 0);
+  /// Whether that announcement is there, and no refusal. `owner` and `writer` are ranks of our node, which share its
+  /// memory.
+  bool has_announced(int owner, const Epoch& epoch, int writer) const;
+  /// Where ranks share cores: lets others run a few times, until `enough` or for a moment. Waits for nobody.
+  void let_others_come(const std::function<bool()>& enough) const;
   /// Waits for the peer's announcement and checks that its call is the same as ours. Throws if it refused, or differs.
   void await_announcement(const Epoch& epoch, int peer, const Signature& ours);
   /// Runs `wait`, which waits for the peer until its deadline. False where it stayed silent and, `mask_silent` being

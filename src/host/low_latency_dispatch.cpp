@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
 // Low-latency dispatch: every (token, rank) pair is one message in a fixed slot, written without asking. Its head lies
 // in the destination's window; its body, the row and what belongs to it, is written once by its source, in the source's
-// own window, and each rank of the node reads it there. A rank of another node gets whole messages. receive() counts
-// what came and places it. Phases: send | receive, place.
+// own window, and each rank of the node reads it there; but rows go straight to their places where these are known
+// already. A rank of another node gets whole messages. receive() counts what came and places it. Phases: send |
+// receive, place.
 #include <algorithm>
 #include <array>
 #include <optional>
@@ -11,6 +12,7 @@
 #include "check.h"
 #include "host/operations.h"
 #include "host/rows_of_token.h"
+#include "host/straight_rows.h"
 #include "plan/message.h"
 #include "plan/routing.h"
 #include "plan/rows.h"
@@ -48,19 +50,25 @@ struct Sent {
 
 class Sender {
  public:
-  Sender(const Sent& sent, const plan::Routes& routes) : sent_(sent), routes_(routes) {}
+  Sender(const Sent& sent, const plan::Routes& routes)
+      : sent_(sent), routes_(routes), straight_(*sent.context, sent.call, sent.epoch) {}
 
-  void send() const {
+  /// `x_at`: where our output will lie in our window, if rows may go straight there; else 0.
+  void send(std::uint64_t x_at) {
     const DispatchCall& call = sent_.call;
     Context& context = *sent_.context;
-    Announcement mine;
-    mine.signature = call.signature;
-    context.announce(sent_.epoch, mine);
+    announce(x_at);
+    if (x_at != 0) context.let_others_come([this] { return straight_.known(); });
     const TokenReader reader(call, row_ops());
     context.workers().for_range(call.num_tokens, kTokensPerPiece, call.num_workers,
                                 [&](std::int64_t begin, std::int64_t end) {
-                                  for (std::int64_t token = begin; token < end; ++token)
-                                    send_token(reader, static_cast<int>(token));
+                                  std::vector<std::byte*> places;
+                                  for (std::int64_t token = begin; token < end; ++token) {
+                                    places.clear();
+                                    if (x_at != 0 && straight_.known()) find_places(static_cast<int>(token), places);
+                                    send_token(reader, static_cast<int>(token), places);
+                                  }
+                                  row_ops().flush();  // streamed rows come before the flags below
                                 });
     std::uint64_t puts = 0;
     for (int dst : sent_.active) {
@@ -77,6 +85,18 @@ class Sender {
   }
 
  private:
+  void announce(std::uint64_t x_at) const {
+    const Context& context = *sent_.context;
+    Announcement mine;
+    mine.signature = sent_.call.signature;
+    mine.x_at = x_at;
+    for (int peer : sent_.active)
+      if (x_at != 0)
+        std::copy_n(routes_.rows_to_rank(peer), sent_.call.placement->num_slots(peer),
+                    context.announced_rows(peer, sent_.epoch.number, context.rank));
+    sent_.context->announce(sent_.epoch, mine);
+  }
+
   // Messages to one rank lie one behind the other: a far one gets all of them at once.
   void put(int dst, std::size_t bytes) const {
     const Context& context = *sent_.context;
@@ -85,29 +105,37 @@ class Sender {
                                     {sent_.epoch.number, static_cast<std::size_t>(at), bytes, sent_.epoch.deadline});
   }
 
-  // Bodies are written through the caches, unlike rows of high throughput: they are read soon, and more than once.
-  void send_token(const TokenReader& reader, int token) const {
+  // Where a token's rows lie at its experts.
+  void find_places(int token, std::vector<std::byte*>& places) const {
+    const std::size_t first = static_cast<std::size_t>(token) * sent_.call.num_topk;
+    for (std::size_t i = first; i < first + static_cast<std::size_t>(sent_.call.num_topk); ++i)
+      if (sent_.dst_rank[i] >= 0) places.push_back(straight_.place(sent_.dst_rank[i], routes_.slot[i], routes_.row[i]));
+  }
+
+  // Bodies are written through the caches, unlike rows at their places: they are read soon, and more than once.
+  void send_token(const TokenReader& reader, int token, const std::vector<std::byte*>& places) const {
     const Context& context = *sent_.context;
     const plan::MessageLayout& at = sent_.message;
     const int topk = sent_.call.num_topk;
     const std::size_t first = static_cast<std::size_t>(token) * topk;
     const std::int32_t* rank = sent_.dst_rank.data() + first;
     std::byte* body = sent_.body(context.rank, token);
-    bool written = false;
+    if (std::all_of(rank, rank + topk, [](std::int32_t dst) { return dst < 0; })) return;
+    reader.write(token, body, at, places);
     for (int k = 0; k < topk; ++k) {
       if (rank[k] < 0 || std::find(rank, rank + k, rank[k]) != rank + k) continue;
-      if (!std::exchange(written, true)) reader.write(token, body, at);
       std::byte* head = sent_.head(rank[k], context.rank, routes_.arrival[first + k]);
-      write_head(token, rank[k], head);
+      write_head(token, rank[k], head, !places.empty());
       if (context.is_far(rank[k])) std::memcpy(head + at.row_at, body + at.row_at, at.bytes - at.row_at);
     }
   }
 
-  void write_head(int token, int dst, std::byte* head) const {
+  void write_head(int token, int dst, std::byte* head, bool placed) const {
     const DispatchCall& call = sent_.call;
     const plan::MessageLayout& at = sent_.message;
     const std::size_t first = static_cast<std::size_t>(token) * call.num_topk;
     *reinterpret_cast<std::int32_t*>(head + at.src_token_at) = token;
+    *reinterpret_cast<std::int32_t*>(head + at.placed_at) = placed;
     auto* slots = reinterpret_cast<std::int32_t*>(head + at.slots_at);
     for (int k = 0; k < call.num_topk; ++k) slots[k] = sent_.dst_rank[first + k] == dst ? routes_.slot[first + k] : -1;
     if (!call.shape.topk_weights) return;
@@ -118,6 +146,7 @@ class Sender {
 
   const Sent& sent_;
   const plan::Routes& routes_;
+  StraightRows straight_;
 };
 
 // Memory for an output. The arena's pages are warm; ordinary memory serves as well where it is full.
@@ -233,6 +262,7 @@ class Placer {
     const bool by_rank = call_.layout == OutputLayout::kByRank;
     const std::int32_t* slots = slots_.data() + arrival * topk;
     const auto* weights = reinterpret_cast<const float*>(head + from.weights_at);
+    const bool placed = *reinterpret_cast<const std::int32_t*>(head + from.placed_at) != 0;
     bool row_written = false;
     for (int k = 0; k < topk; ++k) {
       if (call_.shape.topk_idx_bytes == 8) {
@@ -244,7 +274,7 @@ class Placer {
         reinterpret_cast<float*>(block + at_.topk_weights_at)[arrival * topk + k] = weights[k];
       const std::int32_t row = arrival_row_[static_cast<std::size_t>(arrival) * topk + k];
       if (row < 0 || (by_rank && std::exchange(row_written, true))) continue;
-      ops.copy(block + at_.x_at + row * call_.shape.row_bytes, body + from.row_at, call_.shape.row_bytes);
+      if (!placed) ops.copy(block + at_.x_at + row * call_.shape.row_bytes, body + from.row_at, call_.shape.row_bytes);
       const auto* scales = reinterpret_cast<const std::int32_t*>(body + from.scales_at);
       if (!scales_of_row_.empty()) {
         scales_of_row_[row] = scales;
@@ -312,28 +342,33 @@ class Placer {
 class Receiver final : public Ticket<DispatchOutput>::Receiver {
  public:
   explicit Receiver(Sent sent) : sent_(std::move(sent)) {
-    if (sent_->call.layout == OutputLayout::kPadded) promise();
+    if (sent_.call.layout == OutputLayout::kPadded) promise();
   }
 
   ~Receiver() override {
-    if (!finished_) sent_->context->abandon(sent_->epoch);
+    if (finished_) return;
+    if (offered_ != 0) sent_.context->quarantine(sent_.epoch, std::move(room_.owner));
+    sent_.context->abandon(sent_.epoch);
   }
   Receiver(const Receiver&) = delete;
   Receiver& operator=(const Receiver&) = delete;
 
+  /// Once, first.
+  void send(const plan::Routes& routes) { Sender(sent_, routes).send(offered_); }
+
   DispatchOutput receive() override {
-    Context& context = *sent_->context;
-    Epoch epoch = sent_->epoch;
-    epoch.deadline = Clock::now() + sent_->call.timeout;  // the time between send and receive is the caller's
+    Context& context = *sent_.context;
+    Epoch epoch = sent_.epoch;
+    epoch.deadline = Clock::now() + sent_.call.timeout;  // the time between send and receive is the caller's
     std::vector<std::int32_t> messages_from(context.num_ranks, 0);
-    for (int src : sent_->active) {
-      context.came(src, sent_->call.in.mask_silent, [&] {
-        context.await_announcement(epoch, src, sent_->call.signature);
+    for (int src : sent_.active) {
+      context.came(src, sent_.call.in.mask_silent, [&] {
+        context.await_announcement(epoch, src, sent_.call.signature);
         messages_from[src] = static_cast<std::int32_t>(context.await(Flag::kArrived, epoch, src, 1));
       });
     }
-    DispatchOutput out = Placer(*sent_, messages_from, room_).place();
-    for (int src : sent_->active)
+    DispatchOutput out = Placer(sent_, messages_from, room_).place();
+    for (int src : sent_.active)
       if (messages_from[src] > 0) context.require_kept(epoch, src);
     finished_ = true;
     context.finish(epoch);
@@ -345,17 +380,20 @@ class Receiver final : public Ticket<DispatchOutput>::Receiver {
  private:
   // x and scales come first in a block, so they lie where they do however many arrivals there will be.
   void promise() {
-    const DispatchCall& call = sent_->call;
-    Context& context = *sent_->context;
+    const DispatchCall& call = sent_.call;
+    Context& context = *sent_.context;
     const int slots = call.placement->num_slots(context.rank);
     const std::int64_t most = std::int64_t{context.num_ranks} * call.max_tokens_per_rank;
     const auto at = plan::OutputBlock::place(call.shape, call.layout, slots * most, most);
     room_ = room_for(context, at.total_bytes);
+    if (StraightRows::possible(context, call) && context.arena().contains(room_.at, at.total_bytes))
+      offered_ = context.arena().offset_of(room_.at + at.x_at);
     promised_ = OutputTensors{call, at, slots * most, 0, slots, context.num_ranks}.make(room_.at, room_.owner);
   }
 
-  std::optional<Sent> sent_;
+  const Sent sent_;
   Room room_;
+  std::uint64_t offered_ = 0;  // where peers may write rows in our window; 0: nowhere
   DispatchOutput promised_;
   bool finished_ = false;
 };
@@ -373,8 +411,9 @@ Ticket<DispatchOutput> low_latency_dispatch(const std::shared_ptr<Context>& cont
                                           context->num_ranks, call.placement->max_slots(), context->rank);
   plan::leave_out(routes, context->masked_ranks());
   sent.dst_rank = routes.rank;
-  Sender(sent, routes).send();
-  return Ticket<DispatchOutput>(std::make_unique<Receiver>(std::move(sent)));
+  auto receiver = std::make_unique<Receiver>(std::move(sent));
+  receiver->send(routes);
+  return Ticket<DispatchOutput>(std::move(receiver));
 }
 
 }  // namespace deep_ep::host

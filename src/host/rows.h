@@ -23,6 +23,9 @@ struct QuantizeRow {
   void* scales = nullptr;  // [num_scales(hidden, kind)]: float, or int32 for kUe8m0 (unused bytes of the last word: 0)
   std::ptrdiff_t scale_stride = 1;  // in scales
   plan::Fp8Scale kind = plan::Fp8Scale::kExact;
+  // Further places of the codes, [hidden] each, written past the caches where it pays: flush() as after copy().
+  std::uint8_t* const* copies = nullptr;
+  int num_copies = 0;
 };
 
 struct DequantizeRow {

@@ -111,6 +111,21 @@ constexpr std::size_t kLine = 64;
 // gain.
 constexpr std::size_t kStreamFrom = 2048;
 
+// `to` is aligned to a line.
+EP_ALWAYS_INLINE void stream_line(void* to, const void* from) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
+#elif defined(__AVX__)
+  const __m256i* lines = static_cast<const __m256i*>(from);
+  const __m256i a = _mm256_loadu_si256(lines), b = _mm256_loadu_si256(lines + 1);
+  _mm256_stream_si256(static_cast<__m256i*>(to), a);
+  _mm256_stream_si256(static_cast<__m256i*>(to) + 1, b);
+#else
+  for (std::size_t part = 0; part < kLine / sizeof(__m128i); ++part)
+    _mm_stream_si128(static_cast<__m128i*>(to) + part, _mm_loadu_si128(static_cast<const __m128i*>(from) + part));
+#endif
+}
+
 void copy(void* dst, const void* src, std::size_t bytes) {
   char* to = static_cast<char*>(dst);
   const char* from = static_cast<const char*>(src);
@@ -122,21 +137,7 @@ void copy(void* dst, const void* src, std::size_t bytes) {
   // Only whole lines are streamed: a line written in part costs a read and two writes of memory.
   std::memcpy(to, from, head);
   std::size_t at = head;
-  for (; at + kLine <= bytes; at += kLine) {
-#if defined(__AVX512F__)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + at), _mm512_loadu_si512(from + at));
-#elif defined(__AVX__)
-    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + at));
-    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + at + 32));
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + at), a);
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + at + 32), b);
-#else
-    for (std::size_t part = 0; part < kLine; part += 16) {
-      const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at + part));
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + at + part), a);
-    }
-#endif
-  }
+  for (; at + kLine <= bytes; at += kLine) stream_line(to + at, from + at);
   std::memcpy(to + at, from + at, bytes - at);
 }
 
@@ -159,6 +160,8 @@ EP_ALWAYS_INLINE void stream_aligned(void* dst, const void* src, std::size_t byt
 void flush() { _mm_sfence(); }
 
 #else
+
+EP_ALWAYS_INLINE void stream_line(void* to, const void* from) { std::memcpy(to, from, kLine); }
 
 void copy(void* dst, const void* src, std::size_t bytes) {
   if (bytes > 0) std::memcpy(dst, src, bytes);
@@ -422,6 +425,19 @@ void store_scale(const QuantizeRow& row, std::int64_t group_idx, float scale) {
   word = static_cast<std::int32_t>(before | plan::ue8m0_in_word(scale, group_idx));
 }
 
+// A piece of a row that begins at a line's start, if the row does.
+EP_ALWAYS_INLINE void copy_codes(const QuantizeRow& row, std::int64_t at, std::size_t bytes) {
+  const std::uint8_t* from = row.codes + at;
+  for (int i = 0; i < row.num_copies; ++i) {
+    std::uint8_t* to = row.copies[i] + at;
+    std::size_t done = 0;
+    // Only whole lines are streamed, as in copy().
+    if (reinterpret_cast<std::uintptr_t>(to) % kLine == 0)
+      for (; done + kLine <= bytes; done += kLine) stream_line(to + done, from + done);
+    if (done < bytes) std::memcpy(to + done, from + done, bytes - done);
+  }
+}
+
 template <class Number>
 [[gnu::noinline, gnu::cold]] void quantize_plainly(const QuantizeRow& row, std::int64_t group_idx, int channels) {
   const std::int64_t at = group_idx * plan::kFp8Group;
@@ -431,32 +447,29 @@ template <class Number>
   PlainGroup<Number>::encode(src, row.codes + at, channels, scaling.factor);
 }
 
-// A group's factor is computed before the group in front of it is encoded: it takes as long, and the processor does
-// both at a time, where otherwise instructions that wait for a factor fill its queues.
+// Codes go to their further places a few groups after they were computed, when the core has them in its first cache,
+// and while it computes the next: streaming them takes longer than that, but no arithmetic.
 template <class Number>
 void quantize_row(const QuantizeRow& row) {
   const auto* src = static_cast<const typename Number::Code*>(row.src);
   const std::int64_t full_groups = row.hidden / plan::kFp8Group;
-  std::int32_t largest = full_groups > 0 ? FullGroup<Number>::largest(src) : 0;
-  plan::Fp8Scaling scaling = plan::fp8_scaling(largest, row.kind);
   for (std::int64_t group_idx = 0; group_idx < full_groups; ++group_idx) {
-    const std::int32_t largest_here = largest;
-    const plan::Fp8Scaling here = scaling;
     const std::int64_t at = group_idx * plan::kFp8Group;
     prefetch_ahead(src + at, plan::kFp8Group * sizeof(*src));
-    if (group_idx + 1 < full_groups) {
-      largest = FullGroup<Number>::largest(src + at + plan::kFp8Group);
-      scaling = plan::fp8_scaling(largest, row.kind);
-    }
-    if (largest_here < plan::kFloatInfBits) {
-      store_scale(row, group_idx, here.scale);
-      FullGroup<Number>::encode(src + at, row.codes + at, here.factor);
+    const std::int32_t largest = FullGroup<Number>::largest(src + at);
+    if (largest < plan::kFloatInfBits) {
+      const plan::Fp8Scaling scaling = plan::fp8_scaling(largest, row.kind);
+      store_scale(row, group_idx, scaling.scale);
+      FullGroup<Number>::encode(src + at, row.codes + at, scaling.factor);
     } else {
       quantize_plainly<Number>(row, group_idx, plan::kFp8Group);
     }
+    if (group_idx > 0) copy_codes(row, at - plan::kFp8Group, plan::kFp8Group);
   }
-  if (const int rest = static_cast<int>(row.hidden % plan::kFp8Group); rest > 0)
-    quantize_plainly<Number>(row, full_groups, rest);
+  const std::int64_t at = full_groups * plan::kFp8Group;
+  if (row.hidden > at) quantize_plainly<Number>(row, full_groups, static_cast<int>(row.hidden - at));
+  const std::int64_t copied = full_groups > 0 ? at - plan::kFp8Group : 0;
+  copy_codes(row, copied, static_cast<std::size_t>(row.hidden - copied));
 }
 
 void quantize(const QuantizeRow& row) {

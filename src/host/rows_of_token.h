@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "backend.h"
 #include "host/delivery.h"
@@ -44,13 +45,16 @@ class TokenReader {
     return read;
   }
 
-  /// Writes a token's row, scales (row by row) and side tensors, each where the message has it.
-  void write(int token, std::byte* message, const plan::MessageLayout& at) const {
+  /// Writes a token's scales (row by row) and side tensors where the message has them, and its row there and to further
+  /// places; or to these alone, if there are any and the row travels as it is.
+  void write(int token, std::byte* message, const plan::MessageLayout& at,
+             const std::vector<std::byte*>& places) const {
     auto* scales = reinterpret_cast<std::int32_t*>(message + at.scales_at);
     if (call_.quantize) {
-      quantize(token, reinterpret_cast<std::uint8_t*>(message + at.row_at), scales);
+      quantize(token, reinterpret_cast<std::uint8_t*>(message + at.row_at), scales, places);
     } else {
-      std::memcpy(message + at.row_at, source(token), call_.shape.row_bytes);
+      if (places.empty()) std::memcpy(message + at.row_at, source(token), call_.shape.row_bytes);
+      for (std::byte* place : places) ops_.copy(place, source(token), call_.shape.row_bytes);
       const TensorView& given = call_.in.scales;
       for (int i = 0; i < call_.shape.num_scales; ++i)
         scales[i] = given.as<const std::int32_t>()[token * given.strides[0] + i * given.strides[1]];
@@ -67,14 +71,17 @@ class TokenReader {
     return x.as<const std::byte>() + token * call_.hidden * static_cast<std::int64_t>(item_bytes(x.dtype));
   }
 
-  void quantize(int token, std::uint8_t* codes, std::int32_t* scales) const {
+  void quantize(int token, std::uint8_t* codes, std::int32_t* scales,
+                const std::vector<std::byte*>& places = {}) const {
     ops_.quantize({.src = source(token),
                    .dtype = call_.in.x.dtype,
                    .hidden = call_.hidden,
                    .codes = codes,
                    .scales = scales,
                    .scale_stride = 1,
-                   .kind = call_.scale_kind});
+                   .kind = call_.scale_kind,
+                   .copies = reinterpret_cast<std::uint8_t* const*>(places.data()),
+                   .num_copies = static_cast<int>(places.size())});
   }
 
   const DispatchCall& call_;

@@ -156,6 +156,34 @@ TEST_P(LowLatencyEveryLayout, keeps_three_tickets_in_flight_and_receives_them_in
   });
 }
 
+// Padded outputs on hosts: the first rank leaves its rows for the others to take, the last one finds all of them there
+// already and writes its rows where they belong.
+TEST_P(LowLatencyEveryLayout, does_not_care_who_sends_first) {
+  for (const std::optional<Fp8Options>& fp8 : {std::optional<Fp8Options>(), std::optional<Fp8Options>(Fp8Options{})}) {
+    for (const auto order : {ScaleOrder::kRowMajor, ScaleOrder::kColumnMajor}) {
+      Shape s = low_latency(GetParam());
+      s.fp8 = fp8;
+      s.scale_order = order;
+      s.hidden = 128 * 3;
+      s.side = {{DType::kFp32, 3}};
+      s.homes = Homes::kUneven;
+      const World world(s);
+      Barrier barrier(s.ranks);
+      run_ranks(s.ranks, world.config(), [&](AnyBuffer& buffer) {
+        const int rank = buffer.rank();
+        for (int first = 0; first < s.ranks; ++first) {
+          Ticket<DispatchOutput> ticket;
+          for (int turn = 0; turn < s.ranks; ++turn) {
+            barrier.wait();
+            if ((first + turn) % s.ranks == rank) ticket = buffer.low_latency_dispatch(world.input(rank));
+          }
+          EXPECT_EQ(difference(world, rank, ticket.receive()), "") << "rank " << rank << ", first " << first;
+        }
+      });
+    }
+  }
+}
+
 TEST_P(LowLatencyEveryLayout, receives_on_other_threads) {
   const Series series(GetParam(), 3);
   run_ranks(4, series.worlds[0].config(), [&](AnyBuffer& buffer) {

@@ -2,9 +2,12 @@
 // A rank that does not come, or comes late: the others hear who waited for whom, and nothing is spoiled.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <string>
 #include <thread>
+#include <vector>
 
+#include "device.h"
 #include "exchange.h"
 
 namespace deep_ep::test {
@@ -164,6 +167,45 @@ TEST(LateRank, spoils_no_later_low_latency_call) {
       });
       EXPECT_FALSE(later.failed) << "rank " << rank << " call " << i << ": " << later.message;
     }
+  });
+}
+
+// A late rank may find the places of its rows in outputs that their ranks have given up: nothing else lies there yet.
+TEST(LateRank, writes_no_low_latency_row_where_something_else_lies) {
+  Shape shape = busy(1, true);
+  shape.layout = OutputLayout::kPadded;
+  const World world(shape);
+  Barrier barrier(kRanks);
+  run_ranks(kRanks, world.config(), [&](AnyBuffer& buffer) {
+    const int rank = buffer.rank();
+    DispatchInput in = world.input(rank);
+    in.timeout = kDeadline;
+    std::vector<Tensor> others;
+    if (rank != kAbsent) {
+      std::int64_t bytes = 0;
+      const Outcome outcome = outcome_of([&] {
+        auto ticket = buffer.low_latency_dispatch(in);
+        bytes = static_cast<std::int64_t>(ticket.promised()->x.bytes());
+        ticket.receive();
+      });
+      expect_timeout(outcome, rank, "low_latency_dispatch", 1);
+      for (int i = 0; i < 2; ++i) {
+        Tensor memory = buffer.allocate(DType::kU8, {bytes});
+        if (device::holds(memory.data)) continue;
+        std::fill_n(memory.as<std::uint8_t>(), bytes, std::uint8_t{0x5a});
+        others.push_back(std::move(memory));
+      }
+    }
+    barrier.wait();
+    if (rank == kAbsent) {
+      EXPECT_EQ(difference(world, rank, buffer.low_latency_dispatch(in).receive()), "");
+    }
+    barrier.wait();
+    for (const Tensor& other : others)
+      EXPECT_EQ(std::count(other.as<std::uint8_t>(), other.as<std::uint8_t>() + other.numel(), 0x5a), other.numel());
+    in.timeout = 0ms;
+    for (int i = 0; i < 6; ++i)
+      EXPECT_EQ(difference(world, rank, buffer.low_latency_dispatch(in).receive()), "") << "call " << i;
   });
 }
 

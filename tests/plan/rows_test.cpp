@@ -52,6 +52,7 @@ void set(void* row, DType dtype, std::int64_t i, float x) {
 // A row with what breaks kernels strewn in. Aligned to 16 bytes and no better, with a canary behind its end.
 class Row {
  public:
+  static constexpr std::uint8_t kCanary = 0xa5;
   Row(DType dtype, std::int64_t n) : dtype_(dtype), n_(n), bytes_(static_cast<std::size_t>(n) * item_bytes(dtype)) {
     storage_.resize(bytes_ + 64 + kCanaryBytes, kCanary);
     const std::size_t off = reinterpret_cast<std::uintptr_t>(storage_.data()) % 32;
@@ -93,7 +94,6 @@ class Row {
 
  private:
   static constexpr std::size_t kCanaryBytes = 32;
-  static constexpr std::uint8_t kCanary = 0xa5;
   DType dtype_;
   std::int64_t n_;
   std::size_t bytes_;
@@ -218,7 +218,16 @@ struct Quantized {
 Quantized quantize(const RowOps& ops, const Row& row, DType dtype, std::int64_t hidden, Fp8Scale kind) {
   Quantized q{std::vector<std::uint8_t>(hidden + 8, 0xa5),
               std::vector<std::int32_t>(plan::num_scales(hidden, kind) * 3 + 1, -1)};
-  ops.quantize({row.data(), dtype, hidden, q.codes.data(), q.words.data(), 3, kind});
+  // Further places: one whose lines are those of memory, one whose lines are not.
+  const Row places(DType::kU8, 2 * hidden + 256);
+  std::uint8_t* const line = places.codes() + (64 - reinterpret_cast<std::uintptr_t>(places.codes()) % 64);
+  std::uint8_t* copies[] = {line, line + (hidden + 63) / 64 * 64 + 48};
+  ops.quantize({row.data(), dtype, hidden, q.codes.data(), q.words.data(), 3, kind, copies, 2});
+  ops.flush();
+  for (const std::uint8_t* copy : copies) {
+    EXPECT_TRUE(std::equal(copy, copy + hidden, q.codes.begin())) << ops.isa << " hidden " << hidden;
+    EXPECT_TRUE(std::all_of(copy + hidden, copy + hidden + 48, [](std::uint8_t b) { return b == Row::kCanary; }));
+  }
   return q;
 }
 
