@@ -65,7 +65,7 @@ class Rank {
     nlohmann::json report = {{"memory", measure_memory(*buffer)}};
     if (command_.with_limits) limits_.emplace(work_, barrier_.rank(), world_.files, world_.files.front().bytes());
     std::vector<Operation> all = operations_.large(limits_ ? &*limits_ : nullptr);
-    for (Operation& op : operations_.small()) {
+    for (Operation& op : operations_.small(limits_ ? &*limits_ : nullptr)) {
       op.bound = [this] { signal_round(barrier_.board(), barrier_.rank(), barrier_.num_ranks(), ++epoch_); };
       all.push_back(std::move(op));
     }
@@ -101,7 +101,7 @@ class Rank {
     private_before_ += status_bytes("RssAnon") - before_copy;
     reset_peak();
     for (const Operation& op : operations_.large(nullptr)) run_once(op);
-    for (const Operation& op : operations_.small()) run_once(op);
+    for (const Operation& op : operations_.small(nullptr)) run_once(op);
     std::array<std::int64_t, 8>& mine = notes();
     // What was resident at the peak, less shared and file pages and less what was private before the buffer opened.
     const std::int64_t shared = status_bytes("RssShmem") + status_bytes("RssFile");
@@ -280,7 +280,8 @@ int run(const Command& command) {
   Board& board = *reinterpret_cast<Board*>(shared.get());
   const Workload& work = command.work;
   const Traffic traffic = traffic_of(work, work.num_tokens);
-  std::int64_t rows = std::max<std::int64_t>(traffic.most_received(), std::int64_t{work.num_ll_tokens} * work.num_topk);
+  std::int64_t rows = std::max<std::int64_t>(traffic.most_received(),
+                                             std::int64_t{work.num_ranks} * work.num_ll_tokens * work.num_topk);
   for (int rank = 0; rank < work.num_ranks; ++rank)
     rows = std::max({rows, traffic.sent(rank), std::int64_t{work.num_tokens}});
   std::vector<SharedFile> files;

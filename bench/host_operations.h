@@ -73,6 +73,7 @@ class HostOperations {
         routing_(make_routing(work, rank, work.num_tokens)),
         ll_routing_(make_routing(work, rank, work.num_ll_tokens)),
         ranks_of_token_(ranks_of_tokens(work, routing_)),
+        ll_places_(places_of_selections(work, rank)),
         x_(static_cast<std::size_t>(std::max(work.num_tokens, work.num_ll_tokens) * work.hidden)),
         result_(static_cast<std::size_t>(work.num_tokens * work.hidden)) {
     fill_rows(work, rank, std::max(work.num_tokens, work.num_ll_tokens), x_.data());
@@ -130,9 +131,9 @@ class HostOperations {
     return op;
   }
 
-  std::vector<Operation> small() {
-    return {ll_dispatch(false), ll_dispatch(true), ll_dispatch(true, ScaleOrder::kColumnMajor),
-            ll_combine(false),  ll_combine(true),  ll_round_trip()};
+  std::vector<Operation> small(Limits* limits) {
+    return {ll_dispatch(limits, false), ll_dispatch(limits, true), ll_dispatch(limits, true, ScaleOrder::kColumnMajor),
+            ll_combine(false),          ll_combine(true),          ll_round_trip()};
   }
 
  private:
@@ -211,10 +212,10 @@ class HostOperations {
     return op;
   }
 
-  // Low latency. A token is written once by its source; each of its ranks reads it there and writes it at its experts.
+  // Low latency. A token is read once and written at each of its experts.
   std::int64_t ll_dispatch_bytes(std::int64_t wire) const {
     const std::int64_t tokens = std::int64_t{work_.num_ranks} * work_.num_ll_tokens;
-    return tokens * (work_.row_bytes() + wire) + (ll_traffic_.all() + ll_traffic_.num_selections) * wire;
+    return tokens * work_.row_bytes() + ll_traffic_.num_selections * wire;
   }
 
   std::int64_t ll_combine_bytes(bool staged) const {
@@ -222,7 +223,7 @@ class HostOperations {
     return ((staged ? 3 : 1) * ll_traffic_.num_selections + tokens) * work_.row_bytes();
   }
 
-  Operation ll_dispatch(bool fp8, ScaleOrder scales = ScaleOrder::kRowMajor) {
+  Operation ll_dispatch(Limits* limits, bool fp8, ScaleOrder scales = ScaleOrder::kRowMajor) {
     const std::int64_t wire = fp8 ? work_.fp8_row_bytes() : work_.row_bytes();
     Operation op;
     op.name = std::string("ll_dispatch_") + (fp8 ? "fp8" : "bf16");
@@ -234,6 +235,7 @@ class HostOperations {
     op.copy = copy_shape(work_.num_ll_tokens * std::int64_t{work_.num_topk}, wire);
     op.copy_bytes = 2 * ll_traffic_.num_selections * wire;
     op.must_bytes = ll_dispatch_bytes(wire);
+    op.bare = [this, fp8, limits] { limits->bare_ll_dispatch(ll_places_, fp8); };
     op.bound_name = "one round of signals";
     return op;
   }
@@ -283,6 +285,7 @@ class HostOperations {
   Routing routing_;
   Routing ll_routing_;
   std::vector<std::uint32_t> ranks_of_token_;
+  std::vector<PlaceOfSelection> ll_places_;
   std::vector<std::uint16_t> x_;
   std::vector<std::uint16_t> result_;
   std::vector<std::uint16_t> staged_;

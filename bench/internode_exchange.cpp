@@ -127,7 +127,7 @@ class Exchange {
   std::vector<Operation> chosen() {
     std::vector<Operation> all = operations_.large(nullptr);
     all.push_back(operations_.combine_by_node());
-    for (Operation& op : operations_.small()) all.push_back(std::move(op));
+    for (Operation& op : operations_.small(nullptr)) all.push_back(std::move(op));
     std::erase_if(all, [&](const Operation& op) {
       return std::find(command_.only.begin(), command_.only.end(), op.name) == command_.only.end();
     });

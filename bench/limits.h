@@ -81,6 +81,26 @@ class Limits {
     ops_.flush();
   }
 
+  /// What low-latency dispatch must do and nothing else: each row of x read once and written at each of its experts.
+  void bare_ll_dispatch(const std::vector<PlaceOfSelection>& places, bool fp8) {
+    const std::size_t topk = static_cast<std::size_t>(work_.num_topk);
+    std::vector<std::uint8_t*> to(topk);
+    for (std::size_t token = 0; token < places.size() / topk; ++token) {
+      const std::byte* row = source_.get() + token * static_cast<std::size_t>(work_.row_bytes());
+      for (std::size_t k = 0; k < topk; ++k) {
+        const PlaceOfSelection& place = places[token * topk + k];
+        to[k] = reinterpret_cast<std::uint8_t*>(windows_[place.rank].get() + place.row * wire_bytes(fp8));
+        if (!fp8) ops_.copy(to[k], row, static_cast<std::size_t>(work_.row_bytes()));
+      }
+      if (!fp8) continue;
+      quantize(row, to);
+      for (std::uint8_t* codes : to)
+        std::memcpy(codes + work_.hidden, scratch_.data() + work_.hidden,
+                    static_cast<std::size_t>(work_.num_scales()) * sizeof(float));
+    }
+    ops_.flush();
+  }
+
   /// What combine must do and nothing else: the rows of a token read where they are, summed in FP32, written once.
   void bare_combine(const Traffic& traffic, const std::vector<std::uint32_t>& ranks_of_token) {
     std::vector<const std::byte*> from;
@@ -112,9 +132,10 @@ class Limits {
   int next() const { return (rank_ + 1) % work_.num_ranks; }
   std::int64_t wire_bytes(bool fp8) const { return fp8 ? work_.fp8_row_bytes() : work_.row_bytes(); }
 
-  const std::byte* quantize(const std::byte* row) {
+  const std::byte* quantize(const std::byte* row, const std::vector<std::uint8_t*>& copies = {}) {
     std::uint8_t* codes = scratch_.data();
-    ops_.quantize({row, DType::kBf16, work_.hidden, codes, codes + work_.hidden, 1, plan::Fp8Scale::kExact});
+    ops_.quantize({row, DType::kBf16, work_.hidden, codes, codes + work_.hidden, 1, plan::Fp8Scale::kExact,
+                   copies.data(), static_cast<int>(copies.size())});
     return reinterpret_cast<const std::byte*>(codes);
   }
 

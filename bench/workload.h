@@ -219,6 +219,24 @@ inline Traffic traffic_of(const Workload& work, int num_tokens) {
   return traffic;
 }
 
+/// Where the row of a selection lies, if rows of a rank lie in order (source rank, selection).
+struct PlaceOfSelection {
+  int rank = 0;
+  std::int64_t row = 0;
+};
+
+/// Of one rank's low-latency tokens, [num_ll_tokens, num_topk].
+inline std::vector<PlaceOfSelection> places_of_selections(const Workload& work, int rank) {
+  std::vector<std::int64_t> next(static_cast<std::size_t>(work.num_ranks), 0);
+  std::vector<PlaceOfSelection> places;
+  for (int src = 0; src <= rank; ++src) {
+    places.clear();
+    for (const std::int64_t expert : make_routing(work, src, work.num_ll_tokens).topk_idx)
+      places.push_back({work.rank_of(expert), next[static_cast<std::size_t>(work.rank_of(expert))]++});
+  }
+  return places;
+}
+
 /// [num_rows, hidden] bf16 from -1 to 1, different for each rank.
 inline void fill_rows(const Workload& work, int rank, std::int64_t num_rows, std::uint16_t* rows) {
   Random random(work.seed * 7919 + static_cast<std::uint64_t>(rank) + 1);
