@@ -20,9 +20,9 @@ struct Ended {
   std::string output;  // stdout and stderr
 };
 
-Ended start(const std::string& arguments) {
+Ended shell(const std::string& command) {
   Ended run;
-  FILE* pipe = popen((std::string(EP_EXAMPLE_PROGRAMS) + "/" + arguments + " 2>&1").c_str(), "r");
+  FILE* pipe = popen((command + " 2>&1").c_str(), "r");
   if (pipe == nullptr) return run;
   char part[4096];
   for (std::size_t bytes = 0; (bytes = fread(part, 1, sizeof(part), pipe)) > 0;) run.output.append(part, bytes);
@@ -30,6 +30,8 @@ Ended start(const std::string& arguments) {
   run.status = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
   return run;
 }
+
+Ended start(const std::string& arguments) { return shell(std::string(EP_EXAMPLE_PROGRAMS) + "/" + arguments); }
 
 /// Runs the demo in small, its files in a folder of the test's own.
 class Demo : public testing::Test {
@@ -41,8 +43,13 @@ class Demo : public testing::Test {
   }
   void TearDown() override { std::filesystem::remove_all(out_); }
 
-  Ended run(const std::string& more = "") {
-    return start("moe_layer --tokens 64 --hidden 256 --inter 128 --repeat 2 --out " + out_.string() + " " + more);
+  std::string arguments(const std::string& more = "") const {
+    return " --tokens 64 --hidden 256 --inter 128 --repeat 2 --out " + out_.string() + " " + more;
+  }
+  Ended run(const std::string& more = "") { return start("moe_layer" + arguments(more)); }
+  /// The same program, whose library errs by one bit in that call.
+  Ended run_wrong(const std::string& call) {
+    return shell("EP_TEST_WRONG=" + call + " " + EP_TEST_PROGRAMS + "/wrong_bit_main" + arguments());
   }
   std::string content(const char* file) const {
     std::ifstream in(out_ / file);
@@ -65,6 +72,24 @@ TEST_F(Demo, passes_and_writes_picture_and_report) {
   EXPECT_GT(report["verdict"]["bf16"]["values_compared"], 0);
   EXPECT_EQ(report["verdict"]["bf16"]["values_that_differ"], 0);
   EXPECT_GT(report["verdict"]["fp8"]["relative_l2_error"], 0);
+}
+
+TEST_F(Demo, fails_where_a_single_bit_is_wrong) {
+  const Ended right = run_wrong("nowhere");
+  EXPECT_EQ(right.status, 0) << right.output;
+  const Ended demo = run_wrong("combine");
+  EXPECT_EQ(demo.status, 1) << demo.output;
+  const auto report = nlohmann::json::parse(content("report.json"));
+  EXPECT_FALSE(report["verdict"]["passed"]);
+  EXPECT_EQ(report["verdict"]["bf16"]["values_that_differ"], 1);
+}
+
+TEST_F(Demo, fails_where_a_single_fp8_code_is_wrong) {
+  const Ended demo = run_wrong("dispatch");
+  EXPECT_EQ(demo.status, 1) << demo.output;
+  const auto report = nlohmann::json::parse(content("report.json"));
+  EXPECT_FALSE(report["verdict"]["passed"]);
+  EXPECT_EQ(report["verdict"]["bf16"]["values_that_differ"], 0);
 }
 
 TEST_F(Demo, reports_figures_that_agree_with_one_another) {
