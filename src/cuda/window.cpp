@@ -6,26 +6,20 @@
 #include <algorithm>
 #include <cstring>
 #include <fstream>
-#include <map>
 #include <random>
 #include <string>
 
 #include "check.h"
 #include "cuda/driver.h"
 #include "environment.h"
+#include "open_windows.h"
 
 namespace deep_ep::cuda {
 
 namespace {
 
-// Windows of this process, for ranks that are threads of it.
-struct Registry {
-  std::mutex mutex;
-  std::map<std::uint64_t, std::weak_ptr<Window>> windows;
-  std::uint64_t next = 1;
-};
-Registry& registry() {
-  static Registry instance;
+OpenWindows<Window>& open_windows() {
+  static OpenWindows<Window> instance;
   return instance;
 }
 
@@ -204,9 +198,7 @@ std::shared_ptr<Window> Window::create(const Wanted& wanted) {
       throw Error(ErrorCode::kSystem, fmt::format("GPU {} has no {} bytes left for a window", wanted.device, first));
   }
   address.bytes = window->bytes_;
-  std::lock_guard lock(registry().mutex);
-  address.serial = registry().next++;
-  registry().windows[address.serial] = window;
+  address.serial = open_windows().add(window);
   return window;
 }
 
@@ -225,10 +217,7 @@ Window::~Window() {
     }
     (void)driver::find<decltype(cuMemAddressFree)>("cuMemAddressFree")(base_, bytes_);
   }
-  if (ours) {
-    std::lock_guard lock(registry().mutex);
-    registry().windows.erase(address_.serial);
-  }
+  if (ours) open_windows().remove(address_.serial);
 }
 
 // Sharing
@@ -275,13 +264,7 @@ Window::Growth Window::grow(std::size_t needed, const std::vector<int>& skip, st
 
 std::shared_ptr<Window> Window::open(const WindowAddress& address, const Guest& guest) {
   if (address.process.number == this_process().number && address.process.pid == getpid()) {
-    std::unique_lock lock(registry().mutex);
-    const auto found = registry().windows.find(address.serial);
-    auto window = found != registry().windows.end() ? found->second.lock() : nullptr;
-    lock.unlock();
-    if (!window)
-      throw Error(ErrorCode::kSystem,
-                  fmt::format("window {} of this process was closed while its peers opened it", address.serial));
+    auto window = open_windows().find(address.serial);
     require_access(guest.device, address.device);
     if (address.sharing != Sharing::kIpc) {
       window->allow_all(guest.device);

@@ -14,30 +14,23 @@
 #include <cstdio>
 #include <cstring>
 #include <fstream>
-#include <map>
-#include <mutex>
 #include <string>
 #include <utility>
 
 #include "deep_ep/error.h"
+#include "open_windows.h"
 
 namespace deep_ep::host {
 
 namespace {
 
-[[noreturn]] void throw_system(const std::string& call) {
-  throw Error(ErrorCode::kSystem, fmt::format("{}: {}", call, std::strerror(errno)));
+OpenWindows<Window>& open_windows() {
+  static OpenWindows<Window> instance;
+  return instance;
 }
 
-// Windows of this process by serial number, for ranks that are threads of it.
-struct Registry {
-  std::mutex mutex;
-  std::map<std::uint64_t, std::weak_ptr<Window>> windows;
-  std::uint64_t next = 1;
-};
-Registry& registry() {
-  static Registry instance;
-  return instance;
+[[noreturn]] void throw_system(const std::string& call) {
+  throw Error(ErrorCode::kSystem, fmt::format("{}: {}", call, std::strerror(errno)));
 }
 
 std::byte* map_shared(int fd, std::size_t bytes) {
@@ -74,21 +67,12 @@ std::shared_ptr<Window> Window::create(std::size_t bytes) {
   window->address_.pid = getpid();
   window->address_.fd = window->fd_;
   window->address_.bytes = bytes;
-  std::lock_guard lock(registry().mutex);
-  window->address_.serial = registry().next++;
-  registry().windows[window->address_.serial] = window;
+  window->address_.serial = open_windows().add(window);
   return window;
 }
 
 std::shared_ptr<Window> Window::open(const WindowAddress& address) {
-  if (address.pid == getpid()) {
-    std::lock_guard lock(registry().mutex);
-    const auto found = registry().windows.find(address.serial);
-    if (found != registry().windows.end())
-      if (auto window = found->second.lock()) return window;
-    throw Error(ErrorCode::kSystem,
-                fmt::format("window {} of this process was closed while its peers opened it", address.serial));
-  }
+  if (address.pid == getpid()) return open_windows().find(address.serial);
   const MachineIdentity machine = machine_identity();
   if (std::memcmp(&machine, &address.machine, sizeof machine) != 0)
     throw Error(
@@ -118,10 +102,7 @@ std::shared_ptr<Window> Window::open(const WindowAddress& address) {
 Window::~Window() {
   if (base_ != nullptr) munmap(base_, bytes_);
   seal();
-  if (address_.pid == getpid()) {
-    std::lock_guard lock(registry().mutex);
-    registry().windows.erase(address_.serial);
-  }
+  if (address_.pid == getpid()) open_windows().remove(address_.serial);
 }
 
 void Window::seal() {
