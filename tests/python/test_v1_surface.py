@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Contract 1.1 to 1.4 and section 2: construction, sizes, names, events; section 0: upstream's quirks."""
 
+import importlib
 import inspect
 import os
 import subprocess
@@ -227,11 +228,26 @@ def test_1_2_set_num_sms_is_class_wide_and_even():
         Buffer.set_num_sms(before)
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160])
-def test_1_3_recommended_configs_exist(ranks):
-    assert isinstance(Buffer.get_dispatch_config(ranks), Config) and isinstance(
-        Buffer.get_combine_config(ranks), Config
-    )
+_OF_MANY = (32, 288, 8, 128), (1, 288, 8, 128)
+RECOMMENDED = {  # by ranks: for dispatch, for combine
+    2: ((24, 256, 6, 128), (10, 256, 6, 128)),
+    4: ((6, 256, 6, 128), (9, 256, 6, 128)),
+    8: ((6, 256, 6, 128), (4, 256, 6, 128)),
+    16: ((36, 288, 20, 128), (4, 288, 12, 128)),
+    **{ranks: _OF_MANY for ranks in (24, 32, 48, 64)},
+    96: ((20, 480, 12, 128), (1, 480, 8, 128)),
+    128: ((20, 560, 12, 128), (1, 560, 8, 128)),
+    144: ((32, 720, 12, 128), (2, 720, 8, 128)),
+    160: ((28, 720, 12, 128), (2, 720, 8, 128)),
+}
+
+
+def test_1_3_recommended_configs_are_upstreams():
+    for ranks, wanted in RECOMMENDED.items():
+        for config, numbers in zip((Buffer.get_dispatch_config(ranks), Buffer.get_combine_config(ranks)), wanted):
+            # Receiving chunks are rounded up to a multiple of sending ones.
+            assert repr(config) == repr(Config(Buffer.num_sms, *numbers))
+    assert repr(Config(20, 6, 256, 12, 128)) == "Config(20, 6, 256, 12, 132)"
 
 
 def test_1_3_unknown_rank_counts_have_no_recommended_config():
@@ -293,3 +309,68 @@ def test_5_environment_variables_that_users_know_are_read(monkeypatch):
     environment = {**os.environ, "EP_NUM_TOPK_IDX_BITS": "32"}
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert ended.stdout.strip() == "torch.int32"
+
+
+def test_1_2_small_methods_of_a_buffer():
+    with Buffer(deep_ep.in_process_group(1)[0], 1 << 10) as buffer:
+        assert Buffer.is_sm90_compiled() is True
+        assert buffer.get_local_buffer_tensor(torch.float32).shape == (256,)
+        assert buffer.get_local_buffer_tensor(torch.int8, torch.Size((4, 8))).shape == (4, 8)
+        stream = buffer.get_comm_stream()
+        assert stream is None or stream == torch.cpu.current_stream()
+
+
+def test_1_12_errors_are_runtime_errors_and_pythons_own_checks_assertions():
+    assert issubclass(deep_ep.Error, RuntimeError)
+    with Buffer(deep_ep.in_process_group(1)[0]) as buffer:
+        with pytest.raises(RuntimeError, match="num_experts"):
+            buffer.get_dispatch_layout(torch.zeros((1, 1), dtype=torch.int64), 0)
+        with pytest.raises(AssertionError):
+            buffer.dispatch(torch.zeros((1, 16), dtype=torch.bfloat16))
+
+
+HELPERS = {
+    "envs": "init_dist init_seed get_global_seed get_local_seed dist_print get_rdma_gbs get_nvlink_gbs check_nvlink_connections "
+    "check_torch_deterministic check_fast_rdma_atomic_support get_physical_domain_size get_logical_domain_size",
+    "math": "calc_diff per_token_cast_to_fp8 per_token_cast_back inplace_unique create_grouped_scores hash_tensor hash_tensors "
+    "count_bytes safe_div ceil_div align",
+    "testing": "bench bench_kineto",
+    "gate": "get_unbalanced_scores",
+    "refs": "dispatch combine generate_pre_combine_data ordered_accumulate",
+    "event": "EventHandle EventOverlap",
+    "comm": "get_nccl_comm_handle NCCLCommHandle destroy_all_managed_nccl_comm",
+    "semantic": "value_or weak_lru",
+    "find_pkgs": "",
+}
+
+
+@pytest.mark.parametrize("module", HELPERS)
+def test_4_3_helper_modules_have_what_upstreams_tests_import(module):
+    imported = importlib.import_module(f"deep_ep.utils.{module}")
+    assert [name for name in HELPERS[module].split() if not hasattr(imported, name)] == []
+
+
+def test_4_9_every_attribute_that_upstreams_tests_touch_is_there():
+    of_buffer = (
+        "capture combine destroy dispatch get_combine_config get_dispatch_config get_dispatch_layout clean_low_latency_buffer "
+        "get_low_latency_rdma_size_hint get_next_low_latency_combine_buffer is_sm90_compiled low_latency_combine "
+        "low_latency_dispatch low_latency_query_mask_buffer set_num_sms"
+    )
+    of_elastic = (
+        "agrs_get_inplace_tensor agrs_new_session agrs_set_config all_gather barrier capture combine create_agrs_session destroy "
+        "destroy_agrs_session dispatch engram_fetch engram_write get_agrs_buffer_size_hint get_agrs_num_max_session_bytes "
+        "get_engram_storage_size_hint get_logical_domain_size get_pp_buffer_size_hint get_theoretical_num_qps "
+        "get_theoretical_num_sms num_allocated_qps num_ranks pp_recv pp_send pp_set_config rank_idx scaleout_rank_idx "
+        "scaleup_rank_idx"
+    )
+    of_handle = (
+        "dst_buffer_slot_idx num_recv_tokens_per_expert_list psum_num_recv_tokens_per_expert "
+        "psum_num_recv_tokens_per_scaleup_rank recv_src_metadata topk_idx"
+    )
+    group = deep_ep.in_process_group(1)[0]
+    ids = torch.zeros((2, 1), dtype=torch.int64)
+    with Buffer(group) as buffer, ElasticBuffer(group, num_max_tokens_per_rank=8, hidden=64) as elastic:
+        handle = elastic.dispatch(torch.zeros((2, 64), dtype=torch.bfloat16), ids, num_experts=1)[3]
+        for thing, names in ((buffer, of_buffer), (elastic, of_elastic), (handle, of_handle)):
+            assert [name for name in names.split() if not hasattr(thing, name)] == []
+    assert len(inspect.signature(Config).parameters) == 5

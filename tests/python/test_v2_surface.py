@@ -3,8 +3,10 @@
 
 import deep_ep
 import pytest
-from deep_ep import ElasticBuffer, EPHandle
+import torch
+from deep_ep import ElasticBuffer, EPHandle, Error, EventHandle, in_process_group
 
+from ranks import run_ranks
 from v2 import HIDDEN, MAX_TOKENS, RANKS, exchange
 
 
@@ -26,6 +28,52 @@ def test_3_1_attributes_and_domains():
     assert results[3] == (3, 4, 2, 2, 1, 1, (2, 2), 129)
     results, _ = exchange(body, ranks_per_node=2, allow_hybrid_mode=False)
     assert results[3] == (3, 4, 1, 4, 0, 3, (2, 2), 17)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(),
+        dict(num_bytes=0),
+        dict(num_bytes=(2 << 20) + 1),
+        dict(num_bytes=2 << 20, num_cpu_bytes=4 << 20),
+        dict(num_bytes=4 << 20, num_cpu_bytes=1 << 20),
+        dict(num_max_tokens_per_rank=8, hidden=64, num_cpu_bytes=2 << 20),
+        dict(num_max_tokens_per_rank=8),
+    ],
+)
+def test_3_1_sizes_are_checked(sizes):
+    with pytest.raises(Error):
+        ElasticBuffer(in_process_group(1)[0], **sizes)
+
+
+def test_3_3_small_methods():
+    with ElasticBuffer(
+        in_process_group(1)[0], num_bytes=4 << 20, num_cpu_bytes=2 << 20, explicitly_destroy=True
+    ) as buffer:
+        assert buffer.num_bytes == 4 << 20 and isinstance(ElasticBuffer.capture(), EventHandle)
+        assert buffer.get_theoretical_num_sms(8, 2) == buffer.get_theoretical_num_sms(8, 2) > 0
+        with pytest.raises(Error, match="num_scaleout_topk"):
+            buffer.get_theoretical_num_sms(8, 2, 1)
+        buffer.barrier(use_comm_stream=False, with_cpu_sync=True, sequential=False)
+        buffer.destroy(), buffer.destroy()
+        assert buffer.runtime is None
+
+
+@pytest.mark.parametrize("cpu_sync", [True, False])
+def test_3_8_a_wait_ends_with_the_timeout_of_its_kind_and_names_who_was_waited_for(cpu_sync):
+    """With a host's read of the counts the one for CPUs, else the one for GPUs."""
+    short = dict(num_cpu_timeout_secs=0.5) if cpu_sync else dict(num_gpu_timeout_secs=0.5)
+
+    def body(group):
+        with ElasticBuffer(group, num_max_tokens_per_rank=8, hidden=64, **short) as buffer:
+            if group.rank() == 0:
+                x, ids = torch.zeros((2, 64), dtype=torch.bfloat16), torch.zeros((2, 1), dtype=torch.int64)
+                with pytest.raises(Error, match="rank 0 waited for rank 1"):
+                    buffer.dispatch(x, ids, num_experts=2, do_cpu_sync=cpu_sync)
+            group.barrier()
+
+    run_ranks(2, body)
 
 
 class _Group:
