@@ -27,7 +27,7 @@ __device__ inline int take_slot(const Common& common, int peer, plan::Stream str
   const bool requests = stream == plan::Stream::kRequests;
   const int begin = requests ? plan::kRequestSlot : plan::kRequestSlot + 1;
   const int end = requests ? plan::kRequestSlot + 1 : plan::kForwardSlots;
-  net::SlotWords& words = common.far.end->slots()[peer];
+  net::PeerWords& words = common.far.end->peers()[peer];
   for (int slot = begin; slot < end; ++slot) {
     std::uint32_t* const taken = &common.far.slot_use[peer].taken[slot];
     // Acquire: the peer has read what the slot held before, and so has the network what lies here for it.
@@ -67,7 +67,7 @@ __device__ inline void give_back(const Now& now, int source, int slot) {
 __device__ inline bool has_landed(const Now& now, int source, int slot) {
   const Common& common = now.common;
   // Acquire: the chunk's bytes. A slot holds one chunk until it is given back.
-  if (ptx::load_acquire_system(&common.far.end->slots()[source].landed[slot]) == common.far.slot_use[source].seen[slot])
+  if (ptx::load_acquire_system(&common.far.end->peers()[source].landed[slot]) == common.far.slot_use[source].seen[slot])
     return false;
   return __ldcg(reinterpret_cast<const unsigned long long*>(chunk_from(common, source, slot))) <= now.epoch;
 }

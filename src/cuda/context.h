@@ -156,6 +156,7 @@ class Context {
   std::size_t counters_bytes() const;
   bool take_fault(Fault& fault);
   [[noreturn]] void raise(const Fault& fault);
+  [[noreturn]] void raise_timeout(const Fault& fault);
   void raise_fault();
   void sweep();
   std::shared_ptr<void> kept(std::shared_ptr<void> owner);

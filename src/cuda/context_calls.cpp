@@ -185,14 +185,34 @@ void Context::raise_fault() {
   if (take_fault(fault)) raise(fault);
 }
 
+// Between nodes the one who is waited for may only wait himself: a rank that has died, or is silent altogether, is to
+// blame before one who was to pass its rows on.
+void Context::raise_timeout(const Fault& fault) {
+  int peer = fault.peer;
+  if (link_) {
+    std::vector<char> masked;
+    std::vector<int> active;
+    for (const Peer& other : peers()) {
+      masked.push_back(other.active == 0);
+      if (other.active != 0) active.push_back(static_cast<int>(masked.size()) - 1);
+    }
+    for (int other : active)
+      if (windows_[other] && windows_[other]->owner_gone()) link_->report_dead(other, "its process has ended");
+    int blamed = link_->dead_rank(masked);
+    if (blamed < 0) blamed = link_->silent_rank(peer, active);
+    if (blamed >= 0) peer = blamed;
+  }
+  throw Error(WaitRecord{rank, name(static_cast<Operation>(fault.phase)), peer, fault.epoch,
+                         static_cast<std::uint64_t>(fault.expected), static_cast<std::uint64_t>(fault.seen),
+                         is_gone(peer) || (link_ && link_->dead(peer))});
+}
+
 void Context::raise(const Fault& fault) {
   const auto operation = static_cast<Operation>(fault.phase);
   const bool late = fault.kind == Fault::kTimeout || fault.kind == Fault::kGaveUp;
   count([&](Statistics& statistics) { ++(late ? statistics.timeouts : statistics.refused); });
   switch (static_cast<Fault::Kind>(fault.kind)) {
-    case Fault::kTimeout:
-      throw Error(WaitRecord{rank, name(operation), fault.peer, fault.epoch, static_cast<std::uint64_t>(fault.expected),
-                             static_cast<std::uint64_t>(fault.seen), is_gone(fault.peer)});
+    case Fault::kTimeout: raise_timeout(fault);
     case Fault::kGaveUp:
       throw Error(WaitRecord{rank, "combine (that rank gave up first)", fault.peer, fault.epoch, 1, 0, false});
     case Fault::kDiffers: {

@@ -105,7 +105,7 @@ struct Pushed {
   unsigned long long puts[plan::kOperationsInFlight];
 };
 
-/// Forwarding slots as this rank's kernels have used them, in device memory; compared with net::SlotWords.
+/// Forwarding slots as this rank's kernels have used them, in device memory; compared with net::PeerWords.
 struct SlotUse {
   std::uint32_t taken[plan::kForwardSlots];  // how often we took each slot of the peer
   std::uint32_t seen[plan::kForwardSlots];   // how many of the peer's chunks we took out of each of ours

@@ -27,14 +27,14 @@ __device__ void exchange(const Now& now, const ForwardDispatchParams& f, const N
   __shared__ int waits_for;
   Packer<kRows> packer(now, f, nodes, packing);
   Deliverer deliverer(now, f, nodes, to);
-  for (;;) {
+  for (int looks = 1;; ++looks) {
     bool moved = !packer.done() && packer.pack_chunk();
     moved = deliverer.deliver_chunk() || moved;
     if (moved) continue;
     if (threadIdx.x == 0) {
       waits_for = awaited(f, packer, deliverer);
       if (waits_for >= 0 && has_failed(now)) waits_for = -1;  // another block has said why
-      if (waits_for >= 0 && ptx::nanoseconds() > now.deadline) {
+      if (waits_for >= 0 && is_over(now, looks)) {
         report(now, Fault::kTimeout, waits_for, 1, 0);
         waits_for = -1;
       }

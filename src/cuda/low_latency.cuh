@@ -204,7 +204,7 @@ __device__ inline bool await_word(const Now& now, int peer, const std::uint64_t*
       if (polls % 64 != 0) continue;
       const std::uint64_t call = ptx::load_acquire_system(&now.words(now.common.rank, peer).announced);
       if (call >> 32 == now.epoch && !is_same_call(now, peer, static_cast<std::uint32_t>(call))) break;
-      if (ptx::nanoseconds() <= now.deadline) continue;
+      if (!is_over(now, polls / 64)) continue;
       report(now, Fault::kTimeout, peer, 1, 0);
       break;
     }
@@ -294,7 +294,7 @@ __device__ inline bool await_flag(const Now& now, const std::uint32_t* flag, int
   for (int polls = 1; ptx::load_acquire_system(flag) != wanted; ++polls) {
     if (polls % 64 != 0) continue;
     if (has_failed(now)) return false;  // another block has said why
-    if (ptx::nanoseconds() <= now.deadline) continue;
+    if (!is_over(now, polls / 64)) continue;
     report(now, Fault::kTimeout, peer, 1, 0);
     return false;
   }
@@ -307,7 +307,7 @@ __device__ inline bool await_arrived(const Now& now, int peer) {
   for (int polls = 1; ptx::load_acquire_system(word) >> 32 < now.epoch; ++polls) {
     if (polls % 64 != 0) continue;
     if (has_failed(now)) return false;  // another block has said why
-    if (ptx::nanoseconds() <= now.deadline) continue;
+    if (!is_over(now, polls / 64)) continue;
     report(now, Fault::kTimeout, peer, 1, 0);
     return false;
   }

@@ -79,18 +79,31 @@ __device__ inline bool has_failed(const Now& now) {
   return ptx::load_acquire(&now.common.state->failed) == static_cast<std::uint32_t>(now.epoch);
 }
 
+/// Between nodes: a rank that takes part is known to have ended. Everybody may wait for it, through whomever.
+__device__ __noinline__ inline bool somebody_died(const Now& now) {
+  net::KernelEnd& end = *now.common.far.end;
+  if (ptx::load_acquire_system(&end.deaths) == 0) return false;
+  for (int peer = 0; peer < now.common.num_ranks; ++peer)
+    if (now.active(peer) && __ldcv(&end.peers()[peer].dead) != 0) return true;
+  return false;
+}
+
+/// Whoever has looked so often waits no longer: the deadline has passed, or somebody has died. Looked for seldom,
+/// because it lies in the host's memory.
+inline constexpr int kLooksBetweenDeaths = 256;
+__device__ inline bool is_over(const Now& now, int looks) {
+  if (ptx::nanoseconds() > now.deadline) return true;
+  return looks % kLooksBetweenDeaths == 0 && now.common.far.end != nullptr && somebody_died(now);
+}
+
 /// Waits until the epoch of a word in our own window has come; its value then, or nothing after the deadline. The
 /// acquire pairs with publish(). `count_for`: the peer that the wait is counted for, or -1: another block counts it.
 __device__ inline bool await(const Now& now, const std::uint64_t* word, std::uint32_t& value, int count_for) {
   std::uint64_t seen = ptx::load_acquire_system(word);
   if (seen >> 32 < now.epoch) {
     const std::uint64_t start = ptx::nanoseconds();
-    std::uint64_t clock = start;
-    while (seen >> 32 < now.epoch && clock <= now.deadline) {
-      seen = ptx::load_acquire_system(word);
-      clock = ptx::nanoseconds();
-    }
-    if (count_for >= 0) count_wait(now.common, count_for, clock - start);
+    for (int looks = 1; seen >> 32 < now.epoch && !is_over(now, looks); ++looks) seen = ptx::load_acquire_system(word);
+    if (count_for >= 0) count_wait(now.common, count_for, ptx::nanoseconds() - start);
     if (seen >> 32 < now.epoch) return false;
   }
   value = static_cast<std::uint32_t>(seen);
@@ -122,8 +135,8 @@ __device__ inline std::uint64_t place_before(const Now& now, int depth) {
 __device__ __noinline__ inline bool await_room(const Now& now, int peer, int depth = plan::kOperationsInFlight) {
   const std::uint64_t needed = place_before(now, depth);
   std::uint64_t seen = 0;
-  while ((seen = ptx::load_acquire_system(now.released(now.common.rank, peer))) < needed) {
-    if (ptx::nanoseconds() > now.deadline) {
+  for (int looks = 1; (seen = ptx::load_acquire_system(now.released(now.common.rank, peer))) < needed; ++looks) {
+    if (is_over(now, looks)) {
       report(now, Fault::kTimeout, peer, static_cast<std::int64_t>(needed), static_cast<std::int64_t>(seen));
       return false;
     }

@@ -299,7 +299,12 @@ int Link::dead_rank(const std::vector<char>& ignored) const {
 bool Link::mark_dead(int peer) {
   int there = kThere;
   // Release: nothing is published by it but the fact; a rank that left in good order has not died.
-  return state_[peer].compare_exchange_strong(there, kDead, std::memory_order_acq_rel);
+  if (!state_[peer].compare_exchange_strong(there, kDead, std::memory_order_acq_rel)) return false;
+  if (kernels_ == nullptr) return true;
+  // Release: whoever sees the count finds the rank.
+  std::atomic_ref(kernels_->peers()[peer].dead).store(1, std::memory_order_relaxed);
+  std::atomic_ref(kernels_->deaths).fetch_add(1, std::memory_order_release);
+  return true;
 }
 
 void Link::report_dead(int peer, const std::string& how) {
@@ -353,7 +358,7 @@ void Link::take_chunk(int source, int slot, std::uint32_t epoch) {
     return;
   if (kernels_ != nullptr) {
     // Release: the chunk's bytes are visible to this thread.
-    std::atomic_ref(kernels_->slots()[source].landed[slot]).fetch_add(1, std::memory_order_release);
+    std::atomic_ref(kernels_->peers()[source].landed[slot]).fetch_add(1, std::memory_order_release);
     return;
   }
   {
@@ -403,7 +408,7 @@ void Link::take_credit(int source, int slot) {
   if (!reaches(source) || slot < 0 || slot >= plan::kForwardSlots) return;
   if (kernels_ != nullptr) {
     // Release: the peer has read what the slot held before.
-    std::atomic_ref(kernels_->slots()[source].free_again[slot]).fetch_add(1, std::memory_order_release);
+    std::atomic_ref(kernels_->peers()[source].free_again[slot]).fetch_add(1, std::memory_order_release);
     return;
   }
   // Release: pairs with take_slot().

@@ -43,7 +43,7 @@ struct Scene {
   std::vector<oracle::Combined> sums = oracle::combine(world.exchange, world.expected, home.ranks, SumOrder::by_rank());
 };
 
-void exchange(Buffer& buffer, const Scene& scene) {
+void exchange(AnyBuffer& buffer, const Scene& scene) {
   const int rank = buffer.rank();
   const auto sent = buffer.dispatch(scene.world.input(rank));
   EXPECT_EQ(difference(scene.world, rank, sent), "");
@@ -52,7 +52,7 @@ void exchange(Buffer& buffer, const Scene& scene) {
       "");
 }
 
-Outcome exchange_for_ever(Buffer& buffer, const Scene& scene, std::atomic<int>& progress) {
+Outcome exchange_for_ever(AnyBuffer& buffer, const Scene& scene, std::atomic<int>& progress) {
   return outcome_of([&] {
     for (;;) {
       exchange(buffer, scene);
@@ -75,7 +75,7 @@ TEST(InternodeFaults, a_rank_that_dies_is_named_by_all_in_its_node_and_beyond) {
     const auto outcomes = run_threads(death.ranks(), [&](int rank, std::shared_ptr<Bootstrap> group) {
       Config config = scene.world.config();
       config.timeout = 20s;
-      const auto buffer = Buffer::open(std::move(group), config);
+      const auto buffer = AnyBuffer::open(std::move(group), config);
       exchange(*buffer, scene);
       ready.wait();
       if (rank == death.victim) return net::LoopbackNetwork::latest()->kill(rank);
@@ -94,7 +94,7 @@ TEST(InternodeFaults, a_rank_that_does_not_call_is_named_at_the_deadline) {
   const auto outcomes = run_threads(absence.ranks(), [&](int rank, std::shared_ptr<Bootstrap> group) {
     Config config = scene.world.config();
     config.timeout = kSanitized ? 4000ms : 1500ms;
-    const auto buffer = Buffer::open(std::move(group), config);
+    const auto buffer = AnyBuffer::open(std::move(group), config);
     exchange(*buffer, scene);
     if (rank == absence.victim) return std::this_thread::sleep_for(2 * config.timeout);
     expect_named(outcome_of([&] { exchange(*buffer, scene); }), absence.victim);
@@ -108,7 +108,7 @@ void expect_both_name_each_other(const std::function<void(int rank)>& before_the
   const auto outcomes = run_threads(2, [&](int rank, std::shared_ptr<Bootstrap> group) {
     Config config = world.config();
     config.timeout = kSanitized ? 4000ms : 1500ms;
-    const auto buffer = Buffer::open(std::move(group), config);
+    const auto buffer = AnyBuffer::open(std::move(group), config);
     before_the_last_call(rank);
     expect_named(outcome_of([&] { buffer->dispatch(world.input(rank)); }), 1 - rank);
   });
@@ -133,7 +133,7 @@ TEST(InternodeFaults, a_cut_link_ends_calls_at_the_deadline_and_names_the_peer_b
 void survive(int rank, const Death& death, std::shared_ptr<Bootstrap> group, Blackboard& board, const Scene& scene) {
   Config config = scene.world.config();
   config.timeout = 5000ms;
-  auto buffer = Buffer::open(std::move(group), config);
+  auto buffer = AnyBuffer::open(std::move(group), config);
   expect_named(exchange_for_ever(*buffer, scene, board.progress[rank]), death.victim);
   buffer->close();
 
@@ -142,7 +142,7 @@ void survive(int rank, const Death& death, std::shared_ptr<Bootstrap> group, Bla
   where.rank = rank < death.victim ? rank : rank - 1;
   where.num_ranks = death.ranks() - 1;
   where.generation = 1;
-  const auto again = Buffer::open(tcp_group(where), scene.smaller.config());
+  const auto again = AnyBuffer::open(tcp_group(where), scene.smaller.config());
   EXPECT_EQ(difference(scene.smaller, again->rank(), again->dispatch(scene.smaller.input(again->rank()))), "");
 }
 

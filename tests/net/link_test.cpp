@@ -130,7 +130,7 @@ TEST(link, a_signal_waits_for_the_puts_that_it_stands_behind_and_they_are_counte
 TEST(link, chunks_are_counted_where_they_land_and_slots_where_they_are_free_again) {
   with_two_ranks([](Kernels& k, const auto& meet) {
     const int peer = 1 - k.rank;
-    SlotWords& words = k.end->slots()[peer];
+    PeerWords& words = k.end->peers()[peer];
     constexpr int kSlot = 3;
     const std::size_t at = static_cast<std::size_t>(peer * plan::kForwardSlots + kSlot) * k.link.slot_bytes();
     const std::size_t there = static_cast<std::size_t>(k.rank * plan::kForwardSlots + kSlot) * k.link.slot_bytes();
