@@ -25,10 +25,12 @@ __device__ InTransit read_selection(const ForwardDispatchParams& f, const Nodes&
   const DispatchParams& p = f.dispatch;
   InTransit t{unit, k, -1, -1, -1, -1, false};
   if (k >= p.num_topk) return t;
-  const std::uint64_t word = __ldcg(reinterpret_cast<const unsigned long long*>(unit + f.unit.selections_at) + k);
+  // Two words: selections lie at multiples of four bytes.
+  const auto* const words = reinterpret_cast<const std::uint32_t*>(unit + f.unit.selections_at) + 2 * k;
+  const std::uint32_t of_selection[2] = {__ldcg(words), __ldcg(words + 1)};
   plan::Selection selection;
-  static_assert(sizeof selection == sizeof word);
-  memcpy(&selection, &word, sizeof word);
+  static_assert(sizeof selection == sizeof of_selection);
+  memcpy(&selection, of_selection, sizeof selection);
   if (selection.member < 0) return t;
   const int rank = nodes.first_rank(nodes.here()) + selection.member;
   if (rank >= p.common.num_ranks || nodes.of(rank) != nodes.here() || to[rank].block == nullptr) return t;
