@@ -184,7 +184,7 @@ void check_capacity(const DispatchCall& call, const CallScope& scope) {
         scope.on_device ? plan::dispatch_lines(scope.num_ranks, call.max_tokens_per_rank, call.placement->max_slots(),
                                                plan::LineMessage::place(call.shape))
                         : plan::dispatch_slot_bytes(scope.num_ranks, call.max_tokens_per_rank,
-                                                    plan::MessageLayout::place(call.shape).bytes);
+                                                    plan::FarMessage::place(call.shape).bytes);
     const std::size_t there =
         scope.on_device ? scope.layout.line_bytes_of_ticket : scope.layout.low_latency_ticket_bytes;
     require(needed <= there,
@@ -398,7 +398,7 @@ Support check_support(const CallShape& shape, const CallScope& scope) {
     return no(fmt::format("{} low-latency tokens need {} bytes of lines, the buffer has {}: raise Config::low_latency",
                           tokens, lines, scope.layout.line_bytes_of_ticket));
   const std::size_t needed =
-      std::max(plan::dispatch_slot_bytes(scope.num_ranks, tokens, plan::MessageLayout::place(row).bytes),
+      std::max(plan::dispatch_slot_bytes(scope.num_ranks, tokens, plan::FarMessage::place(row).bytes),
                plan::combine_slot_bytes(tokens, shape.num_topk, row_bytes));
   if (needed > scope.layout.low_latency_ticket_bytes)
     return no(fmt::format("{} low-latency tokens need {} bytes of slots, the buffer has {}: raise Config::low_latency",

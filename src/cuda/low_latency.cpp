@@ -191,9 +191,9 @@ class Dispatch {
     p.count_bytes = static_cast<std::uint32_t>(plan::count_bytes(call_.placement->max_slots()));
     p.messages_at = p.count_bytes * static_cast<std::uint32_t>(context_.num_ranks);
     p.pieces = std::max(plan::pieces_of_row(static_cast<std::int64_t>(call_.shape.row_bytes)), 1);
-    p.far_message = plan::MessageLayout::place(call_.shape);
+    p.far_message = plan::FarMessage::place(call_.shape);
     p.far_source_bytes = plan::dispatch_source_stride(context_.layout().low_latency_ticket_bytes, context_.num_ranks);
-    p.message_bytes = p.far_message.bytes;
+    p.message_bytes = plan::MessageLayout::place(call_.shape).bytes;
     p.layout = call_.layout;
     p.expert_alignment = call_.expert_alignment;
     p.max_tokens_per_rank = call_.max_tokens_per_rank;

@@ -34,7 +34,7 @@ struct LowLatencyDispatchParams {
   std::uint32_t count_bytes, messages_at;  // of a source's counts; where messages begin behind them
   int pieces;                              // of a row, at least one
   std::uint64_t message_bytes;             // as Statistics counts what is sent
-  plan::MessageLayout far_message;         // to and from far ranks
+  plan::FarMessage far_message;            // to and from far ranks
   std::size_t far_source_bytes;            // of their slots, for each source
   OutputLayout layout;
   int expert_alignment, max_tokens_per_rank, num_topk;

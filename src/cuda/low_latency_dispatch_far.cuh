@@ -162,7 +162,7 @@ __device__ bool receive_far_piece(const Now& now, const Params& p, const Gathere
       !await_word(now, unit.src, &words_in(now, p.common.peers[unit.src].inbox, unit.src).arrived, value, false, lane))
     return false;
   heard = unit.src;
-  const plan::MessageLayout& at = p.far_message;
+  const plan::FarMessage& at = p.far_message;
   const std::byte* const message =
       far_slots_of(p.common, ticket_of(now)) + unit.src * p.far_source_bytes + unit.number * at.bytes;
   Told told{-1, 0, unit.number};

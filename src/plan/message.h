@@ -44,6 +44,20 @@ struct MessageLayout {
   }
 };
 
+/// A message between GPUs that share no memory: it brings the number of each selection's row too, among those that its
+/// source sends to that slot. Hosts count them as they place them, and need less room.
+struct FarMessage : MessageLayout {
+  std::size_t rows_at = 0;
+
+  static FarMessage place(const RowShape& shape) {
+    FarMessage message;
+    static_cast<MessageLayout&>(message) = MessageLayout::place(shape);
+    message.rows_at = take(message.bytes, 4 * static_cast<std::size_t>(shape.num_topk), 4);
+    message.bytes = align_up(message.bytes, kRegionAlignment);
+    return message;
+  }
+};
+
 /// Bytes of one ticket's slots for dispatch: a message from every token of every source.
 inline std::size_t dispatch_slot_bytes(int num_ranks, int max_tokens_per_rank, std::size_t message_bytes) {
   return static_cast<std::size_t>(num_ranks) * max_tokens_per_rank * message_bytes;
@@ -84,7 +98,7 @@ inline std::size_t low_latency_ticket_bytes(const LowLatencyCapacity& capacity, 
   // Scales and several side tensors are aligned one by one: 16 bytes more for each at most.
   shape.side_bytes[0] = capacity.side_bytes + (kMaxSide + 1) * MessageLayout::kAlignment;
   const std::size_t dispatch =
-      dispatch_slot_bytes(num_ranks, capacity.max_tokens_per_rank, MessageLayout::place(shape).bytes);
+      dispatch_slot_bytes(num_ranks, capacity.max_tokens_per_rank, FarMessage::place(shape).bytes);
   const std::size_t combine = combine_slot_bytes(capacity.max_tokens_per_rank, capacity.num_topk, capacity.row_bytes);
   return align_up(dispatch > combine ? dispatch : combine, kRegionAlignment);
 }
