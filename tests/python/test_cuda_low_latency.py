@@ -37,7 +37,9 @@ def dequantised(recv):
     if scales is None:
         return data
     if scales.dtype == torch.int32:
-        parts = torch.stack([(scales >> shift) & 0xFF for shift in (0, 8, 16, 24)], dim=-1)  # exponents, lowest byte first
+        parts = torch.stack(
+            [(scales >> shift) & 0xFF for shift in (0, 8, 16, 24)], dim=-1
+        )  # exponents, lowest byte first
         scales = (parts << 23).view(torch.float32).flatten(-2)
     wide = scales.repeat_interleave(128, dim=2)[..., : data.size(2)]
     return (data.float() * wide).to(torch.bfloat16)
@@ -189,5 +191,113 @@ def test_wait_statistics_are_refused_on_a_gpu():
             buffer.low_latency_dispatch(
                 tokens.x, tokens.topk_idx, MAX_TOKENS, EXPERTS, dispatch_wait_recv_cost_stats=waits
             )
+
+    run_on("cuda", 1, run)
+
+
+def launched(call):
+    """Names of the kernels that a call launches, in order."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    kernels = [each for each in profile.events() if each.device_type == torch.autograd.DeviceType.CUDA]
+    names = [each.name for each in sorted(kernels, key=lambda each: each.time_range.start)]
+    return [name for name in names if "dispatch" in name or "combine" in name or "notify" in name]
+
+
+def test_q15_kernels_have_the_names_that_upstreams_profiles_look_for():
+    def run(group):
+        tokens, made = opened(group, "cuda")
+        with made as buffer:
+            routing = (tokens.topk_idx, tokens.topk_weights)
+
+            def dispatch(**options):
+                made = buffer.low_latency_dispatch(tokens.x, tokens.topk_idx, MAX_TOKENS, EXPERTS, **options)
+                if made[4] is not None:
+                    made[4]()
+                return made
+
+            def combine(**options):
+                hook = buffer.low_latency_combine(torch.zeros_like(recv), *routing, handle, **options)[2]
+                if hook is not None:
+                    hook()
+
+            recv, _, handle, _, _ = dispatch(use_fp8=False)
+            at_once = launched(dispatch), launched(combine)
+            in_halves = (
+                launched(lambda: dispatch(return_recv_hook=True)),
+                launched(lambda: combine(return_recv_hook=True)),
+            )
+            for names, word, launches in zip((*at_once, *in_halves), ("dispatch", "combine") * 2, (1, 1, 2, 2)):
+                assert len(names) == launches and len(set(names)) == 1 and f"::{word}" in names[0], names
+            per_rank, _, per_expert, member, _ = buffer.get_dispatch_layout(tokens.topk_idx, EXPERTS)
+            normal = buffer.dispatch(
+                tokens.x,
+                num_tokens_per_rank=per_rank,
+                is_token_in_rank=member,
+                num_tokens_per_expert=per_expert,
+                topk_idx=tokens.topk_idx,
+                topk_weights=tokens.topk_weights,
+            )[4]
+            # A cached dispatch has nothing to notify anybody of; upstream's profile then reports no time for that.
+            names = launched(lambda: buffer.dispatch(tokens.x, handle=normal))
+            assert len(names) == 1 and "dispatch" in names[0] and "notify" not in names[0], names
+
+    run_on("cuda", 1, run)
+
+
+def launched(call):
+    """Names of the kernels that a call launches, in order."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    kernels = [each for each in profile.events() if each.device_type == torch.autograd.DeviceType.CUDA]
+    names = [each.name for each in sorted(kernels, key=lambda each: each.time_range.start)]
+    return [name for name in names if "dispatch" in name or "combine" in name or "notify" in name]
+
+
+def test_q15_kernels_have_the_names_that_upstreams_profiles_look_for():
+    def run(group):
+        tokens, made = opened(group, "cuda")
+        with made as buffer:
+            routing = (tokens.topk_idx, tokens.topk_weights)
+
+            def dispatch(**options):
+                made = buffer.low_latency_dispatch(tokens.x, tokens.topk_idx, MAX_TOKENS, EXPERTS, **options)
+                if made[4] is not None:
+                    made[4]()
+                return made
+
+            def combine(**options):
+                hook = buffer.low_latency_combine(torch.zeros_like(recv), *routing, handle, **options)[2]
+                if hook is not None:
+                    hook()
+
+            recv, _, handle, _, _ = dispatch(use_fp8=False)
+            at_once = launched(dispatch), launched(combine)
+            in_halves = (
+                launched(lambda: dispatch(return_recv_hook=True)),
+                launched(lambda: combine(return_recv_hook=True)),
+            )
+            for names, word, launches in zip((*at_once, *in_halves), ("dispatch", "combine") * 2, (1, 1, 2, 2)):
+                assert len(names) == launches and len(set(names)) == 1 and f"::{word}" in names[0], names
+            per_rank, _, per_expert, member, _ = buffer.get_dispatch_layout(tokens.topk_idx, EXPERTS)
+            rows, _, _, _, normal, _ = buffer.dispatch(
+                tokens.x,
+                num_tokens_per_rank=per_rank,
+                is_token_in_rank=member,
+                num_tokens_per_expert=per_expert,
+                topk_idx=tokens.topk_idx,
+                topk_weights=tokens.topk_weights,
+            )
+            cached = launched(lambda: buffer.dispatch(tokens.x, handle=normal))
+            home = launched(lambda: buffer.combine(rows, normal))
+            for names, word in ((cached, "dispatch"), (home, "combine")):
+                assert [word in name for name in names] == [False, True], names
+                assert "notify" in names[0], names
 
     run_on("cuda", 1, run)
