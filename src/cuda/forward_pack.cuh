@@ -40,7 +40,7 @@ __device__ void pack_row_as_it_is(const DispatchParams& p, std::byte* unit, int 
 template <class Number>
 __device__ void pack_row_quantised(const DispatchParams& p, std::byte* unit, std::int32_t* scales, int token,
                                    int lane) {
-  using MyBatch = Batch<Number, 2>;
+  using MyBatch = Batch<Number, kPassesOf<Number>>;
   const Target target{unit, scales, 1};
   for (int first = 0; first < p.hidden; first += MyBatch::kChannels) {
     const int left = min(static_cast<int>(p.hidden) - first, MyBatch::kChannels);

@@ -127,6 +127,8 @@ class Batch {
   static constexpr int kWords = kPassesHeld / 2 * Number::kWordsOfPair;
   static constexpr int kLanesOfPass = kLanesOfGroup / kPassesHeld;
   static_assert(kPasses <= kLanesOfGroup);
+  // Where two passes share a word, a lane's parity says which of them it answers for.
+  static_assert(Number::kWordsOfPair > 1 || kLanesOfPass == 1);
 
   __device__ static bool in_row(int pass, int left, int lane) {
     return pass * kPassChannels + channel_of_lane(lane) < left;

@@ -10,8 +10,8 @@
 
 namespace deep_ep::plan {
 
-//   [ src_token: i32, placed: i32, slot of each selection: i32 x topk, its row (GPUs): i32 x topk, weights: f32 x topk
-//   | row | scales | side 0 | ... ]   each 16-byte aligned
+//   [ src_token: i32, placed: i32, slot of each selection: i32 x topk, weights: f32 x topk | row | scales | side 0 |
+//   ... ]   each 16-byte aligned
 // On hosts a source's messages lie in order of arrival and say which token each is; inside a node the part up to the
 // row lies at the destination, and the rest, once for all destinations, at the source. GPUs have plan/lines.h instead.
 struct MessageLayout {
@@ -20,7 +20,6 @@ struct MessageLayout {
   std::size_t src_token_at = 0;
   std::size_t placed_at = 0;  // not 0: the row lies at its places already
   std::size_t slots_at = 0;
-  std::size_t rows_at = 0;
   std::size_t weights_at = 0;
   std::size_t row_at = 0;
   std::size_t scales_at = 0;
@@ -34,7 +33,6 @@ struct MessageLayout {
     message.src_token_at = take(end, 4, kAlignment);
     message.placed_at = take(end, 4, 4);
     message.slots_at = take(end, 4 * topk, 4);
-    message.rows_at = take(end, 4 * topk, 4);
     message.weights_at = take(end, shape.topk_weights ? 4 * topk : 0, 4);
     message.row_at = take(end, shape.row_bytes, kAlignment);
     message.scales_at = take(end, 4 * static_cast<std::size_t>(shape.num_scales), kAlignment);
