@@ -2,24 +2,12 @@
 // The CUDA backend's front: hands each call to its operation.
 #include "backend.h"
 
-#include <fmt/format.h>
-
 #include "check.h"
 #include "cuda/operations.h"
 
 namespace deep_ep::cuda {
 
 namespace {
-
-// Said on all ranks alike, before anything is sent.
-void require_no_network(const Context& context, const char* call) {
-  if (context.link() != nullptr)
-    throw Error(
-        ErrorCode::kUnsupported,
-        fmt::format(
-            "{}: between nodes that a network joins, buffers on GPUs do not combine yet, but by the low-latency call",
-            call));
-}
 
 class CudaBackend final : public Backend {
  public:
@@ -30,7 +18,6 @@ class CudaBackend final : public Backend {
     return cuda::dispatch(*context_, call);
   }
   CombineOutput combine(const CombineCall& call) override {
-    require_no_network(*context_, "combine");
     const std::lock_guard lock(context_->calls());
     return cuda::combine(*context_, call);
   }

@@ -21,20 +21,27 @@ __device__ inline const std::byte* chunk_from(const Common& common, int peer, in
   return common.far.inbox + slot_at(common, peer, slot);
 }
 
+/// One thread: that slot at the peer, if it is free; it is ours to fill then. Several blocks may ask for it.
+__device__ inline bool take_slot(const Common& common, int peer, int slot) {
+  // Acquire: the peer has read what the slot held before, and so has the network what lies here for it.
+  const std::uint32_t free_again = ptx::load_acquire_system(&common.far.end->peers()[peer].free_again[slot]);
+  return atomicCAS(&common.far.slot_use[peer].taken[slot], free_again, free_again + 1) == free_again;
+}
+
 /// One thread: a free slot at a peer for a chunk of this stream, now ours to fill; -1: none. Several blocks may ask for
 /// slots of the same peer.
 __device__ inline int take_slot(const Common& common, int peer, plan::Stream stream) {
   const bool requests = stream == plan::Stream::kRequests;
   const int begin = requests ? plan::kRequestSlot : plan::kRequestSlot + 1;
   const int end = requests ? plan::kRequestSlot + 1 : plan::kForwardSlots;
-  net::PeerWords& words = common.far.end->peers()[peer];
-  for (int slot = begin; slot < end; ++slot) {
-    std::uint32_t* const taken = &common.far.slot_use[peer].taken[slot];
-    // Acquire: the peer has read what the slot held before, and so has the network what lies here for it.
-    const std::uint32_t free_again = ptx::load_acquire_system(&words.free_again[slot]);
-    if (atomicCAS(taken, free_again, free_again + 1) == free_again) return slot;
-  }
+  for (int slot = begin; slot < end; ++slot)
+    if (take_slot(common, peer, slot)) return slot;
   return -1;
+}
+
+/// One thread: a slot that was taken is not needed after all.
+__device__ inline void leave_slot(const Common& common, int peer, int slot) {
+  atomicSub(&common.far.slot_use[peer].taken[slot], 1u);
 }
 
 /// One thread, after a block barrier behind the chunk's bytes: sends it off. Whole multiples of 16 bytes travel.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Combine: how rows come to a warp that adds them. Rows are cut into pieces. A warp takes its tokens in turn, of each
-// token piece after piece, and of each piece one term after the other.
+// token piece after piece, and of each piece one term after the other. Where nodes are joined by a network, the
+// requests of far homes are tokens too.
 #pragma once
 
 #include "cuda/kernels.h"
@@ -24,10 +25,10 @@ struct Share {
   std::int64_t row_bytes;
   int piece_bytes, pieces;
 
-  __device__ Share(const CombineParams& p, std::int64_t of_row, int of_piece, int warp)
-      : first(static_cast<int>(blockIdx.x) + warp * static_cast<int>(gridDim.x)),
-        step(static_cast<int>(gridDim.x) * kWarps),
-        end(p.num_tokens),
+  __device__ Share(int first_token, int every, int past, std::int64_t of_row, int of_piece)
+      : first(first_token),
+        step(every),
+        end(past),
         row_bytes(of_row),
         piece_bytes(of_piece),
         pieces(static_cast<int>((of_row + of_piece - 1) / of_piece)) {}
@@ -46,9 +47,16 @@ struct Terms {
   __device__ std::int32_t closes_of(int number) const { return __shfl_sync(kAllLanes, term.closes, number % 32); }
 };
 
+/// The terms of all tokens, in device memory.
+struct TermTable {
+  const Term* terms;  // [tokens, num_topk]
+  const std::int32_t* num_terms;
+  int num_topk;
+};
+
 /// Reads terms of this warp's tokens.
 struct TermReader {
-  const CombineParams& p;
+  const TermTable& table;
   const Source* sources;
   const Share& share;
   int lane;
@@ -57,8 +65,8 @@ struct TermReader {
   __device__ Terms read(int token, int base = 0) const {
     Terms terms{token, 0, base, Term{}};
     if (token >= share.end) return terms;
-    terms.count = p.num_terms[token];
-    if (base + lane < p.num_topk) terms.term = p.terms[std::int64_t{token} * p.num_topk + base + lane];
+    terms.count = table.num_terms[token];
+    if (base + lane < table.num_topk) terms.term = table.terms[std::int64_t{token} * table.num_topk + base + lane];
     return terms;
   }
   /// Makes `terms` hold that one; true if that had to be read. Nearly all tokens have no more than a warp has lanes.
@@ -79,9 +87,17 @@ struct TermReader {
   }
 };
 
+/// A warp's ring of stages in shared memory, which lasts for as many feeds as there are.
+struct Ring {
+  std::byte* stages;
+  std::uint64_t* full;  // barriers, one for each stage
+  int filling = 0, emptying = 0;
+  std::uint32_t parity = 0;  // of the stage that is emptied next
+};
+
 #if EP_BULK_COPY
-/// A warp's ring of stages in shared memory. It is filled by bulk loads, ahead of the sums by as many as there are
-/// stages; the terms of the token after the one that is loaded are read meanwhile.
+/// The ring is filled by bulk loads, ahead of the sums by as many as there are stages; the terms of the token after the
+/// one that is loaded are read meanwhile.
 template <int kVectors>
 class Feed {
  public:
@@ -90,10 +106,9 @@ class Feed {
   static constexpr std::size_t kBytes = std::size_t{kStages} * kPiece;  // of one warp
   static constexpr int kBarriers = kStages;
 
-  __device__ Feed(const TermReader& reader, std::byte* ring, std::uint64_t* full)
+  __device__ Feed(const TermReader& reader, Ring& ring)
       : reader_(reader),
         ring_(ring),
-        full_(full),
         ahead_(reader.read(reader.share.first)),
         next_(reader.read(reader.share.first + reader.share.step)) {
     skip_empty();
@@ -101,13 +116,13 @@ class Feed {
   }
   /// The lane's vectors of the oldest load, once it is there. What lies beyond a row's end means nothing.
   __device__ const uint4* await(const Terms&, int, int) const {
-    ptx::barrier_wait(full_ + emptying_, parity_);
-    return reinterpret_cast<const uint4*>(ring_ + emptying_ * kPiece) + reader_.lane;
+    ptx::barrier_wait(ring_.full + ring_.emptying, ring_.parity);
+    return reinterpret_cast<const uint4*>(ring_.stages + ring_.emptying * kPiece) + reader_.lane;
   }
   __device__ static uint4 read(const uint4* vectors, int i, int) { return vectors[32 * i]; }
   /// All lanes have read it: its stage is filled again.
   __device__ void release() {
-    if (++emptying_ == kStages) emptying_ = 0, parity_ ^= 1;
+    if (++ring_.emptying == kStages) ring_.emptying = 0, ring_.parity ^= 1;
     __syncwarp();
     load();
   }
@@ -118,9 +133,9 @@ class Feed {
     if (reader_.reach(ahead_, index_)) row_ = reader_.row(ahead_);
     const std::byte* const row = TermReader::row_of(row_, index_);
     if (reader_.lane == 0)
-      ptx::bulk_load(ring_ + filling_ * kPiece, row + reader_.share.piece_at(piece_),
-                     static_cast<std::uint32_t>(reader_.share.bytes(piece_)), full_ + filling_);
-    if (++filling_ == kStages) filling_ = 0;
+      ptx::bulk_load(ring_.stages + ring_.filling * kPiece, row + reader_.share.piece_at(piece_),
+                     static_cast<std::uint32_t>(reader_.share.bytes(piece_)), ring_.full + ring_.filling);
+    if (++ring_.filling == kStages) ring_.filling = 0;
     if (++index_ < ahead_.count) return;
     index_ = 0;
     if (++piece_ < reader_.share.pieces) return;
@@ -138,13 +153,10 @@ class Feed {
   }
 
   const TermReader& reader_;
-  std::byte* const ring_;
-  std::uint64_t* const full_;
+  Ring& ring_;
   Terms ahead_, next_;
   const std::byte* row_ = nullptr;  // of the lane's term in ahead_
   int piece_ = 0, index_ = 0;       // of the next load
-  int filling_ = 0, emptying_ = 0;
-  std::uint32_t parity_ = 0;
 };
 #else
 /// Without bulk copies rows are read where they lie.
@@ -155,7 +167,7 @@ class Feed {
   static constexpr std::size_t kBytes = 0;
   static constexpr int kBarriers = 1;
 
-  __device__ Feed(const TermReader& reader, std::byte*, std::uint64_t*) : reader_(reader) {}
+  __device__ Feed(const TermReader& reader, Ring&) : reader_(reader) {}
   __device__ const uint4* await(const Terms& terms, int number, int piece) const {
     const std::byte* const row = TermReader::row_of(reader_.row(terms), number);
     return reinterpret_cast<const uint4*>(row + reader_.share.piece_at(piece)) + reader_.lane;

@@ -11,6 +11,7 @@
 #include "check.h"
 #include "cuda/capture.h"
 #include "cuda/failure.h"
+#include "cuda/forward_combine.h"
 #include "cuda/forward_dispatch.h"
 #include "cuda/graph_memory.h"
 #include "cuda/low_latency.h"
@@ -279,6 +280,7 @@ void Context::prepare_kernels() {
   prepare(layout_kernel());
   prepare(notify_kernel());
   prepare(refuse_kernel());
+  prepare(forward_plan_kernel());
   prepare(dispatch_kernel(false, DType::kU8));
   prepare(forward_dispatch_kernel(false, DType::kU8));
   prepare(low_latency_dispatch_kernel(false, DType::kU8));
@@ -287,6 +289,7 @@ void Context::prepare_kernels() {
   for (DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
     prepare(dispatch_kernel(true, dtype));
     prepare(forward_dispatch_kernel(true, dtype));
+    prepare(forward_combine_kernel(dtype));
     prepare(combine_kernel(dtype, false));
     prepare(combine_kernel(dtype, true));
     prepare(low_latency_dispatch_kernel(true, dtype));

@@ -242,6 +242,10 @@ void Context::raise(const Fault& fault) {
       require(false, "max_rows: rank {} would receive {} rows, max_rows there is {}", fault.peer, fault.expected,
               fault.seen);
       break;
+    case Fault::kStray:
+      require(false, "rank {} sent or asked for something at number {} of a {}, {} are awaited", fault.peer, fault.seen,
+              name(operation), fault.expected);
+      break;
     case Fault::kNone: break;
   }
   throw Error(ErrorCode::kSystem, "a fault of unknown kind was reported");

@@ -20,7 +20,12 @@ inline constexpr int kRefusalBytes = 256;
 struct Announcement {
   std::int64_t signature[Signature::kNumFields];
   std::uint64_t x_at, weights_at;  // combine: where rows and weights lie in the sender's window
-  std::int64_t bad_selection;      // dispatch refused on the device: which entry of topk_idx, and what it holds
+  std::int64_t rows;               // so many
+  // Combine, to a far rank on our rail: how many tokens we shall ask it for, and how their rows are added.
+  std::int64_t requests;
+  SumOrder order;
+  bool factors;
+  std::int64_t bad_selection;  // dispatch refused on the device: which entry of topk_idx, and what it holds
   std::int64_t bad_expert;
   char refusal[kRefusalBytes];
 };
@@ -42,14 +47,26 @@ static_assert(sizeof(Reply) <= plan::WindowLayout::kReplyHead);
 
 /// What went wrong first. Written by a kernel into pinned memory, read by the host once `kind` is set.
 struct Fault {
-  enum Kind : std::uint32_t { kNone, kTimeout, kDiffers, kBadId, kRefused, kNoRoom, kTooManyRows, kFullSlot, kGaveUp };
+  enum Kind : std::uint32_t {
+    kNone,
+    kTimeout,
+    kDiffers,
+    kBadId,
+    kRefused,
+    kNoRoom,
+    kTooManyRows,
+    kFullSlot,
+    kGaveUp,
+    kStray
+  };
   std::uint32_t kind;
   std::int32_t phase;  // Operation
   std::int32_t peer;
   std::int32_t field;  // kDiffers: of the signature
   std::uint64_t epoch;
-  std::int64_t expected,
-      seen;  // kDiffers: ours, theirs. kNoRoom, kTooManyRows, kFullSlot: needed, there. kBadId: at, expert
+  // kDiffers: ours, theirs. kNoRoom, kTooManyRows, kFullSlot: needed, there. kBadId: at, expert. kStray: past the
+  // last that is awaited, last
+  std::int64_t expected, seen;
   std::int64_t num_topk, num_experts;  // of the call
   char refusal[kRefusalBytes];
 };

@@ -96,6 +96,26 @@ struct alignas(16) Term {
 /// Steps of a token that a thread keeps to itself: memory of its own is nearer than the GPU's.
 inline constexpr int kMostLocalSteps = 32;
 
+/// What a combine asks of a far node, in device memory.
+struct Asked {
+  std::int32_t rail;      // whom; -1: nobody is left there
+  std::int32_t requests;  // tokens that have rows there
+  std::int32_t units;     // that come back (plan::ReturnUnit)
+  std::int64_t first;     // where they lie: so many units of other nodes come before
+  // While they travel
+  std::int32_t requests_sent;
+  std::uint32_t units_here;
+};
+
+/// What came from far ranks, in device memory.
+struct ForwardedRows {
+  Asked* asked;  // [nodes]; null: there are no far ranks
+  std::byte* x;  // rows of all units, and their weights
+  float* weights;
+  std::int32_t weights_of_unit;
+  bool joined;  // a unit is the sum of a node
+};
+
 struct CombineParams {
   Common common;
   OutputLayout layout;
@@ -103,7 +123,11 @@ struct CombineParams {
   DType dtype;
   int num_tokens, num_topk;
   std::int64_t hidden;
-  const std::int32_t *dst_rank, *dst_row;
+  std::size_t row_bytes;
+  std::int64_t num_rows;         // of ours, that homes may read
+  const std::int32_t* dst_rank;  // [tokens, topk]
+  // Likewise: rows in the rank's window, or among what came from its node, and rows of weights there.
+  const std::int32_t *row, *weights_row;
   const std::int32_t* node_of_rank;
   const float* weights;
   const std::byte* bias[2];
@@ -111,6 +135,7 @@ struct CombineParams {
   std::uint64_t x_at, weights_at;
   float* weights_out;
   WeightsHome weights_home;
+  ForwardedRows forwarded;
   plan::SumStep* steps;     // [tokens, topk], scratch; none: num_topk is at most kMostLocalSteps
   Term* terms;              // [tokens, topk]
   std::int32_t* num_terms;  // [tokens]

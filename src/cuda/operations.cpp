@@ -4,9 +4,11 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "check.h"
 #include "cuda/failure.h"
+#include "cuda/forward_combine.h"
 #include "cuda/forward_dispatch.h"
 
 namespace deep_ep::cuda {
@@ -281,7 +283,9 @@ class Combine {
       : context_(context),
         call_(call),
         handle_(*call.in.handle),
-        now_(context.begin(call.operation, call.in.stream, call.timeout, call.num_workers)) {}
+        now_(context.begin(call.operation, call.in.stream, call.timeout, call.num_workers)) {
+    if (context.link() != nullptr) forwarded_.emplace(context, call);
+  }
 
   CombineOutput run() {
     CombineParams p{};
@@ -293,8 +297,10 @@ class Combine {
     p.num_tokens = static_cast<int>(handle_.num_tokens);
     p.num_topk = handle_.num_topk;
     p.hidden = call_.hidden;
+    p.row_bytes = call_.row_bytes;
+    p.num_rows = handle_.num_rows;
     p.dst_rank = handle_.dst_rank.as<std::int32_t>();
-    p.dst_row = handle_.dst_row.as<std::int32_t>();
+    p.row = p.weights_row = handle_.dst_row.as<std::int32_t>();
     p.node_of_rank = context_.node_of_rank();
     p.weights = static_cast<const float*>(call_.in.weights.data);
     for (int i = 0; i < 2; ++i)
@@ -313,6 +319,7 @@ class Combine {
     p.steps = static_cast<plan::SumStep*>(steps.data);
     p.terms = static_cast<Term*>(terms.data);
     p.num_terms = num_steps.as<std::int32_t>();
+    if (forwarded_) forwarded_->launch(p, now_);
     launch_combine(p, now_.blocks, now_.stream);
     for (auto& block : staged_) context_.keep_in_doubt(now_, std::move(block));
     context_.end(now_);
@@ -320,9 +327,11 @@ class Combine {
   }
 
  private:
-  // Rows in our arena stay there, others are copied into it once. Where there is no room the peers hear it.
+  // Rows in our arena stay there, others are copied into it once. Where there is no room for them, or no slot between
+  // nodes holds one, the peers hear it.
   bool stage(CombineParams& p) {
     try {
+      if (forwarded_) forwarded_->require_slots();
       if (call_.in.x.given()) p.x_at = readable(call_.in.x);
       if (call_.in.topk_weights.given()) p.weights_at = readable(call_.in.topk_weights);
     } catch (const Error& error) {
@@ -369,6 +378,7 @@ class Combine {
   const CombineCall& call_;
   const Handle& handle_;
   const Call now_;
+  std::optional<ForwardedCombine> forwarded_;  // where there are ranks that share no memory with us
   std::vector<std::shared_ptr<void>> staged_;
 };
 
