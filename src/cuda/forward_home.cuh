@@ -12,7 +12,7 @@ __device__ int requests_at_once(const Exchange& e) {
   return static_cast<int>(fit < e.p.most_requests ? fit : e.p.most_requests);
 }
 
-// Every thread, the slot being ours: writes the next requests and sends them. Selections as plan_forward() numbered
+// Every thread, the slot being ours: writes the next requests and sends them. Selections as forward_plan() numbered
 // them.
 __device__ void send_requests(const Exchange& e, const Partner& to) {
   const CombineParams& p = e.p.combine;
