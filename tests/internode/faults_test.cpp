@@ -4,6 +4,7 @@
 
 #include <csignal>
 #include <functional>
+#include <ostream>
 #include <thread>
 
 #include "exchange.h"
@@ -25,6 +26,9 @@ struct Death {
     return rest;
   }
 };
+void PrintTo(const Death& death, std::ostream* out) {
+  *out << "rank " << death.victim << " of nodes of " << testing::PrintToString(death.nodes);
+}
 const std::vector<Death> kDeaths = {{{4, 4}, 6}, {{1, 3}, 3}};
 
 struct Scene {
@@ -146,18 +150,20 @@ void survive(int rank, const Death& death, std::shared_ptr<Bootstrap> group, Bla
   EXPECT_EQ(difference(scene.smaller, again->rank(), again->dispatch(scene.smaller.input(again->rank()))), "");
 }
 
-TEST(InternodeFaults, a_killed_process_is_named_and_the_others_open_again) {
-  for (const Death& death : kDeaths) {
-    const Scene scene("tcp", death);
-    Processes processes(death.ranks(), [&](int rank, std::shared_ptr<Bootstrap> group, Blackboard& board) {
-      survive(rank, death, std::move(group), board, scene);
-    });
-    ASSERT_TRUE(Blackboard::wait_for(processes.board().progress[death.victim], 3));
-    processes.kill_rank(death.victim);
-    std::vector<int> expected(death.ranks(), 0);
-    expected[death.victim] = 128 + SIGKILL;
-    EXPECT_EQ(processes.wait(), expected);
-  }
+class InternodeDeath : public testing::TestWithParam<Death> {};
+INSTANTIATE_TEST_SUITE_P(Processes, InternodeDeath, testing::ValuesIn(kDeaths));
+
+TEST_P(InternodeDeath, of_a_process_is_named_and_the_others_open_again) {
+  const Death& death = GetParam();
+  const Scene scene("tcp", death);
+  Processes processes(death.ranks(), [&](int rank, std::shared_ptr<Bootstrap> group, Blackboard& board) {
+    survive(rank, death, std::move(group), board, scene);
+  });
+  ASSERT_TRUE(Blackboard::wait_for(processes.board().progress[death.victim], 3));
+  processes.kill_rank(death.victim);
+  std::vector<int> expected(death.ranks(), 0);
+  expected[death.victim] = 128 + SIGKILL;
+  EXPECT_EQ(processes.wait(), expected);
 }
 
 }  // namespace
