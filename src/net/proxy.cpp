@@ -207,7 +207,6 @@ bool Proxy::take_requests(bool& found) {
 bool Proxy::take_commands() {
   bool found = false;
   for (FifoReader& reader : readers_) {
-    follow_kernels(reader);
     for (int i = 0; i < kCommandsAtOnce && has_room_; ++i) {
       const auto packed = reader.pop();
       if (!packed) break;
@@ -219,11 +218,13 @@ bool Proxy::take_commands() {
         hold(packed->unpack(now));
       }
     }
+    follow_kernels(reader);
   }
   return found;
 }
 
-// Operations that kernels begin, replayed by a graph perhaps, are counted on the device alone.
+// Operations that kernels begin, replayed by a graph perhaps, are counted on the device alone. After their commands
+// were taken, whose numbers this one is not behind then.
 void Proxy::follow_kernels(const FifoReader& reader) {
   if (const std::uint64_t theirs = reader.epoch(); theirs != 0) set_epoch(static_cast<std::uint32_t>(theirs));
 }

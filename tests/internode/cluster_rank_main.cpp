@@ -8,7 +8,8 @@
 //       says "ready" after the first exchange and goes on until a peer is lost; says "lost PEER: message" and ends with
 //       exit code 3
 //
-// NODES is as in Config::ranks_per_node: "4,4".
+// NODES is as in Config::ranks_per_node: "4,4". EP_TEST_BACKEND chooses the backend, EP_TEST_PROVIDER the network: "tcp"
+// where it is not set.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -40,7 +41,8 @@ Shape shape_of(const std::vector<int>& nodes) {
   shape.ranks_per_node = nodes;
   shape.ranks = 0;
   for (const int size : nodes) shape.ranks += size;
-  shape.network = "tcp";
+  const char* const provider = std::getenv("EP_TEST_PROVIDER");
+  shape.network = provider != nullptr ? provider : "tcp";
   shape.experts = 3 * shape.ranks + 1;
   shape.topk = 6;
   shape.tokens = 64;
