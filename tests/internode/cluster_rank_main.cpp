@@ -8,8 +8,8 @@
 //       says "ready" after the first exchange and goes on until a peer is lost; says "lost PEER: message" and ends with
 //       exit code 3
 //
-// NODES is as in Config::ranks_per_node: "4,4". EP_TEST_BACKEND chooses the backend, EP_TEST_PROVIDER the network: "tcp"
-// where it is not set.
+// NODES is as in Config::ranks_per_node: "4,4". EP_TEST_BACKEND chooses the backend, EP_TEST_PROVIDER the network:
+// "tcp" where it is not set.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
