@@ -292,20 +292,30 @@ class Placer {
   // Column-major: the scales of one row lie a column apart, each in a line of its own and most of these in the same few
   // sets of a cache. So lines are filled one after the other, each with one scale of as many rows.
   void place_scale_columns(std::byte* block) const {
-    constexpr std::int64_t kRows = 16;  // of a line
+    constexpr std::int64_t kRows = TurnRows::kRows;
     auto* out = reinterpret_cast<std::int32_t*>(block + at_.scales_at);
-    const auto place_lines = [&](std::int64_t first) {
-      std::array<std::pair<const std::int32_t*, std::int32_t*>, kRows> rows;  // from, to
-      std::size_t count = 0;
-      for (std::int64_t row = first; row < std::min(first + kRows, rows_.num_rows); ++row)
-        if (scales_of_row_[row] != nullptr) rows[count++] = {scales_of_row_[row], out + at_.first_scale(row)};
-      for (int i = 0; i < call_.shape.num_scales; ++i)
-        for (std::size_t r = 0; r < count; ++r) rows[r].second[i * at_.scale_column_stride] = rows[r].first[i];
+    const RowOps& ops = row_ops();
+    const auto place_line = [&](std::int64_t group, std::int64_t first, std::int64_t past) {
+      TurnRows rows;
+      const std::int64_t row = group * at_.scale_group_rows + first;
+      bool any = false;
+      for (std::int64_t r = 0; r < past - first; ++r) any |= (rows.rows[r] = scales_of_row_[row + r]) != nullptr;
+      if (!any) return;
+      rows.n = call_.shape.num_scales;
+      rows.dst = out + at_.first_scale(row);
+      rows.stride = at_.scale_column_stride;
+      ops.turn(rows);
     };
-    context_.workers().for_range((rows_.num_rows + kRows - 1) / kRows, kTokensPerPiece, call_.num_workers,
-                                 [&](std::int64_t begin, std::int64_t end) {
-                                   for (std::int64_t line = begin; line < end; ++line) place_lines(line * kRows);
-                                 });
+    const std::int64_t lines_of_group = (at_.scale_group_rows + kRows - 1) / kRows;
+    const std::int64_t groups = rows_.num_rows / at_.scale_group_rows;
+    context_.workers().for_range(
+        groups * lines_of_group, kTokensPerPiece, call_.num_workers, [&](std::int64_t begin, std::int64_t end) {
+          for (std::int64_t line = begin; line < end; ++line) {
+            const std::int64_t first = line % lines_of_group * kRows;
+            place_line(line / lines_of_group, first, std::min(first + kRows, at_.scale_group_rows));
+          }
+          ops.flush();
+        });
   }
 
   std::shared_ptr<const Handle> make_handle() {

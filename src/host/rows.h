@@ -57,6 +57,15 @@ struct LogDecodeRow {
   DType dtype = DType::kBf16;
 };
 
+/// Rows of words that become columns, a line of memory wide.
+struct TurnRows {
+  static constexpr int kRows = 16;
+  const std::int32_t* rows[kRows] = {};  // null: its place stays as it is
+  std::int64_t n = 0;                    // of each row
+  std::int32_t* dst = nullptr;           // word i of row r goes to dst[i * stride + r]
+  std::ptrdiff_t stride = 0;
+};
+
 struct SumRows {
   const void* const* rows = nullptr;  // [count], each [n] of a number type
   const float* weights = nullptr;     // [count]; null: all rows count once
@@ -81,6 +90,9 @@ struct RowOps {
   void (*dequantize)(const DequantizeRow& row);
   void (*log_encode)(const LogEncodeRow& row);
   void (*log_decode)(const LogDecodeRow& row);
+
+  /// Past the caches, where all rows are there and columns begin at lines: flush() as after copy().
+  void (*turn)(const TurnRows& rows);
 
   /// dst[i] = the sum of all rows[.][i] in FP32, rounded once at the end. From 0, each row in turn: sum + row[i] or,
   /// with weights, fma(weight, row[i], sum).

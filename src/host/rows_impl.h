@@ -181,6 +181,24 @@ void zero(void* dst, std::size_t bytes) {
   if (bytes > 0) std::memset(dst, 0, bytes);
 }
 
+void turn(const TurnRows& rows) {
+  constexpr std::ptrdiff_t kWords = kLine / sizeof(std::int32_t);
+  static_assert(TurnRows::kRows == kWords);
+  bool whole = reinterpret_cast<std::uintptr_t>(rows.dst) % kLine == 0 && rows.stride % kWords == 0;
+  for (const std::int32_t* row : rows.rows) whole = whole && row != nullptr;
+  if (whole) {
+    for (std::int64_t i = 0; i < rows.n; ++i) {
+      alignas(kLine) std::int32_t line[kWords];
+      for (int r = 0; r < kWords; ++r) line[r] = rows.rows[r][i];
+      stream_line(rows.dst + i * rows.stride, line);
+    }
+    return;
+  }
+  for (std::int64_t i = 0; i < rows.n; ++i)
+    for (int r = 0; r < kWords; ++r)
+      if (rows.rows[r] != nullptr) rows.dst[i * rows.stride + r] = rows.rows[r][i];
+}
+
 // In each loop below the blocks come first and single elements finish; without AVX2 the second loop does it all.
 
 // Rows are read side by side, a line of each at a time: every row is one stream for the prefetcher, and no sum leaves

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <iterator>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <string>
 #include <utility>
@@ -206,6 +207,33 @@ TEST(Rows, copy_and_zero_touch_their_bytes_and_no_others) {
       ops->zero(dst.data(), dst.bytes());
       EXPECT_TRUE(std::all_of(dst.codes(), dst.codes() + bytes, [](std::uint8_t b) { return b == 0; }));
       EXPECT_TRUE(dst.canary_is_whole()) << ops->isa << " " << bytes;
+    }
+  }
+}
+
+TEST(Rows, turn_makes_columns_of_the_rows_that_are_there) {
+  for (const RowOps* ops : tables()) {
+    for (const std::ptrdiff_t stride : {16, 20, 32, 48}) {
+      for (const std::ptrdiff_t first : {0, 4}) {  // words from a line's start
+        for (const int there : {0xffff, 0x7fff, 0x0001, 0x8421}) {
+          constexpr std::int64_t kColumns = 7;
+          std::vector<std::int32_t> in(16 * kColumns), memory(48 * (kColumns + 2), -1);
+          std::iota(in.begin(), in.end(), 100);
+          std::int32_t* line = memory.data() + (64 - reinterpret_cast<std::uintptr_t>(memory.data()) % 64) / 4;
+          TurnRows rows;
+          for (int r = 0; r < 16; ++r) rows.rows[r] = (there >> r & 1) != 0 ? in.data() + r * kColumns : nullptr;
+          rows.n = kColumns;
+          rows.dst = line + first;
+          rows.stride = stride;
+          std::vector<std::int32_t> want = memory;
+          for (int r = 0; r < 16; ++r)
+            for (int i = 0; i < kColumns && rows.rows[r] != nullptr; ++i)
+              want[rows.dst - memory.data() + i * stride + r] = in[r * kColumns + i];
+          ops->turn(rows);
+          ops->flush();
+          EXPECT_EQ(memory, want) << ops->isa << " stride " << stride << " from " << first << " there " << there;
+        }
+      }
     }
   }
 }
