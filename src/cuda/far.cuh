@@ -99,7 +99,7 @@ __device__ inline bool await_left(const Now& now, std::uint64_t epoch) {
   const Far& far = now.common.far;
   const int at = static_cast<int>(epoch % plan::kOperationsInFlight);
   const unsigned long long puts = far.end == nullptr ? 0 : __ldcg(&far.pushed->puts[at]);
-  if (epoch == 0 || puts >> 32 != epoch) return true;  // it sent nothing
+  if (epoch == 0 || puts >> 32 != epoch || (puts & 0xffffffff) == 0) return true;  // it sent nothing
   // Acquire: our next writes come after the network's reads.
   while (ptx::load_acquire_system(&far.end->left[at]) < puts) {
     if (ptx::nanoseconds() <= now.deadline) continue;
