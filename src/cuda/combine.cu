@@ -96,13 +96,11 @@ __device__ void bring_weights_home(const CombineParams& p, const Source* sources
 }
 
 // What the kernel before brought of a far rank's rows.
-__device__ bool fetched_from(const Now& now, const CombineParams& p, int peer, Source& source) {
-  source = {};
-  if (!now.active(peer)) return true;
+__device__ Source fetched_from(const Now& now, const CombineParams& p, int peer) {
+  if (!now.active(peer)) return {};
   const std::int64_t first = p.forwarded.asked[p.node_of_rank[peer]].first;
-  source = {p.forwarded.x + first * static_cast<std::int64_t>(p.row_bytes),
-            p.forwarded.weights + first * p.forwarded.weights_of_unit};
-  return true;
+  return {p.forwarded.x + first * static_cast<std::int64_t>(p.row_bytes),
+          p.forwarded.weights + first * p.forwarded.weights_of_unit};
 }
 
 // Phase part: nobody leaves while another still reads its rows. Far ranks read none of them themselves.
@@ -137,8 +135,12 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
   if (!forwarded && blockIdx.x == 0) announce(now, p);
   bool good = !forwarded || !has_failed(now);
   if (good && p.hidden > 0) plan_steps(now, p);
-  for (int peer = static_cast<int>(threadIdx.x); good && peer < p.common.num_ranks; peer += kThreads)
-    good = now.far(peer) ? fetched_from(now, p, peer, sources[peer]) : await_source(now, peer, sources[peer]);
+  for (int peer = static_cast<int>(threadIdx.x); good && peer < p.common.num_ranks; peer += kThreads) {
+    if (now.far(peer))
+      sources[peer] = fetched_from(now, p, peer);
+    else
+      good = await_source(now, peer, sources[peer]);
+  }
 #if EP_BULK_COPY
   if (lane < MyFeed::kBarriers) {
     ptx::barrier_init(&full[warp][lane], 1);

@@ -51,10 +51,10 @@ std::int64_t ForwardedCombine::most_units() const {
   return handle_.num_tokens * std::min(handle_.num_topk, from);
 }
 
-// Device memory of one call. Most of it are the rows that come, as many as could: what comes home of a token is up to
-// min(num_topk, far ranks) rows with kByRank, up to num_topk otherwise, and one for each far node where they are
-// joined. 4096 tokens with eight rows of 14336 bytes each take 448 MiB. A batch of requests, of which there is one for
-// each far rank that may ask, takes up to 2048 * num_topk * 36 bytes. Context keeps the memory for the next call.
+// Device memory of one call, kept by Context for the next. Most of it are the rows that come, as many as could: of a
+// token up to min(num_topk, far ranks) rows with kByRank, up to num_topk otherwise, and one for each far node where
+// they are joined. 4096 tokens with eight rows of 14336 bytes each take 448 MiB. A batch of requests takes at most
+// kMostRequests * num_topk * 48 bytes, once for each rank.
 void ForwardedCombine::place(ForwardCombineParams& params, cudaStream_t stream) {
   const std::int64_t topk = handle_.num_topk, selections = handle_.num_tokens * topk, units = most_units();
   const std::int64_t requests = most_requests_ * context_.num_ranks;

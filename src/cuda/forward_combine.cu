@@ -120,8 +120,9 @@ __global__ void __launch_bounds__(kThreads, 1) forward_combine(const __grid_cons
 #if EP_BULK_COPY
   ptx::fence_for_bulk();  // the rows were acquired by ordinary loads of the announcements
 #endif
-  const int num_partners = find_partners(now, p, kept.partners);
-  const Exchange e{p, now, kept.sources, kept.partners, num_partners};
+  const Nodes nodes{p.combine.common, p.combine.node_of_rank};
+  const int num_partners = find_partners(now, p, nodes, kept.partners);
+  const Exchange e{p, now, kept.sources, kept.partners, num_partners, nodes.first_rank(nodes.here())};
   Ring ring{shared + warp * JoinFeed::kBytes, full[warp]};
   exchange<Number>(e, *kept.turn, ring);
 }

@@ -44,9 +44,9 @@ struct CrossingForms {
 };
 
 struct ForwardCombineParams {
-  CombineParams combine;                       // as the kernel behind has it
-  const std::int32_t* routed_rank;             // [tokens, topk], of the handle
-  const std::int32_t* routed_row;              // likewise
+  CombineParams combine;            // as the kernel behind has it
+  const std::int32_t* routed_rank;  // [tokens, topk], of the handle, as is the next
+  const std::int32_t* routed_row;
   std::int32_t *dst_rank, *row, *weights_row;  // of `combine`, which the first kernel writes
   std::int32_t* asking;                        // [nodes, tokens]: the tokens that have rows there
   unsigned long long* units;                   // of all nodes

@@ -21,8 +21,6 @@ __device__ void send_requests(const Exchange& e, const Partner& to) {
   const plan::Chunking cut = e.cut(request.bytes);
   const int first = asked.requests_sent, units = min(requests_at_once(e), asked.requests - first);
   const int node = p.node_of_rank[to.rank];
-  int first_rank = to.rank;
-  while (first_rank > 0 && p.node_of_rank[first_rank - 1] == node) --first_rank;
   const std::int32_t* const tokens = e.p.asking + std::int64_t{node} * p.num_tokens + first;
   std::byte* const chunk = chunk_to(e.common(), to.rank, plan::kRequestSlot);
   for (int i = static_cast<int>(threadIdx.x); i < units * p.num_topk; i += kThreads) {
@@ -33,7 +31,7 @@ __device__ void send_requests(const Exchange& e, const Partner& to) {
     bool there = rank >= 0 && p.node_of_rank[rank] == node;
     for (int j = k + 1; there && p.layout == OutputLayout::kByRank && j < p.num_topk; ++j) there = ranks[j] != rank;
     plan::Selection selection;
-    if (there) selection = {static_cast<std::int16_t>(rank - first_rank), 0, e.p.routed_row[of_token + k]};
+    if (there) selection = {static_cast<std::int16_t>(rank - to.first_rank), 0, e.p.routed_row[of_token + k]};
     std::byte* const unit = chunk + plan::kChunkHeadBytes + static_cast<std::size_t>(i / p.num_topk) * request.bytes;
     reinterpret_cast<plan::Selection*>(unit)[k] = selection;
     if (p.weights != nullptr) reinterpret_cast<float*>(unit + request.factors_at)[k] = p.weights[of_token + k];

@@ -10,6 +10,7 @@
 #include "cuda/chunks.cuh"
 #include "cuda/combine_feed.cuh"
 #include "cuda/forward_combine.h"
+#include "cuda/rails.cuh"
 
 namespace deep_ep::cuda {
 namespace {  // a part of one kernel, included by its file alone
@@ -17,6 +18,7 @@ namespace {  // a part of one kernel, included by its file alone
 // A far rank that we ask, that asks us, or both.
 struct Partner {
   int rank, number;
+  int first_rank;    // of its node
   Asked* asked;      // null: we ask nothing of it
   Serving* serving;  // null: it asks nothing of us
   int requests;      // of it, in all
@@ -34,13 +36,14 @@ struct Partner {
   }
 };
 
-// What a block knows, in its shared memory where it is the same for all threads.
+// The exchange as a thread sees it.
 struct Exchange {
   const ForwardCombineParams& p;
   const Now& now;
   const Source* sources;  // [num_ranks]
   const Partner* partners;
   int num_partners;
+  int first_rank;  // of our node
 
   __device__ const Common& common() const { return p.combine.common; }
   __device__ const plan::RequestUnit& request(bool factors) const { return p.forms.request[factors ? 1 : 0]; }
@@ -58,15 +61,16 @@ struct Exchange {
 
 // Every thread: the far ranks that we exchange with, by what the first kernel counted and what they announced. The same
 // in every block. Returns how many.
-__device__ int find_partners(const Now& now, const ForwardCombineParams& p, Partner* partners) {
+__device__ int find_partners(const Now& now, const ForwardCombineParams& p, const Nodes& nodes, Partner* partners) {
   int found = 0;
   for (int tile = 0; tile < p.combine.common.num_ranks; tile += kThreads) {
     const int rank = tile + static_cast<int>(threadIdx.x);
     Partner partner{};
     if (rank < p.combine.common.num_ranks && now.active(rank) && now.far(rank)) {
-      Asked& asked = p.combine.forwarded.asked[p.combine.node_of_rank[rank]];
+      Asked& asked = p.combine.forwarded.asked[nodes.of(rank)];
       const Announcement& theirs = now.announcement(p.combine.common.rank, rank);
       partner.rank = rank;
+      partner.first_rank = nodes.first_rank(nodes.of(rank));
       partner.asked = asked.rail == rank && asked.requests > 0 ? &asked : nullptr;
       partner.requests = static_cast<int>(theirs.requests);
       partner.serving = partner.requests > 0 ? p.servings + rank : nullptr;

@@ -33,7 +33,6 @@ struct Asking {
   const Exchange& e;
   const Partner& from;
   const Batch& batch;
-  int first_rank, past_rank;  // of our node
 
   __device__ const std::byte* unit(int request) const {
     return batch.requests + static_cast<std::size_t>(request) * e.request(from.factors).bytes;
@@ -45,22 +44,13 @@ struct Asking {
     if (!from.factors) return 1;
     return reinterpret_cast<const float*>(unit(request) + e.request(true).factors_at)[k];
   }
-  // There is such a row, and it takes part.
+  // There is such a row in our node: far ranks have no source.
   __device__ bool exists(const plan::Selection& s) const {
-    const int rank = first_rank + s.member;
-    return s.member >= 0 && rank < past_rank && e.sources[rank].x != nullptr && s.row >= 0 &&
+    const int rank = e.first_rank + s.member;
+    return s.member >= 0 && rank < e.common().num_ranks && e.sources[rank].x != nullptr && s.row >= 0 &&
            s.row < e.now.announcement(e.common().rank, rank).rows;
   }
 };
-
-__device__ Asking asking_of(const Exchange& e, const Partner& from, const Batch& batch) {
-  const std::int32_t* const node_of = e.p.combine.node_of_rank;
-  const int me = e.common().rank;
-  int first = me, past = me + 1;
-  while (first > 0 && node_of[first - 1] == node_of[me]) --first;
-  while (past < e.common().num_ranks && node_of[past] == node_of[me]) ++past;
-  return {e, from, batch, first, past};
-}
 
 // Every thread: the ranks of all selections. False if somebody asks for a row that is not there.
 __device__ bool find_ranks(const Asking& asking, int requests) {
@@ -70,7 +60,7 @@ __device__ bool find_ranks(const Asking& asking, int requests) {
     const plan::Selection s = asking.selection(i / topk, i % topk);
     const bool there = asking.exists(s);
     good = good && (there || s.member < 0);
-    asking.batch.dst_rank[i] = there ? asking.first_rank + s.member : -1;
+    asking.batch.dst_rank[i] = there ? asking.e.first_rank + s.member : -1;
   }
   return __syncthreads_and(good);
 }
@@ -112,7 +102,7 @@ __device__ void plan_sums(const Asking& asking, int requests) {
 __device__ void take_requests(const Exchange& e, const Partner& from, const plan::ChunkHead& head) {
   Serving& serving = *from.serving;
   const Batch batch = e.batch(from);
-  const Asking asking = asking_of(e, from, batch);
+  const Asking asking{e, from, batch};
   const int requests = static_cast<int>(head.units);
   const std::byte* const chunk = chunk_from(e.common(), from.rank, plan::kRequestSlot) + plan::kChunkHeadBytes;
   const int vectors = static_cast<int>(requests * e.request(from.factors).bytes / 16);
@@ -196,7 +186,7 @@ __device__ void write_sums(const Exchange& e, const Partner& to, const Batch& ba
 // Every thread: the weights that the rows bring home. Those of selections that brought no row mean nothing.
 __device__ void write_weights(const Exchange& e, const Partner& to, const Batch& batch, const Answer& answer) {
   const plan::ReturnUnit& unit = e.unit(to.joined);
-  const Asking asking = asking_of(e, to, batch);
+  const Asking asking{e, to, batch};
   const int of_one = static_cast<int>(unit.weights_of_one), topk = e.p.combine.num_topk;
   const int rows = to.joined ? topk : 1;
   for (int i = static_cast<int>(threadIdx.x); i < answer.units * rows * of_one; i += kThreads) {
