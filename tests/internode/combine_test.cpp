@@ -39,5 +39,32 @@ TEST_P(InternodeCombine, sums_are_bit_identical_to_the_oracle_in_every_order) {
   }
 }
 
+// Weights come home beside rows, or beside a node's sum, which stands for several of them.
+TEST_P(InternodeCombine, brings_weights_home_beside_rows_and_sums_of_more_selections_than_a_warp_has_lanes) {
+  for (const int topk : {3, 40}) {
+    Shape s = shape();
+    s.topk = topk;
+    s.experts = 53;
+    s.tokens = 9;
+    HomewardShape home;
+    home.hidden = 24;
+    home.weights = !by_rank();
+    home.topk_weights = true;
+    expect_combine(World(s), home,
+                   {SumOrder::by_topk(), SumOrder::by_rank_and_node(), {SumOrder::Key::kTopK, true, true, false}});
+  }
+}
+
+// More requests than a home sends at once.
+TEST(Internode, serves_homes_of_many_tokens) {
+  Shape s = between({"2+1", {2, 1}});
+  s.tokens = 5000;
+  s.hidden = 16;
+  s.topk = 2;
+  HomewardShape home;
+  home.hidden = 8;
+  expect_combine(World(s), home, {SumOrder::by_rank(), SumOrder::by_rank_and_node()});
+}
+
 }  // namespace
 }  // namespace deep_ep::test
