@@ -91,6 +91,9 @@ struct Handle {
   Tensor arrival_weights;  // f32 [num_arrivals, num_topk]: where the dispatch carried weights
   Tensor row_token;     // kPadded: i32 [slots, num_ranks * max_tokens_per_rank]: the source's token number of each row
   Tensor source_range;  // kPadded: i64 [slots, num_ranks]: (first row in the slot << 32) | rows of that source
+  Tensor own_row;       // i32 [num_tokens, num_topk]: arrival_row of this rank's own tokens that stay here; those of
+                        // other tokens are not written
+  Tensor own_weights;   // f32 [num_tokens, num_topk]: arrival_weights, likewise
 };
 
 /// Arguments of dispatch() and low_latency_dispatch(). Every tensor is read until the call returns.

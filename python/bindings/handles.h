@@ -21,7 +21,8 @@ inline constexpr std::array kHandleTensorNames{"dst_rank",      "dst_row",      
                                                "slot_rows",     "slot_first_row", "tokens_between"};
 static_assert(kHandleTensors.size() == kHandleTensorNames.size());
 /// Those that low latency on a GPU makes besides; they are not saved.
-inline constexpr std::array kLowLatencyTensors{&Handle::arrival_weights, &Handle::row_token, &Handle::source_range};
+inline constexpr std::array kLowLatencyTensors{&Handle::arrival_weights, &Handle::row_token, &Handle::source_range,
+                                               &Handle::own_row, &Handle::own_weights};
 
 /// A tensor from which its handle can be found again, through any alias of its memory: DeepEP's users take handle
 /// tuples apart and put them together again. The handle may be set later than the tensor is made.

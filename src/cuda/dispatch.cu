@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(crew_of(kRows != Rows::kAsTheyAre).threads(), 
                       shared + parts.stages_at + std::int64_t{warp} * stages_of(kQuantize) * p.stage_bytes,
                       barriers + warp * stages_of(kQuantize)};
 
-  bool good = __syncthreads_and(!has_failed(now));  // notify's verdict
+  bool good = p.cached || __syncthreads_and(!has_failed(now));  // notify's verdict
   const Incoming incoming(p);
   // The host had to guess how much room this takes and was wrong: it launches this kernel again. Nobody is told yet.
   if (good && p.rows < 0 &&

@@ -49,11 +49,9 @@ __device__ void reply(const Now& now, const DispatchParams& p, const Incoming& i
     if (!now.active(src)) continue;
     const int lane = static_cast<int>(threadIdx.x % 32);
     if (p.cached) {
-      if (lane == 0) {
-        await_room(now, src);
-        Announcement& mine = now.announcement(src, me);
-        for (int field = 0; field < Signature::kNumFields; ++field) mine.signature[field] = p.common.signature[field];
-      }
+      await_room(now, src);  // every lane for itself
+      for (int field = lane; field < Signature::kNumFields; field += 32)
+        now.announcement(src, me).signature[field] = p.common.signature[field];
     } else {
       for (int slot = lane; slot < p.num_slots; slot += 32)
         now.reply_first_rows(src, me)[slot] = p.first_row[std::int64_t{src} * p.num_slots + slot];
@@ -90,6 +88,24 @@ __device__ void reply(const Now& now, const DispatchParams& p, const Incoming& i
   }
 }
 
+// With a cached handle, where the call is announced with the reply, by one fence: one wait for both. While it lasts,
+// looks for an announcement of something else, after which there will be no reply.
+__device__ bool await_both(const Now& now, int dst) {
+  const plan::Words& words = now.words(now.common.rank, dst);
+  std::uint64_t start = 0;
+  for (int polls = 0; ptx::load_acquire_system(&words.replied) >> 32 < now.epoch; ++polls) {
+    if (polls == 0) start = ptx::nanoseconds();
+    if (polls % 16 != 15) continue;
+    const std::uint64_t call = ptx::load_acquire_system(&words.announced);
+    if (call >> 32 == now.epoch && !is_same_call(now, dst, static_cast<std::uint32_t>(call))) return false;
+    if (ptx::nanoseconds() <= now.deadline) continue;
+    report(now, Fault::kTimeout, dst, 1, 0);
+    return false;
+  }
+  if (start != 0 && blockIdx.x == 0) count_wait(now.common, dst, ptx::nanoseconds() - start);
+  return true;
+}
+
 // One thread per receiver. Every block waits for itself: the words lie in our own memory.
 __device__ bool await_reply(const Now& now, const DispatchParams& p, int dst, Destination& to) {
   const int me = p.common.rank;
@@ -97,13 +113,15 @@ __device__ bool await_reply(const Now& now, const DispatchParams& p, int dst, De
   to.block = nullptr;
   to.rows_counted = 0;
   if (!now.active(dst)) return true;
-  if (p.cached && !await_same_call(now, dst)) return false;
   std::uint32_t value = 0;
-  if (!await(now, &now.words(me, dst).replied, value, counted_once(dst))) {
+  if (p.cached) {
+    if (!await_both(now, dst)) return false;
+  } else if (!await(now, &now.words(me, dst).replied, value, counted_once(dst))) {
     report(now, Fault::kTimeout, dst, 1, 0);
     return false;
   }
   const Reply answer = now.reply(me, dst);
+  if (p.cached && differing_field(now, now.announcement(me, dst)) >= 0) return is_same_call(now, dst, kSame);
   if (answer.verdict != Reply::kAccepted) {
     const Fault::Kind kind = answer.verdict == Reply::kMoreThanMaxRows ? Fault::kTooManyRows
                              : answer.verdict == Reply::kSlotTooSmall  ? Fault::kFullSlot
@@ -150,7 +168,7 @@ __device__ std::int64_t final_row(const DispatchParams& p, const Destination& to
 // Whether the lane's selection is its token's first to that rank: what goes once per rank goes with this one.
 // `token_here` tells the tokens of one warp apart; `chunk` says which of its token's selections the warp has.
 __device__ bool first_to_rank(const DispatchParams& p, int rank, int token, int token_here, int chunk, int lane) {
-  const unsigned same = __match_any_sync(kAllLanes, rank >= 0 ? rank * 32 + token_here : -1 - lane);
+  const unsigned same = __match_any_sync(kAllLanes, rank >= 0 ? rank * 32 + token_here : -1);
   bool first = rank >= 0 && lane == __ffs(same) - 1;
   for (int j = 0; first && j < chunk * 32; ++j) first = p.routes.dst_rank[std::int64_t{token} * p.num_topk + j] != rank;
   return first;

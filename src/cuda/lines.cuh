@@ -58,9 +58,9 @@ struct PieceLines {
 struct VectorLines {
   uint4 line, fourth;
 
-  __device__ void look(const std::byte* piece, int which, int lane) {
-    line = ptx::load_whole_system(piece + 512 * which + 16 * lane);
-    fourth = ptx::load_whole_system(piece + 512 * plan::kPieceVectors + 16 * lane);
+  __device__ void look(const std::byte* at, int to_fourth) {
+    line = ptx::load_whole_system(at);
+    fourth = ptx::load_whole_system(at + to_fourth);
   }
   __device__ bool came(std::uint32_t number) const { return line.w == number && fourth.w == number; }
   __device__ uint4 vector(int which) const {

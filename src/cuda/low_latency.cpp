@@ -2,6 +2,7 @@
 // The host's part of low latency: makes room, fills the kernels' arguments once, and launches the same kernel to send
 // and to receive.
 #include <algorithm>
+#include <cstdlib>
 
 #include "check.h"
 #include "cuda/failure.h"
@@ -218,6 +219,7 @@ class Dispatch {
     p.one_copy_each = placement.num_copies == call_.num_experts;
     p.first_copy = placement.first_copy;
     p.max_slots = call_.placement->max_slots();
+    p.route = route_shape(p.num_topk, p.max_slots);
     p.num_slots = num_slots_;
     p.most_arrivals = most_arrivals();
     p.most_rows = most_rows();
@@ -255,6 +257,8 @@ class Dispatch {
     if (call_.shape.topk_weights) pieces.add(h.arrival_weights, DType::kFp32, {arrivals, topk});
     if (padded) pieces.add(h.row_token, DType::kI32, {slots, arrivals});
     if (padded) pieces.add(h.source_range, DType::kI64, {slots, ranks});
+    pieces.add(h.own_row, DType::kI32, {call_.num_tokens, topk});
+    if (call_.shape.topk_weights) pieces.add(h.own_weights, DType::kFp32, {call_.num_tokens, topk});
     pieces.allocate(context_, sent_.call);
     LowLatencyDispatchParams& p = sent_.params;
     p.ticket = ticket.as<std::uint64_t>();
@@ -262,7 +266,8 @@ class Dispatch {
     p.tables = {
         h.first_arrival.as<std::int32_t>(),  h.slot_rows.as<std::int32_t>(), h.slot_first_row.as<std::int32_t>(),
         h.tokens_between.as<std::int32_t>(), h.src_token.as<std::int32_t>(), h.arrival_row.as<std::int32_t>(),
-        h.arrival_weights.as<float>(),       h.row_token.as<std::int32_t>(), h.source_range.as<std::int64_t>()};
+        h.arrival_weights.as<float>(),       h.row_token.as<std::int32_t>(), h.source_range.as<std::int64_t>(),
+        h.own_row.as<std::int32_t>(),        h.own_weights.as<float>()};
     sent_.handle = handle;
     sent_.output.handle = std::move(handle);
   }
@@ -333,8 +338,11 @@ class Combine {
     p.slot_bytes = static_cast<std::int64_t>(plan::align_up(call_.wire_bytes, plan::MessageLayout::kAlignment));
     const std::size_t rows = static_cast<std::size_t>(p.max_tokens_per_rank) * p.slots.of_token;
     // Far rows come as parts come, so near ones do too.
-    p.by_lines = in.wire == WireFormat::kAsIs && rows <= plan::kFewRows && p.common.far.end == nullptr &&
-                 rows * p.slot_lines <= context_.layout().line_bytes_of_ticket;
+    p.by_lines = in.wire == WireFormat::kAsIs &&
+                 rows <= (std::getenv("EP_LL_FEW") ? static_cast<std::size_t>(std::atoi(std::getenv("EP_LL_FEW")))
+                                                   : std::size_t{64}) &&
+                 p.common.far.end == nullptr &&
+                 plan::call_lines(context_.num_ranks) + rows * p.slot_lines <= context_.layout().line_bytes_of_ticket;
     p.x = static_cast<const std::byte*>(in.x.data);
     p.x_weights = static_cast<const float*>(in.topk_weights.data);
     if (in.pre_reduce && in.weights.given()) p.arrival_weights = handle_.arrival_weights.as<float>();
@@ -342,12 +350,23 @@ class Combine {
     p.src_token = handle_.src_token.as<std::int32_t>();
     p.arrival_row = handle_.arrival_row.as<std::int32_t>();
     p.num_tokens = static_cast<int>(handle_.num_tokens);
+    p.sending_warps = sending_warps();
+    // x need not last beyond the kernel that sends, and what is encoded loses what it would lose on the way.
+    if (sent_.at_once && in.wire == WireFormat::kAsIs && !in.topk_weights.given()) {
+      p.own_row = handle_.own_row.as<std::int32_t>();
+      if (p.arrival_weights != nullptr) p.own_weights = handle_.own_weights.as<float>();
+    }
     p.dst_rank = handle_.dst_rank.as<std::int32_t>();
     p.node_of_rank = context_.node_of_rank();
     p.weights = static_cast<const float*>(in.weights.data);
     for (int i = 0; i < 2; ++i)
       p.bias[i] = in.bias[i].given() ? static_cast<const std::byte*>(in.bias[i].data) : nullptr;
     p.weights_home = in.weights_home;
+  }
+
+  int sending_warps() const {
+    if (const char* given = std::getenv("EP_LL_SENDERS")) return std::atoi(given);
+    return 16;
   }
 
   void make_output() {

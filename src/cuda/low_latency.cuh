@@ -4,6 +4,7 @@
 
 #include "cuda/low_latency.h"
 #include "cuda/progress.cuh"
+#include "plan/lines.h"
 
 namespace deep_ep::cuda {
 
@@ -23,11 +24,22 @@ struct Place {
   __device__ bool tells() const { return block == (blocks > 1 ? blocks - 2 : 0); }
   /// Of this warp among all. Warps of those blocks, and of the first `busy`, come last: what they have to do first
   /// would hold up a row.
-  __device__ int number(int busy = 0) const {
+  __device__ int number(int busy = 0) const { return turn(kLowLatencyWarps, busy).of(warp); }
+
+  /// Numbers where `warps` of each block take part.
+  struct Turn {
+    int first, step;  // of the block's warps
+    __device__ int of(int warp) const { return first + warp * step; }
+    /// How many of `warps` have a number below `units`.
+    __device__ int below(int units, int warps) const {
+      return units <= first ? 0 : min((units - first + step - 1) / step, warps);
+    }
+  };
+  __device__ Turn turn(int warps, int busy = 0) const {
     const int free = blocks - busy - 2, index = block - busy;
-    if (free <= 0) return block + warp * blocks;
-    if (index >= 0 && index < free) return index + warp * free;
-    return free * kLowLatencyWarps + (index < 0 ? block : block - free) + warp * (blocks - free);
+    if (free <= 0) return {block, blocks};
+    if (index >= 0 && index < free) return {index, free};
+    return {free * warps + (index < 0 ? block : block - free), blocks - free};
   }
 };
 
@@ -93,34 +105,18 @@ __device__ inline std::int32_t* announced_tokens_in(const Now& now, std::byte* w
                                          plan::WindowLayout::kAnnouncementHead);
 }
 
-/// One warp: as advance_released, its loads all at once.
-__device__ inline std::uint64_t advance_released_by_warp(const Now& now, std::uint64_t begun, int lane) {
-  constexpr int kDepth = plan::kOperationsInFlight;
-  static_assert(kDepth <= 32);
-  State& state = *now.common.state;
-  const std::uint64_t released = state.released;
-  const std::uint64_t ended = state.ended[lane % kDepth], abandoned = state.abandoned[lane % kDepth];
-  const std::uint64_t next = released + 1 + static_cast<std::uint64_t>(lane);
-  const int at = static_cast<int>(next % kDepth);
-  const std::uint64_t ended_next = __shfl_sync(kAllLanes, static_cast<unsigned long long>(ended), at);
-  const std::uint64_t abandoned_next = __shfl_sync(kAllLanes, static_cast<unsigned long long>(abandoned), at);
-  const bool over = next <= begun && ended_next == next;
-  const unsigned ends = __ballot_sync(kAllLanes, !over || abandoned_next == next);
-  unsigned long long result = released + static_cast<unsigned>(__ffs(ends) - 1);
-  // Lane 31 is never over: no more operations are in flight than half a warp has lanes.
-  if (lane == 0 && __ffs(ends) > 1) state.released = result;
-  const bool waits = __shfl_sync(kAllLanes, static_cast<int>(over), __ffs(ends) - 1) != 0;
-  __syncwarp();
-  if (waits && lane == 0) result = advance_released(now, begun);
-  return __shfl_sync(kAllLanes, result, 0);
+/// A field of the writer's call, as a line. What else travels in the ticket's lines lies behind all ranks' calls.
+__device__ inline std::byte* call_line(const Now& now, std::byte* window, int writer, int field) {
+  return window + now.common.layout.lines(ticket_of(now)) + writer * plan::kCallBytes + field * plan::kLineBytes;
 }
 
 /// One warp of one block, at the start of a kernel: all that earlier kernels of this rank wrote and read is done, and
 /// the peers may know. Nobody has to find out which block of a kernel is the last: the next kernel tells of this one.
 __device__ inline void tell_peers(const Now& now, std::uint64_t begun, std::uint64_t needed, int lane) {
-  std::uint64_t released = advance_released_by_warp(now, begun, lane);
-  while (released < needed && ptx::nanoseconds() <= now.deadline) released = advance_released_by_warp(now, begun, lane);
-  __threadfence_system();
+  std::uint64_t released = advance_released_by_warp(now, begun, 0, lane);
+  while (released < needed && ptx::nanoseconds() <= now.deadline)
+    released = advance_released_by_warp(now, begun, 0, lane);
+  ptx::fence_system();
   for (int peer = lane; peer < now.common.num_ranks; peer += 32) {
     if (now.far(peer)) {
       tell_far_progress(now, peer, released, begun);
@@ -143,9 +139,8 @@ __device__ inline bool has_room(const Now& now, std::byte* window, int peer, std
 }
 
 /// Every thread of a kernel that sends, before it writes to any peer: false where a peer has no room for us in time.
-/// Includes a block barrier. The last block that has read the number of operations counts on.
-__device__ inline bool open_operation(const Now& now, std::byte* window, std::uint64_t* ticket, const Place& at,
-                                      bool receives) {
+/// Includes a block barrier. count_on() must follow.
+__device__ inline bool open_operation(const Now& now, std::byte* window, const Place& at, bool receives) {
   const Common& common = now.common;
   const std::uint64_t needed = place_before(now, slots_depth(common));
   bool room = true;
@@ -158,14 +153,17 @@ __device__ inline bool open_operation(const Now& now, std::byte* window, std::ui
     for (int peer = at.lane; peer < common.num_ranks; peer += 32) room = has_room(now, window, peer, needed) && room;
   if (at.warp == kLowLatencyWarps - 1 && common.far.end != nullptr && at.lane == 0)
     room = await_left(now, needed) && room;
-  room = __syncthreads_and(room) != 0;
-  if (threadIdx.x == kLowLatencyThreads - 1 &&
-      ptx::add_acquire_release(&common.state->blocks_begun, 1) + 1 == gridDim.x) {
-    common.state->blocks_begun = 0;
-    common.state->epoch = now.epoch;
-    *ticket = now.epoch;
-  }
-  return room;
+  return __syncthreads_and(room) != 0;
+}
+
+/// One thread of each block of a kernel that sends, after open_operation(): the last block that has read the number of
+/// operations counts on. Takes a microsecond, in which its warp reaches no barrier.
+__device__ inline void count_on(const Now& now, std::uint64_t* ticket) {
+  State& state = *now.common.state;
+  if (ptx::add_acquire_release(&state.blocks_begun, 1) + 1 != gridDim.x) return;
+  state.blocks_begun = 0;
+  state.epoch = now.epoch;
+  *ticket = now.epoch;
 }
 
 /// One warp of one block of a kernel that only receives.
@@ -184,7 +182,7 @@ __device__ inline void abandon_operation(const Now& now) {
 // Calls
 // ---------------------------------------------------------------------------------------------------------------------
 
-/// A warp: our call as a peer will compare it, into the peer's window.
+/// A warp: our call as any peer would compare it, to be published.
 __device__ inline void write_signature(const Now& now, std::byte* window, int lane) {
   Announcement& mine = announcement_in(now, window, now.common.rank);
   for (int field = lane; field < Signature::kNumFields; field += 32)
@@ -229,23 +227,69 @@ __device__ inline bool is_our_call(const Now& now, int peer, std::int64_t field,
   return false;
 }
 
+/// A warp: our call for a peer that shares memory with us: as lines, and as any peer would compare it.
+__device__ inline void write_call(const Now& now, std::byte* window, int lane) {
+  static_assert(Signature::kNumFields <= plan::kMostFields && plan::kMostFields == 32);
+  write_signature(now, window, lane);
+  if (lane >= Signature::kNumFields) return;
+  const auto field = static_cast<std::uint64_t>(now.common.signature[lane]);
+  ptx::store_whole_system(call_line(now, window, now.common.rank, lane),
+                          {static_cast<std::uint32_t>(field), static_cast<std::uint32_t>(field >> 32), 0,
+                           static_cast<std::uint32_t>(now.epoch)});
+}
+
+/// One thread, while it waits for a peer's call as lines: false where the peer has announced something else, after
+/// which they would never come.
+__device__ __noinline__ inline bool may_come(const Now& now, int peer) {
+  const std::uint64_t call = ptx::load_acquire_system(&now.words(now.common.rank, peer).announced);
+  if (call >> 32 == now.epoch && !is_same_call(now, peer, static_cast<std::uint32_t>(call))) return false;
+  if (ptx::nanoseconds() <= now.deadline) return true;
+  report(now, Fault::kTimeout, peer, 1, 0);
+  return false;
+}
+
+/// A warp: the peer's call has come, a field for each lane, and is ours.
+__device__ inline bool hear_near(const Now& now, std::byte* window, int peer, int lane) {
+  const bool mine = lane < Signature::kNumFields;
+  const std::byte* const at = call_line(now, window, peer, mine ? lane : 0);
+  uint4 line = ptx::load_whole_system(at);
+  bool waits = false, comes = true;
+  std::uint64_t start = 0;
+  for (int looks = 1;; ++looks, line = ptx::load_whole_system(at)) {
+    if (__all_sync(kAllLanes, line.w == static_cast<std::uint32_t>(now.epoch))) break;
+    if (!waits) start = ptx::nanoseconds();
+    waits = true;
+    if (looks % 64 != 0) continue;
+    if (lane == 0) comes = may_come(now, peer);
+    if (__shfl_sync(kAllLanes, static_cast<int>(comes), 0) == 0) break;
+  }
+  if (waits && lane == 0) count_wait(now.common, peer, ptx::nanoseconds() - start);
+  if (__shfl_sync(kAllLanes, static_cast<int>(comes), 0) == 0) return false;
+  const auto theirs = static_cast<std::int64_t>(std::uint64_t{line.y} << 32 | line.x);
+  const unsigned differ = __ballot_sync(kAllLanes, mine && theirs != now.common.signature[lane]);
+  if (lane == __ffs(differ) - 1) report(now, Fault::kDiffers, peer, now.common.signature[lane], theirs, lane);
+  return differ == 0;
+}
+
+/// The same of a far peer, whose announcement comes whole.
+__device__ inline bool hear_far(const Now& now, std::byte* inbox, int peer, int lane) {
+  std::uint32_t value = 0;
+  if (!await_word(now, peer, &words_in(now, inbox, peer).announced, value, true, lane)) return false;
+  if (value == kSame) return is_our_call(now, peer, load_field(now, inbox, peer, lane), lane);
+  if (lane == 0) is_same_call(now, peer, value);  // says why not
+  return false;
+}
+
 /// A block: the call of each peer is ours. Where one is not, that is said, and whoever waits for what will never come
 /// sees it.
-__device__ inline bool hear(const Now& now, const Peers& peers, const Place& at) {
+__device__ inline bool hear(const Now& now, std::byte* window, const Peers& peers, const Place& at) {
   bool good = true;
   // The last warps: the first have rows to wait for.
   for (int peer = kLowLatencyWarps - 1 - at.warp; peer < now.common.num_ranks; peer += kLowLatencyWarps) {
     if (!peers.active(peer)) continue;
-    std::byte* const inbox = peers.inbox(peer);
-    std::uint32_t value = 0;
-    if (!await_word(now, peer, &words_in(now, inbox, peer).announced, value, true, at.lane)) {
-      good = false;
-    } else if (value == kSame) {
-      good = is_our_call(now, peer, load_field(now, inbox, peer, at.lane), at.lane) && good;
-    } else {
-      if (at.lane == 0) is_same_call(now, peer, value);  // says why not
-      good = false;
-    }
+    good =
+        (peers.far(peer) ? hear_far(now, peers.inbox(peer), peer, at.lane) : hear_near(now, window, peer, at.lane)) &&
+        good;
   }
   return good;
 }
@@ -258,32 +302,24 @@ __device__ inline std::uint32_t* flag_of(const Now& now, std::byte* window, std:
   return reinterpret_cast<std::uint32_t*>(window + now.common.layout.flags(ticket_of(now))) + number;
 }
 
-/// The flags that a block has to raise. One fence serves for all parts that its warps have written: it costs as much as
-/// writing several parts, and more where many warps of an SM wait for theirs.
+/// The flags that a block has to raise, one of each warp that has written a part. One fence serves for all of them: it
+/// costs as much as writing several parts, and more where many warps of an SM wait for theirs.
 struct Flags {
-  static constexpr int kUnits = 4;  // that a warp writes before the block raises their flags
-  static constexpr int kMost = kLowLatencyWarps * kUnits * 32;
-  std::uint32_t** of;
-  int* count;
+  static constexpr int kBarrier = 1;
+  std::uint32_t* (*of)[kLowLatencyWarps];  // two rounds'
 
-  /// A block barrier must follow.
-  __device__ void clear() const {
-    if (threadIdx.x == 0) *count = 0;
-  }
-  __device__ void add(std::uint32_t* flag) const { of[atomicAdd(count, 1)] = flag; }
-  /// Every thread. The block barrier orders what its threads wrote before the fence of each lane that stores a flag:
-  /// whoever acquires the flag sees it.
-  __device__ void raise(const Now& now, const Place& at) const {
-    __syncthreads();
-    const int flags = *count;
-    if (at.warp == 0 && flags > 0) {
-      __threadfence_system();
-      for (int i = at.lane; i < flags; i += 32)
-        *static_cast<volatile std::uint32_t*>(of[i]) = static_cast<std::uint32_t>(now.epoch);
-    }
-    __syncthreads();
-    clear();
-    __syncthreads();
+  /// The first `warps` of a block, whole, in each round, of which none has more of them than the one before. The
+  /// barrier orders what they wrote before the fence of each lane that stores a flag: whoever acquires the flag sees
+  /// it. Nobody but the first warp waits for the fence: it reads the flags of a round before it comes to the next
+  /// barrier, and after that one they are written over.
+  __device__ void raise(const Now& now, std::uint32_t* flag, int round, int warps, const Place& at) const {
+    std::uint32_t** const flags = of[round % 2];
+    if (at.lane == 0) flags[at.warp] = flag;
+    __syncwarp();
+    ptx::barrier_of_some(kBarrier, 32 * warps);
+    if (at.warp != 0 || at.lane >= warps || flags[at.lane] == nullptr) return;
+    ptx::fence_system();
+    ptx::store_relaxed_system(flags[at.lane], static_cast<std::uint32_t>(now.epoch));
   }
 };
 

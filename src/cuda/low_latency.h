@@ -22,6 +22,15 @@ struct ArrivalTables {
   float* arrival_weights;      // null: the dispatch carries none
   std::int32_t* row_token;     // kPadded
   std::int64_t* source_range;  // kPadded
+  // Of our own tokens that stay here, as arrival_row and arrival_weights, by token number.
+  std::int32_t* own_row;
+  float* own_weights;  // null: the dispatch carries none
+};
+
+/// How a block that routes shares tokens among its warps.
+struct RouteShape {
+  int of_step = 1;     // tokens that a warp has lanes for
+  int most_warps = 1;  // as many as have room for counters
 };
 
 struct LowLatencyDispatchParams {
@@ -57,6 +66,7 @@ struct LowLatencyDispatchParams {
   bool one_copy_each;              // of every expert
   const std::int32_t* first_copy;  // [num_ranks + 1]: slots of all ranks, one after the other
   int max_slots;
+  RouteShape route;
   std::int32_t* dst_rank;  // of the handle
   // As receiver.
   int num_slots;
@@ -90,6 +100,11 @@ struct LowLatencyCombineParams {
   const float* x_weights;        // travel home beside the rows
   const float* arrival_weights;  // pre_reduce: what the dispatch carried; null: none are applied
   const std::int32_t *first_arrival, *src_token, *arrival_row;
+  int sending_warps;  // of a block, at least one; in parts
+  // Rows that stay on this rank are added where they lie in x: where each is, by token and selection, and what weighs
+  // it with pre_reduce. Null: they go through slots as those of others do.
+  const std::int32_t* own_row;
+  const float* own_weights;
   // As home.
   int num_tokens;
   const std::int32_t *dst_rank, *node_of_rank;
@@ -113,11 +128,14 @@ struct SilentParams {
   Peer* peers;  // as common.peers
 };
 
+/// One of the kernels below, all of one block size.
+void launch_low_latency(const void* kernel, int blocks, void** arguments, std::size_t shared, cudaStream_t stream);
 void launch_low_latency_dispatch(const LowLatencyDispatchParams& params, int blocks, cudaStream_t stream);
 void launch_low_latency_combine(const LowLatencyCombineParams& params, int blocks, cudaStream_t stream);
 void launch_abandon(const AbandonParams& params, cudaStream_t stream);
 void launch_leave_out_silent(const SilentParams& params, cudaStream_t stream);
 
+RouteShape route_shape(int num_topk, int max_slots);
 /// Bytes of shared memory that a dispatch of this shape takes.
 std::size_t low_latency_shared_bytes(const LowLatencyDispatchParams& params);
 

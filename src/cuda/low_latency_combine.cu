@@ -29,7 +29,7 @@ void launch_low_latency_combine(const Params& params, int blocks, cudaStream_t s
   Params copy = params;
   void* arguments[] = {&copy};
   const std::size_t shared = sizeof(Peer) * params.common.num_ranks + 4 * (params.common.num_ranks + 1);
-  cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kLowLatencyThreads), arguments, shared, stream);
+  launch_low_latency(kernel, blocks, arguments, shared, stream);
 }
 
 }  // namespace deep_ep::cuda

@@ -15,6 +15,9 @@ using Params = LowLatencyCombineParams;
 // Only one row of a rank comes home for a token, at the rank's highest selection.
 __device__ bool one_row_per_rank(const Params& p) { return p.pre_reduce || p.layout == OutputLayout::kByRank; }
 
+// Of a token or arrival one row goes home from a rank, the weighed sum of several.
+__device__ bool adds_before(const Params& p) { return p.pre_reduce && p.layout != OutputLayout::kByRank; }
+
 // Sixteen bytes of a row, as floats.
 template <class Number>
 struct Vector {
@@ -63,14 +66,57 @@ struct Sum<Number, true> {
   }
 };
 
+// Loads that are to be on their way together have no condition: a compiler that has to keep what was there before lets
+// them come one after the other. Where there is nothing to load, something is loaded twice, and not used.
+
+// Up to kAtOnce of the rows of x that `rest` names, at least one, into a sum; takes them out of it.
+template <int kAtOnce, class Number>
+__device__ void add_some_rows(const Params& p, Vector<Number>& sum, unsigned& rest, std::int32_t row, float weight,
+                              const std::byte* at) {
+  uint4 v[kAtOnce];
+  float weights[kAtOnce];
+  const int here = __popc(rest);
+  int k = 0;
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i) {
+    if (rest != 0) k = __ffs(rest) - 1;
+    rest &= rest - 1;
+    v[i] = ptx::load_constant(at + __shfl_sync(kAllLanes, row, k) * p.row_bytes);
+    weights[i] = __shfl_sync(kAllLanes, weight, k);
+  }
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i)
+    if (i < here) sum.add(v[i], weights[i]);
+}
+
+// Sixteen bytes for each lane of the rows of x that `selected` names, weighed, added and rounded. `row`, `weight`: of
+// the lane's selection.
+template <class Number>
+__device__ uint4 sum_of_rows(const Params& p, unsigned selected, std::int32_t row, float weight, std::int64_t byte) {
+  Vector<Number> sum;
+  const std::byte* const at = p.x + (byte < p.row_bytes ? byte : 0);
+  while (__popc(selected) > 4) add_some_rows<8>(p, sum, selected, row, weight, at);
+  if (selected != 0) add_some_rows<4>(p, sum, selected, row, weight, at);
+  return sum.narrow();
+}
+
 // One part or piece of one arrival, as a lane sees it: the row of its selection.
 struct Arrival {
-  std::int64_t arrival;
-  int part, token;
-  std::int32_t row;
+  int arrival = 0, part = 0, token = 0;
+  std::int32_t row = -1;
+  float weight = 1;  // with pre_reduce
+
+  __device__ Arrival() {}
+  __device__ Arrival(const Params& p, int number, int part_of_row, int lane) : arrival(number), part(part_of_row) {
+    token = p.src_token[arrival];
+    if (lane >= p.num_topk) return;
+    const std::int64_t at = std::int64_t{arrival} * p.num_topk + lane;
+    row = p.arrival_row[at];
+    if (p.arrival_weights != nullptr) weight = p.arrival_weights[at];
+  }
 };
 
-__device__ int home_of(const std::int32_t* first_arrival, std::int64_t arrival) {
+__device__ int home_of(const std::int32_t* first_arrival, int arrival) {
   int home = 0;
   while (arrival >= first_arrival[home + 1]) ++home;
   return home;
@@ -116,28 +162,71 @@ __device__ Terms make_terms(const Params& p, const Peers& peers, int rank, int l
   t.leaders = __ballot_sync(kAllLanes, t.rank >= 0 && lane == __ffs(same_rank) - 1);
   unsigned rest = __ballot_sync(kAllLanes, t.stands);
   t.count = __popc(rest);
-  if (p.order.key == SumOrder::Key::kTopK && !p.order.round_per_rank && !p.order.round_per_node) {
+  // A rank's only row stands at its highest selection, which is where the rank itself stands in the order.
+  if (p.order.key == SumOrder::Key::kTopK && !p.order.round_per_node &&
+      (!p.order.round_per_rank || one_row_per_rank(p))) {
     for (int place = 0; rest != 0; ++place, rest &= rest - 1)
       if (place == lane) t.k = __ffs(rest) - 1;
+    t.closes = p.order.round_per_rank ? 1 : 0;
   } else {
     const int place = sorted(p, t.rank, t.stands, t.count, lane);
     t.k = place & 0xff, t.closes = place >> 8;
   }
   return t;
 }
-__device__ std::int32_t rank_of_selection(const Params& p, int token, int lane) {
-  return lane < p.num_topk ? p.dst_rank[std::int64_t{token} * p.num_topk + lane] : -1;
-}
-__device__ float weight_of_selection(const Params& p, int token, int lane) {
-  return p.weights != nullptr && !p.pre_reduce && lane < p.num_topk ? p.weights[std::int64_t{token} * p.num_topk + lane]
-                                                                    : 1;
-}
+// What a warp reads of a token before it adds: each lane of its selection.
+struct OfToken {
+  std::int32_t rank = -1, own_row = -1;
+  float weight = 1, own_weight = 1;
+
+  __device__ OfToken(const Params& p, int token, int lane) {
+    if (lane >= p.num_topk) return;
+    const std::int64_t at = std::int64_t{token} * p.num_topk + lane;
+    rank = p.dst_rank[at];
+    if (p.weights != nullptr && !p.pre_reduce) weight = p.weights[at];
+    if (p.own_row != nullptr) own_row = p.own_row[at];
+    if (p.own_weights != nullptr) own_weight = p.own_weights[at];
+    if (rank != p.common.rank) own_row = -1;  // not written
+  }
+};
+
+// Rows of a token that lie in x: they came from no slot.
+struct OwnRows {
+  std::int32_t row;   // lane k: of selection k; -1: none
+  float weight;       // likewise
+  unsigned terms;     // the rows to add, by place in the order, that are such
+  unsigned selected;  // by selection
+
+  __device__ OwnRows(const OfToken& of, const Terms& t)
+      : row(of.own_row),
+        weight(of.own_weight),
+        terms(__ballot_sync(kAllLanes, __shfl_sync(kAllLanes, of.own_row, t.k) >= 0) & ((1ull << t.count) - 1)),
+        selected(__ballot_sync(kAllLanes, of.own_row >= 0)) {}
+};
 
 template <class Vector>
 __device__ void add_biases(const Params& p, Vector& sum, int token, std::int64_t byte) {
   for (const std::byte* bias : p.bias)
     if (bias != nullptr && byte < p.row_bytes) sum.add(load16(bias + token * p.row_bytes + byte), 1);
 }
+
+// How the chunks of tokens are shared by the warps that add them: a token's by as many as there are for it.
+constexpr int kChunk = 512;  // bytes of a row that a warp adds at a time: sixteen for each lane
+struct Shares {
+  int chunks;   // of a row
+  int of_warp;  // of them
+  int of_token;
+  int units;
+
+  __device__ Shares(const Params& p, const Place& at) {
+    chunks = p.row_bytes > 0 ? static_cast<int>((p.row_bytes + kChunk - 1) / kChunk) : 1;
+    const int wanted = p.num_tokens > 0 ? at.warps() / p.num_tokens : 1;
+    const int sharing = wanted < 1 ? 1 : wanted > chunks ? chunks : wanted;
+    of_warp = (chunks + sharing - 1) / sharing;
+    of_token = (chunks + of_warp - 1) / of_warp;
+    units = p.num_tokens * of_token;
+  }
+};
 
 // Weights that came home, joined: each lane one selection's. entry(wanted, row, k): weight k of those that came with
 // the row of selection `row`; every lane calls it.

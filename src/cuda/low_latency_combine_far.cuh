@@ -46,8 +46,7 @@ __device__ void send_far(const Now& now, const Params& p, const Peers& peers, co
   if (threadIdx.x == 0) publish_to(now, home, net::Flag::kAnnounced, kSame, plan::WindowLayout::kAnnouncementHead);
   const Slots slots(p, staging_of(p.common, home, ticket_of(now)));
   for (int arrival = first_arrival[home] + at.warp; arrival < first_arrival[home + 1]; arrival += kLowLatencyWarps) {
-    const Arrival from{arrival, 0, p.src_token[arrival],
-                       at.lane < p.num_topk ? p.arrival_row[std::int64_t{arrival} * p.num_topk + at.lane] : -1};
+    const Arrival from(p, arrival, 0, at.lane);
     const std::uint32_t of_arrival = send_far_arrival<Number, Wire>(now, p, slots, home, from, at.lane);
     if (at.lane == 0) atomicAdd(&puts, of_arrival);
   }

@@ -8,9 +8,6 @@
 namespace deep_ep::cuda {
 namespace {  // a part of one kernel, included by its file alone
 
-constexpr int kChunk = 512;  // bytes of a row that a warp adds at a time: sixteen for each lane
-constexpr int kAhead = 8;    // rows of which it reads at once
-
 // Slots of the ticket in an owner's window, or in memory that stands for it:  [ rows: max_tokens x topk | weights: topk
 // floats, padded, max_tokens x topk ]
 struct Slots {
@@ -48,31 +45,34 @@ __device__ std::int64_t flag_number(const Params& p, int rank, int token, int pa
   return (std::int64_t{rank} * p.max_tokens_per_rank + token) * p.parts.count + part;
 }
 
-// One part of the rows that `rows` names, lane k that of selection k, into their slots as they are.
+// One part of the rows that `selected` names, lane k that of selection k, into their slots as they are.
 __device__ void send_rows(const Params& p, const Slots& home, int token, unsigned selected, std::int32_t row,
                           std::int64_t begin, std::int64_t end, int lane) {
-  constexpr int kVectors = 4, kAtOnce = 2;
+  constexpr int kVectors = 4, kAtOnce = 4;
   for (std::int64_t piece = begin; piece < end; piece += kVectors * 512) {
+    const int left = static_cast<int>(end - piece) - 16 * lane;
     for (unsigned rest = selected; rest != 0;) {
       uint4 v[kAtOnce][kVectors];
-      std::byte* to[kAtOnce];
+      unsigned sends = rest;
+      int k = 0;
 #pragma unroll
       for (int r = 0; r < kAtOnce; ++r) {
-        const int k = __ffs(rest) - 1;
-        to[r] = k >= 0 ? home.row(token, k) + piece : nullptr;
-        const std::byte* const from =
-            p.x + std::int64_t{__shfl_sync(kAllLanes, row, k >= 0 ? k : 0)} * p.row_bytes + piece;
+        if (rest != 0) k = __ffs(rest) - 1;
+        rest &= rest - 1;
+        const std::byte* const at = p.x + __shfl_sync(kAllLanes, row, k) * p.row_bytes + piece;
 #pragma unroll
         for (int i = 0; i < kVectors; ++i)
-          if (k >= 0 && piece + 512 * i + 16 * lane < end)
-            v[r][i] = __ldg(reinterpret_cast<const uint4*>(from + 512 * i + 16 * lane));
-        rest &= rest - 1;
+          v[r][i] = ptx::load_constant(at + (512 * i < left ? 512 * i + 16 * lane : 0));
       }
 #pragma unroll
-      for (int r = 0; r < kAtOnce; ++r)
+      for (int r = 0; r < kAtOnce; ++r) {
+        if (sends == 0) continue;
+        std::byte* const to = home.row(token, __ffs(sends) - 1) + piece + 16 * lane;
 #pragma unroll
         for (int i = 0; i < kVectors; ++i)
-          if (to[r] != nullptr && piece + 512 * i + 16 * lane < end) store16(to[r] + 512 * i + 16 * lane, v[r][i]);
+          if (512 * i < left) store16(to + 512 * i, v[r][i]);
+        sends &= sends - 1;
+      }
     }
   }
 }
@@ -104,29 +104,12 @@ __device__ void send_encoded(const Params& p, const Slots& home, int token, unsi
 
 // The rows themselves added, weighed if there are weights, and rounded: one row into the slot of the highest selection.
 template <class Number>
-__device__ void send_sum(const Params& p, const Slots& home, int token, unsigned selected, std::int32_t row,
-                         float weight, std::int64_t begin, std::int64_t end, int lane) {
-  std::byte* const to = home.row(token, 31 - __clz(selected));
+__device__ void send_sum(const Params& p, const Slots& home, const Arrival& from, unsigned selected, std::int64_t begin,
+                         std::int64_t end, int lane) {
+  std::byte* const to = home.row(from.token, 31 - __clz(selected));
   for (std::int64_t byte = begin + 16 * lane; byte - 16 * lane < end; byte += kChunk) {
-    Vector<Number> sum;
-    for (unsigned rest = selected; rest != 0;) {
-      uint4 v[kAhead];
-      float weights[kAhead];
-      int count = 0;
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const int k = rest != 0 ? __ffs(rest) - 1 : 0;
-        const std::int64_t from = __shfl_sync(kAllLanes, row, k);
-        weights[i] = __shfl_sync(kAllLanes, weight, k);
-        if (rest != 0 && byte < end) v[i] = __ldg(reinterpret_cast<const uint4*>(p.x + from * p.row_bytes + byte));
-        if (rest != 0) ++count;
-        rest &= rest - 1;
-      }
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (i < count) sum.add(v[i], weights[i]);
-    }
-    if (byte < end) store16(to + byte, sum.narrow());
+    const uint4 sum = sum_of_rows<Number>(p, selected, from.row, from.weight, byte);
+    if (byte < end) store16(to + byte, sum);
   }
 }
 
@@ -147,98 +130,197 @@ __device__ void write_part(const Params& p, const Slots& slots, const Arrival& f
   const unsigned sent = one_row_per_rank(p) ? 1u << (31 - __clz(selected)) : selected;
   if constexpr (Wire::kEncodes) {
     send_encoded<Number, Wire>(p, slots, from.token, sent, from.row, begin, end, lane);
-  } else if (p.pre_reduce && p.layout != OutputLayout::kByRank) {
-    const float weight =
-        p.arrival_weights != nullptr && lane < p.num_topk ? p.arrival_weights[from.arrival * p.num_topk + lane] : 1;
-    send_sum<Number>(p, slots, from.token, selected, from.row, weight, begin, end, lane);
+  } else if (adds_before(p)) {
+    send_sum<Number>(p, slots, from, selected, begin, end, lane);
   } else {
     send_rows(p, slots, from.token, sent, from.row, begin, end, lane);
   }
 }
 
+// A warp: one part of an arrival. Its flag then, or null where nothing went.
 template <class Number, class Wire>
-__device__ void send_part(const Now& now, const Params& p, const Peers& peers, const std::int32_t* first_arrival,
-                          const Flags& flags, const Arrival& from, int lane) {
-  const auto [arrival, part, token, row] = from;
-  const int home = home_of(first_arrival, arrival);
-  if (!peers.near(home)) return;
-  const unsigned selected = __ballot_sync(kAllLanes, row >= 0);
+__device__ std::uint32_t* send_part(const Now& now, const Params& p, const Peers& peers,
+                                    const std::int32_t* first_arrival, const Arrival& from, int lane) {
+  const int home = home_of(first_arrival, from.arrival);
+  const unsigned selected = __ballot_sync(kAllLanes, from.row >= 0);
+  if (!peers.near(home) || selected == 0) return nullptr;
   const Slots slots(now, p, peers.window(home));
-  const std::int64_t begin = std::int64_t{part} * p.parts.bytes;
+  const std::int64_t begin = std::int64_t{from.part} * p.parts.bytes;
   const std::int64_t end = begin + p.parts.bytes < p.row_bytes ? begin + p.parts.bytes : p.row_bytes;
-  if (selected == 0) return;
   write_part<Number, Wire>(p, slots, from, selected, begin, end, lane);
-  if (part == 0 && p.x_weights != nullptr) send_weights(p, slots, token, arrival, selected, row, lane);
-  if (lane == 0) flags.add(flag_of(now, peers.window(home), flag_number(p, p.common.rank, token, part)));
+  if (from.part == 0 && p.x_weights != nullptr)
+    send_weights(p, slots, from.token, from.arrival, selected, from.row, lane);
+  return flag_of(now, peers.window(home), flag_number(p, p.common.rank, from.token, from.part));
 }
 
-// All lanes: the part has come from every rank that has a row of this token.
+// Arrivals whose rows go to slots: all, or those of other ranks.
+struct Leaving {
+  int count, stays_from, stays;
+  __device__ explicit Leaving(const Params& p) {
+    const std::int32_t* const of_rank = p.first_arrival + p.common.rank;
+    stays_from = of_rank[0];
+    stays = p.own_row != nullptr ? of_rank[1] - stays_from : 0;
+    count = p.first_arrival[p.common.num_ranks] - stays;
+  }
+  __device__ int arrival(int i) const { return i < stays_from ? i : i + stays; }
+};
+
+// The first unit that a warp adds, where `senders` of its block have sent and come last.
+__device__ int first_to_add(const Place& at, int senders) {
+  return at.turn(kLowLatencyWarps).of((at.warp + kLowLatencyWarps - senders) % kLowLatencyWarps);
+}
+
+// Rows of a warp's first unit that lie in x are brought near before it has time for them.
+__device__ void ask_for_own_rows(const Params& p, int senders, const Place& at) {
+#if EP_BULK_COPY
+  const Shares shares(p, at);
+  const int unit = first_to_add(at, senders);
+  if (p.own_row == nullptr || unit >= shares.units) return;
+  const OfToken of(p, unit / shares.of_token, at.lane);
+  const std::int64_t begin = std::int64_t{unit % shares.of_token * shares.of_warp} * kChunk;
+  const std::int64_t left = p.row_bytes - begin, most = std::int64_t{shares.of_warp} * kChunk;
+  if (of.own_row >= 0)
+    ptx::bulk_prefetch(p.x + of.own_row * p.row_bytes + begin, static_cast<std::uint32_t>(left < most ? left : most));
+#endif
+}
+
+// Phase send, by the first warps of each block; the others go on to what comes. Returns by how many, or -1: not all was
+// sent.
+template <class Number, class Wire, class Open>
+__device__ int send_in_parts(const Now& now, const Params& p, const Peers& peers, const std::int32_t* first_arrival,
+                             const Flags& flags, const Open& open, const Place& at) {
+  const Leaving leaving(p);
+  const int units = leaving.count * p.parts.count;  // fits: all of them have flags, and these are memory
+  const Place::Turn turn = at.turn(p.sending_warps);
+  const int of_round = at.blocks * p.sending_warps;
+  const int senders = turn.below(units, p.sending_warps);
+  int unit = at.warp < p.sending_warps ? turn.of(at.warp) : units;
+  Arrival from{};
+  const auto look = [&] {
+    if (unit < units) from = Arrival(p, leaving.arrival(unit / p.parts.count), unit % p.parts.count, at.lane);
+  };
+  look();
+  if ((p.phases & kReceive) != 0) ask_for_own_rows(p, senders, at);
+  if (!open()) return -1;
+  for (int round = 0; unit < units; ++round) {
+    const Arrival here = from;
+    unit += of_round;
+    look();
+    std::uint32_t* const flag = send_part<Number, Wire>(now, p, peers, first_arrival, here, at.lane);
+    flags.raise(now, flag, round, turn.below(units - round * of_round, p.sending_warps), at);
+  }
+  return senders;
+}
+
+// All lanes: the part has come from every rank that has a row of this token in a slot.
 __device__ bool await_part(const Now& now, const Params& p, const Terms& t, const HomeSlots& slots, int token, int part,
                            int lane) {
   bool came = true;
-  if ((t.leaders >> lane & 1) != 0)
+  if ((t.leaders >> lane & 1) != 0 && (p.own_row == nullptr || t.rank != p.common.rank))
     came = (slots.of_far >> lane & 1) != 0
                ? await_arrived(now, t.rank)
                : await_flag(now, flag_of(now, p.window, flag_number(p, t.rank, token, part)), t.rank);
   return __all_sync(kAllLanes, came) != 0;
 }
 
-// Sixteen bytes of a token's sum for each lane.
+// What a warp adds for a token. Lane i: where the i-th row lies, and what weighs it.
+struct Summands {
+  const Terms& terms;
+  const OwnRows& own;
+  const std::byte* row_at;
+  float weight;
+};
+
+// Up to kAtOnce rows from the first-th on, at least one. `own_sum`: what stands for the rows of this rank, if `joined`.
+template <int kAtOnce, class Wire, class Number, bool kLevels>
+__device__ void add_some_rows(const Params& p, Sum<Number, kLevels>& sum, const Summands& s, int first,
+                              std::int64_t byte, bool joined, const uint4& own_sum) {
+  const int last = s.terms.count - 1;
+  typename Wire::Raw v[kAtOnce];
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i) v[i] = Wire::load(p.encoded, from_lane(s.row_at, min(first + i, last)), byte);
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i) {
+    const float w = __shfl_sync(kAllLanes, s.weight, (first + i) % 32);
+    const int closes = kLevels ? __shfl_sync(kAllLanes, s.terms.closes, (first + i) % 32) : 0;
+    if (first + i > last) continue;
+    const uint4 row = Wire::template decode<Number>(v[i]);
+    sum.add(p.order, joined && (s.own.terms >> (first + i) & 1) != 0 ? own_sum : row, w, closes);
+  }
+}
+
+// Sixteen bytes of a token's sum for each lane. `own_sum`: as for add_some_rows.
 template <class Number, bool kLevels, class Wire>
-__device__ void sum_chunk(const Params& p, const Terms& t, const HomeSlots& slots, int token, std::int64_t byte,
-                          float weight, int lane) {
+__device__ void sum_chunk(const Params& p, const Summands& s, int token, std::int64_t byte, bool joined,
+                          const uint4& own_sum) {
   const bool mine = byte < p.row_bytes;
+  const std::int64_t from = mine ? byte : 0;
   Sum<Number, kLevels> sum;
   if (p.order.bias_first) add_biases(p, sum.of_all, token, byte);
-  for (int first = 0; first < t.count; first += kAhead) {
-    typename Wire::Raw v[kAhead];
-    int k[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      k[i] = __shfl_sync(kAllLanes, t.k, first + i);
-      if (first + i < t.count && mine) v[i] = Wire::load(p.encoded, slots.of(k[i]).row(token, k[i]), byte);
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i)
-      if (first + i < t.count)
-        sum.add(p.order, Wire::template decode<Number>(v[i]), __shfl_sync(kAllLanes, weight, k[i]),
-                __shfl_sync(kAllLanes, t.closes, first + i));
-  }
+  int first = 0;
+  for (; s.terms.count - first > 4; first += 8) add_some_rows<8, Wire>(p, sum, s, first, from, joined, own_sum);
+  if (first < s.terms.count) add_some_rows<4, Wire>(p, sum, s, first, from, joined, own_sum);
   if (!p.order.bias_first) add_biases(p, sum.of_all, token, byte);
   if (mine) __stcs(reinterpret_cast<uint4*>(p.out + token * p.row_bytes + byte), sum.of_all.narrow());
 }
 
-// False: not all has come.
+// The chunks [first, end) of a token. What this rank adds up itself it does before it waits for the others. False: not
+// all has come.
 template <class Number, bool kLevels, class Wire>
-__device__ bool sum_parts(const Now& now, const Params& p, const Peers& peers, const Place& at) {
+__device__ bool sum_chunks(const Now& now, const Params& p, const Summands& s, const HomeSlots& slots, int token,
+                           int first, int end, int lane) {
+  constexpr int kAtOnce = 4;
+  const bool joined = !Wire::kEncodes && adds_before(p) && s.own.terms != 0;
+  const auto byte_of = [&](int chunk) { return std::int64_t{chunk} * kChunk + 16 * lane; };
+  int part = -1;
+  for (int begun = first; begun < end; begun += kAtOnce) {
+    uint4 own_sum[kAtOnce] = {};  // in memory: unrolled, the loops are too long to stay near
+#pragma unroll 1
+    for (int i = 0; i < kAtOnce; ++i)
+      if (joined && begun + i < end)
+        own_sum[i] = sum_of_rows<Number>(p, s.own.selected, s.own.row, s.own.weight, byte_of(begun + i));
+#pragma unroll 1
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int chunk = begun + i, next_part = chunk * kChunk / p.parts.bytes;
+      if (chunk >= end) break;
+      if (next_part != part && !await_part(now, p, s.terms, slots, token, part = next_part, lane)) return false;
+      sum_chunk<Number, kLevels, Wire>(p, s, token, byte_of(chunk), joined, own_sum[i]);
+    }
+  }
+  return true;
+}
+
+// `senders`: warps of each block that have sent, which come last. False: not all has come.
+template <class Number, bool kLevels, class Wire>
+__device__ bool sum_parts(const Now& now, const Params& p, const Peers& peers, int senders, const Place& at) {
   bool good = true;
-  // A token's chunks are shared by as many warps as there are for it.
-  const int chunks = p.row_bytes > 0 ? static_cast<int>((p.row_bytes + kChunk - 1) / kChunk) : 1;
-  const int wanted = p.num_tokens > 0 ? at.warps() / p.num_tokens : 1;
-  const int sharing = wanted < 1 ? 1 : wanted > chunks ? chunks : wanted;
-  const int of_warp = (chunks + sharing - 1) / sharing;
-  const int shares = (chunks + of_warp - 1) / of_warp;
-  for (int unit = at.number(); unit < p.num_tokens * shares; unit += at.warps()) {
-    const int token = unit / shares, first = unit % shares * of_warp;
-    const Terms t = make_terms(p, peers, rank_of_selection(p, token, at.lane), at.lane);
+  const Shares shares(p, at);
+  int unit = first_to_add(at, senders);
+  const auto read = [&] {
+    const bool has = unit < shares.units;
+    return OfToken(p, has ? unit / shares.of_token : 0, has ? at.lane : p.num_topk);
+  };
+  OfToken ahead = read();
+  while (unit < shares.units) {
+    const OfToken of = ahead;
+    const int token = unit / shares.of_token, first = unit % shares.of_token * shares.of_warp;
+    unit += at.warps();
+    ahead = read();
+    const Terms t = make_terms(p, peers, of.rank, at.lane);
+    const OwnRows own(of, t);
     const HomeSlots slots(now, p, peers, t);
-    const float weight = weight_of_selection(p, token, at.lane);
-    int part = -1;
-    bool came = true;
-    for (int chunk = first; came && chunk < first + of_warp && chunk < chunks; ++chunk) {
-      const int next_part = p.row_bytes > 0 ? chunk * kChunk / p.parts.bytes : 0;
-      if (next_part != part) came = await_part(now, p, t, slots, token, part = next_part, at.lane);
-      if (!came) break;
-      if (p.row_bytes > 0)
-        sum_chunk<Number, kLevels, Wire>(p, t, slots, token, std::int64_t{chunk} * kChunk + 16 * at.lane, weight,
-                                         at.lane);
-      if (chunk == 0 && p.weights_out != nullptr) {
-        const auto entry = [&](bool wanted_here, int row, int k) {
-          return wanted_here ? __ldcg(slots.of(row).weights(token, row) + k) : 0.0f;
-        };
-        const float joined = home_weight(p, t, entry, at.lane);
-        if (at.lane < p.num_topk) p.weights_out[std::int64_t{token} * p.num_topk + at.lane] = joined;
-      }
+    const std::int32_t own_row = __shfl_sync(kAllLanes, of.own_row, t.k);
+    const Summands summands{t, own, own_row >= 0 ? p.x + own_row * p.row_bytes : slots.of(t.k).row(token, t.k),
+                            __shfl_sync(kAllLanes, of.weight, t.k)};
+    const int end = min(first + shares.of_warp, shares.chunks);
+    bool came = p.row_bytes > 0 ? sum_chunks<Number, kLevels, Wire>(now, p, summands, slots, token, first, end, at.lane)
+                                : await_part(now, p, t, slots, token, 0, at.lane);
+    if (came && first == 0 && p.weights_out != nullptr) {
+      const auto entry = [&](bool wanted_here, int row, int k) {
+        return wanted_here ? __ldcg(slots.of(row).weights(token, row) + k) : 0.0f;
+      };
+      const float joined = home_weight(p, t, entry, at.lane);
+      if (at.lane < p.num_topk) p.weights_out[std::int64_t{token} * p.num_topk + at.lane] = joined;
     }
     good = good && came;
   }

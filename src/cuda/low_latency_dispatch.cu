@@ -5,6 +5,9 @@
 // which say themselves that they have come (plan/lines.h). A warp of the receiver waits for a piece and puts it at each
 // of its experts. Far ranks get messages through the proxy thread (low_latency_dispatch_far.cuh). Phases: open, route |
 // send ... hear, gather, place.
+#include <algorithm>
+#include <cstdlib>
+
 #include "cuda/low_latency_dispatch_far.cuh"
 
 namespace deep_ep::cuda {
@@ -31,18 +34,22 @@ __device__ bool send(const Now& now, const Params& p, const Shared& shared, cons
   RouteAhead ahead;
   if (at.block < ranks) {
     ahead = RouteAhead(p, at.block, at);
-    RouteCounters(shared, p.max_slots).clear(route_warps(p.max_slots));
+    RouteCounters(shared, ahead.slots).clear(ahead.batch.warps);
   }
-  if (!open_operation(now, p.window, p.ticket, at, (p.phases & kReceive) != 0)) return false;
+  const bool open = open_operation(now, p.window, at, (p.phases & kReceive) != 0);
   const auto route = [&](int dst, const RouteAhead& first) {
     if (shared.peers.near(dst)) return route_to(now, p, shared, dst, first, at);
     if (shared.peers.active(dst)) send_far<kRows>(now, p, shared, dst, first, at);
   };
-  if (at.block < ranks) route(at.block, ahead);
+  if (open && at.block < ranks) route(at.block, ahead);
+  // Behind the barriers of those that route, and by a warp that has neither rows, most times, nor words to say.
+  if (threadIdx.x == 32 * (kLowLatencyWarps - 3)) count_on(now, p.ticket);
+  if (!open) return false;
   for (int dst = at.block + at.blocks; dst < ranks; dst += at.blocks) {  // fewer blocks than ranks
     __syncthreads();
-    RouteCounters(shared, p.max_slots).clear(route_warps(p.max_slots));
-    route(dst, RouteAhead(p, dst, at));
+    const RouteAhead next(p, dst, at);
+    RouteCounters(shared, next.slots).clear(next.batch.warps);
+    route(dst, next);
   }
   while (unit < units) {
     send_piece<kRows>(now, p, shared, loaded, rank, token, piece, at.lane);
@@ -55,19 +62,29 @@ __device__ bool send(const Now& now, const Params& p, const Shared& shared, cons
 // Phases hear, gather, place. False: not all has come.
 __device__ bool receive(const Now& now, const Params& p, const Shared& shared, const Place& at) {
   const Gathered g = gathered_of(p, shared);
-  bool good = !at.speaks() || hear(now, shared.peers, at);
-  if (!gather(now, p, shared, g, at)) return false;
-  if (at.speaks()) write_tables(p, g);
-  const int ranks = p.common.num_ranks;
   const Messages messages(now, p, p.window);
-  int tokens = 0, heard = -1;
-  for (int src = 0; src < ranks; ++src) tokens += g.tokens[src];
-  for (int unit = at.number(); good && unit < tokens * p.pieces; unit += at.warps()) {
-    int src = 0, token = unit / p.pieces;
-    const int piece = unit - token * p.pieces;
-    while (token >= g.tokens[src]) token -= g.tokens[src++];
-    good = shared.peers.far(src) ? receive_far_piece(now, p, g, {src, token, piece}, heard, at.lane)
-                                 : receive_piece(now, p, g, messages.of(src, token), src, token, piece, at.lane);
+  const int ranks = p.common.num_ranks;
+  const int most = ranks * p.max_tokens_per_rank * p.pieces;  // fits: all of them have lines, and these are memory
+  // Blocks that have routed come late.
+  int unit = at.number((p.phases & kSend) != 0 ? ranks : 0), heard = -1;
+  Incoming in(p, messages, min(unit, most - 1), at.lane);
+  bool good = !at.speaks() || hear(now, p.window, shared.peers, at);
+  good = take_counts(now, p, shared.peers, g) && good;
+  if (p.common.far.end != nullptr) good = take_far_counts(now, p, shared.peers, g, at) && good;
+  if (!__syncthreads_and(good)) return false;
+  in.look(p, at.lane);  // when the counts are here, so are most rows
+  if (!gather(now, p, g, at)) return false;
+  if (at.speaks()) write_tables(p, g);
+  int tokens = 0;
+  for (int src = 0; src < ranks; ++src) tokens = max(tokens, g.tokens[src]);
+  for (const int units = tokens * ranks * p.pieces; good && unit < units;) {
+    if (in.token < g.tokens[in.src])
+      good = shared.peers.far(in.src) ? receive_far_piece(now, p, g, {in.src, in.token, in.piece}, heard, at.lane)
+                                      : receive_piece(now, p, g, in, at.lane);
+    unit += at.warps();
+    if (unit >= units) break;
+    in = Incoming(p, messages, unit, at.lane);
+    in.look(p, at.lane);
   }
   clear_unwritten(p, g, at);
   return good;
@@ -81,6 +98,7 @@ template <Rows kRows>
 __global__ void __launch_bounds__(kLowLatencyThreads, 1) dispatch(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) std::byte memory[];
   fetch_parameters(p);
+  ptx::await_kernel_before();
   const Place at;
   const Shared shared = shared_of(p, memory);
   const bool sends = (p.phases & kSend) != 0;
@@ -118,8 +136,13 @@ const void* low_latency_dispatch_kernel(bool quantize, DType dtype) {
 
 const void* abandon_kernel() { return reinterpret_cast<const void*>(&abandon); }
 
+RouteShape route_shape(int num_topk, int max_slots) {
+  constexpr int kMostWords = 40 << 10;
+  return {32 / num_topk, std::clamp(kMostWords / (max_slots + 1) - 1, 1, kLowLatencyWarps)};
+}
+
 std::size_t low_latency_shared_bytes(const Params& p) {
-  const std::size_t routing = (static_cast<std::size_t>(route_warps(p.max_slots)) + 1) * (p.max_slots + 1);
+  const std::size_t routing = (static_cast<std::size_t>(p.route.most_warps) + 1) * (p.max_slots + 1);
   const std::size_t gathering = gathered_words(p.common.num_ranks, p.num_slots);
   return sizeof(Peer) * p.common.num_ranks + 4 * (routing > gathering ? routing : gathering);
 }
@@ -127,8 +150,22 @@ std::size_t low_latency_shared_bytes(const Params& p) {
 void launch_low_latency_dispatch(const Params& params, int blocks, cudaStream_t stream) {
   Params copy = params;
   void* arguments[] = {&copy};
-  cudaLaunchKernel(low_latency_dispatch_kernel(params.quantize, params.x_dtype), dim3(static_cast<unsigned>(blocks)),
-                   dim3(kLowLatencyThreads), arguments, low_latency_shared_bytes(params), stream);
+  launch_low_latency(low_latency_dispatch_kernel(params.quantize, params.x_dtype), blocks, arguments,
+                     low_latency_shared_bytes(params), stream);
+}
+
+void launch_low_latency(const void* kernel, int blocks, void** arguments, std::size_t shared, cudaStream_t stream) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kLowLatencyThreads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = std::getenv("EP_LL_PDL") != nullptr ? 1 : 0;
+  cudaLaunchKernelExC(&config, kernel, arguments);
 }
 
 void launch_abandon(const AbandonParams& params, cudaStream_t stream) { abandon<<<1, 32, 0, stream>>>(params); }

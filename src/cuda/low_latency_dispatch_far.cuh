@@ -63,7 +63,7 @@ template <Rows kRows>
 __device__ void send_far(const Now& now, const Params& p, const Shared& shared, int dst, const RouteAhead& ahead,
                          const Place& at) {
   __shared__ std::uint32_t puts;
-  const int slots = ahead.slots, ticket = ticket_of(now), of_step = 32 / p.num_topk;
+  const int slots = ahead.slots, ticket = ticket_of(now), of_step = p.route.of_step;
   const RouteCounters counters(shared, slots);
   std::byte* const mirror = shared.peers.window(dst);
   const std::size_t first_at = p.common.rank * p.far_source_bytes;

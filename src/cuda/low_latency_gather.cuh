@@ -98,13 +98,12 @@ __device__ void prefix_by_warp(std::int32_t* values, int count, int lane) {
   if (lane == 0) values[count] = base;
 }
 
-// Every block for itself: where the rows of each source and slot begin, as plan::make_row_plan has it.
-__device__ bool gather(const Now& now, const Params& p, const Shared& shared, const Gathered& g, const Place& at) {
+// Every block for itself, of the counts that its threads have taken, behind a block barrier: where the rows of each
+// source and slot begin, as plan::make_row_plan has it.
+__device__ bool gather(const Now& now, const Params& p, const Gathered& g, const Place& at) {
   const int ranks = p.common.num_ranks, slots = p.num_slots;
   const bool padded = p.layout == OutputLayout::kPadded;
-  bool good = take_counts(now, p, shared.peers, g);
-  if (p.common.far.end != nullptr) good = take_far_counts(now, p, shared.peers, g, at) && good;
-  if (!__syncthreads_and(good)) return false;
+  bool good = true;
   const std::int32_t padded_rows = ranks * p.max_tokens_per_rank;
   for (int slot = static_cast<int>(threadIdx.x); slot < slots; slot += kLowLatencyThreads) {
     std::int32_t sum = 0;

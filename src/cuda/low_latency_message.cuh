@@ -17,7 +17,7 @@ struct Messages {
   const Params& p;
 
   __device__ Messages(const Now& now, const Params& params, std::byte* window)
-      : base(window + now.common.layout.lines(ticket_of(now))), p(params) {}
+      : base(window + now.common.layout.lines(ticket_of(now)) + plan::call_lines(params.common.num_ranks)), p(params) {}
   __device__ std::byte* counts(int source) const { return base + source * p.count_bytes; }
   __device__ std::byte* of(int source, int token) const {
     return base + p.messages_at +
@@ -51,12 +51,6 @@ struct Shared {
 __device__ Shared shared_of(const Params& p, std::byte* memory) {
   return {{reinterpret_cast<Peer*>(memory)},
           reinterpret_cast<std::int32_t*>(memory + sizeof(Peer) * p.common.num_ranks)};
-}
-
-__host__ __device__ int route_warps(int max_slots) {
-  constexpr int kMostWords = 40 << 10;
-  const int fit = kMostWords / (max_slots + 1) - 1;
-  return fit < 1 ? 1 : fit > kLowLatencyWarps ? kLowLatencyWarps : fit;
 }
 
 }  // namespace

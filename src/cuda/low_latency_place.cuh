@@ -76,12 +76,16 @@ __device__ bool place_beside(const Params& p, const Arrived& a, const Beside& be
       reinterpret_cast<std::int32_t*>(ids)[entry] = a.slot;
     }
     p.tables.arrival_row[entry] = a.row;
+    const bool stays = a.src == p.common.rank;
+    const std::int64_t own = std::int64_t{a.token} * p.num_topk + lane;
+    if (stays) p.tables.own_row[own] = a.row;
     if (p.tables.row_token != nullptr && a.row >= 0) p.tables.row_token[a.row] = a.token;
     if (p.shape.topk_weights) {
       float weight = 0;
       good = beside.weight(weight);
       auto* const weights = reinterpret_cast<float*>(p.block + p.at.topk_weights_at);
       p.tables.arrival_weights[entry] = weight;
+      if (stays) p.tables.own_weights[own] = weight;
       if (by_rank) weights[entry] = weight;
       if (!by_rank && a.row >= 0) weights[a.row] = weight;
     }
@@ -134,56 +138,83 @@ struct ScaleAt {
   }
 };
 
-// A piece of a row and its scales, to each row of the token here. `came.vector(i)`: sixteen bytes of the lane.
+// A piece of a row and its scales, to each row of the token here. `came.vector(i)`: sixteen bytes of the lane. Each
+// lane says where that of its selection lies: one after the other, in every lane, that would take longer than all the
+// rest.
 template <class Piece>
 __device__ void place_piece(const Params& p, const Arrived& a, const Piece& came, uint4 scales, int piece, int lane) {
   const int count = vectors_of(p, piece, lane);
-  const auto row_bytes = static_cast<std::int64_t>(p.shape.row_bytes);
-  std::byte* const first = p.block + p.at.x_at + piece * plan::kPieceBytes + 16 * lane;
+  const std::int64_t row = a.row >= 0 ? a.row : 0;
+  std::byte* const row_at =
+      p.block + p.at.x_at + row * static_cast<std::int64_t>(p.shape.row_bytes) + piece * plan::kPieceBytes;
+  std::int32_t* const scales_at = p.quantize ? scales_of(p, row) : nullptr;
   const bool writes = p.quantize && writes_scales(p, count, lane);
   const ScaleAt scale(p, piece, lane);
+  const std::int64_t first = scale.first * p.at.scale_column_stride, step = scale.step * p.at.scale_column_stride;
+  const uint4 v[plan::kPieceVectors] = {came.vector(0), came.vector(1), came.vector(2)};
   for (unsigned rest = targets_of(p, a); rest != 0; rest &= rest - 1) {
-    const std::int64_t row = __shfl_sync(kAllLanes, a.row, __ffs(rest) - 1);
+    const int k = __ffs(rest) - 1;
+    std::byte* const to = from_lane(row_at, k) + 16 * lane;
 #pragma unroll
     for (int i = 0; i < plan::kPieceVectors; ++i)
-      if (i < count) store16(first + row * row_bytes + 512 * i, came.vector(i));
-    if (!writes) continue;
-    std::int32_t* const to = scales_of(p, row);
-    for (int i = 0; i < count; ++i)
-      to[(scale.first + i * scale.step) * p.at.scale_column_stride] = static_cast<std::int32_t>(word_of(scales, i));
+      if (i < count) store16(to + 512 * i, v[i]);
+    if (!p.quantize) continue;
+    std::int32_t* const scale_to = from_lane(scales_at, k) + first;
+#pragma unroll
+    for (int i = 0; i < plan::kPieceVectors; ++i)
+      if (writes && i < count) scale_to[i * step] = static_cast<std::int32_t>(word_of(scales, i));
   }
 }
 
-// A warp: waits for a piece of a token and places it. False: it did not come.
-__device__ bool receive_piece(const Now& now, const Params& p, const Gathered& g, const std::byte* message, int src,
-                              int token, int piece, int lane) {
-  const std::uint32_t number = number_of(now);
-  const int count = vectors_of(p, piece, lane);
-  const bool scaled = p.quantize && writes_scales(p, count, lane);
+// A piece of a token that may come, as a warp looks for it.
+struct Incoming {
+  const std::byte* message = nullptr;
+  int src = 0, token = 0, piece = 0;
+  int count = 0;  // of the lane's vectors
+  bool scaled = false;
   PieceLines row;
   uint4 head{}, scales{};
-  for (int looks = 1;; ++looks) {
+
+  // Pieces in the order of token numbers, whoever sends them: which is which is known before anybody has counted.
+  __device__ Incoming(const Params& p, const Messages& messages, int unit, int lane) {
+    const int ranks = p.common.num_ranks, message_number = unit / p.pieces;
+    piece = unit - message_number * p.pieces;
+    token = message_number / ranks;
+    src = message_number - token * ranks;
+    message = messages.of(src, token);
+    count = vectors_of(p, piece, lane);
+    scaled = p.quantize && writes_scales(p, count, lane);
+  }
+  __device__ void look(const Params& p, int lane) {
     if (lane < p.num_topk) head = ptx::load_whole_system(message + plan::kLineBytes * lane);
     row.look(message + p.lines.row_at + piece * plan::kPieceLineBytes, count, lane);
     if (scaled) scales = ptx::load_whole_system(message + p.lines.scales_at + scale_line(piece, lane));
-    const bool told = lane >= p.num_topk || head.w == number;
-    const bool stays_away = __shfl_sync(kAllLanes, told && static_cast<std::int32_t>(head.z) < 0, 0);
+  }
+};
+
+// A warp: waits for a piece of a token, at which it has looked once, and places it. False: it did not come.
+__device__ bool receive_piece(const Now& now, const Params& p, const Gathered& g, Incoming& in, int lane) {
+  const std::uint32_t number = number_of(now);
+  for (int looks = 1;; ++looks, in.look(p, lane)) {
+    const bool told = lane >= p.num_topk || in.head.w == number;
+    const bool stays_away = __shfl_sync(kAllLanes, told && static_cast<std::int32_t>(in.head.z) < 0, 0);
     if (stays_away) return true;
-    const bool came = told && row.came(count, number) && (!scaled || scales.w == number);
+    const bool came = told && in.row.came(in.count, number) && (!in.scaled || in.scales.w == number);
     if (__all_sync(kAllLanes, came)) break;
-    if (looks % kLooksBetweenClocks == 0 && gives_up(now, came, src)) return false;
+    if (looks % kLooksBetweenClocks == 0 && gives_up(now, came, in.src)) return false;
     // Waiting looks at two lines, the head's first and, once that says that the token comes, the piece's last: at all
     // of them, hundreds of warps would hold up those who write.
-    const std::byte* const last = message + p.lines.row_at + piece * plan::kPieceLineBytes + 512 * plan::kPieceVectors;
+    const std::byte* const last =
+        in.message + p.lines.row_at + in.piece * plan::kPieceLineBytes + 512 * plan::kPieceVectors;
     const bool heads = __any_sync(kAllLanes, !told) != 0;
-    if (!await_watched(now, lane == 0 ? (heads ? message : last) : nullptr, src)) return false;
+    if (!await_watched(now, lane == 0 ? (heads ? in.message : last) : nullptr, in.src)) return false;
   }
-  const Told of_lane{static_cast<std::int32_t>(head.x), static_cast<std::int32_t>(head.y),
-                     static_cast<std::int32_t>(__shfl_sync(kAllLanes, head.z, 0))};
-  const Arrived a = arrived(p, g, message, src, token, of_lane, lane);
+  const Told told{static_cast<std::int32_t>(in.head.x), static_cast<std::int32_t>(in.head.y),
+                  static_cast<std::int32_t>(__shfl_sync(kAllLanes, in.head.z, 0))};
+  const Arrived a = arrived(p, g, in.message, in.src, in.token, told, lane);
   if (a.arrival < 0) return true;
-  place_piece(p, a, row, scales, piece, lane);
-  return piece != 0 || place_rest(p, a, LinesBeside{now, p, a, lane}, lane);
+  place_piece(p, a, in.row, in.scales, in.piece, lane);
+  return in.piece != 0 || place_rest(p, a, LinesBeside{now, p, a, lane}, lane);
 }
 
 // Rows that nobody writes: padding between experts is zero, ids behind the last arrival say "nobody".

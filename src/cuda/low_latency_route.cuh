@@ -29,7 +29,7 @@ struct Selection {
 };
 // Those of a step of a warp: whole tokens, as many as there are lanes for.
 __device__ Selection read_selection(const Params& p, int first, int lane) {
-  const int of_step = 32 / p.num_topk, token = first + lane / p.num_topk;
+  const int of_step = p.route.of_step, token = first + lane / p.num_topk;
   Selection s;
   if (lane >= of_step * p.num_topk || token >= p.num_tokens) return s;
   s.expert = expert_of(p, std::int64_t{first} * p.num_topk + lane);
@@ -39,17 +39,18 @@ __device__ Selection read_selection(const Params& p, int first, int lane) {
 
 // What a lane knows of its selection after the count inside its warp.
 struct Routed {
-  int token, k;  // token -1: none
-  int slot;      // -1: not at this destination
-  int row;       // as the how-manieth of this warp
-  int arrival;   // of the token's first selection there; -1 elsewhere
+  int token, k;    // token -1: none
+  int slot;        // -1: not at this destination
+  int row;         // as the how-manieth of this warp
+  int arrival;     // of the token's first selection there; -1 elsewhere
+  unsigned lanes;  // of the token
 };
 
-// One step of a warp.
+// One step of a warp. Lanes are matched by few values only: an instruction that matches takes a turn for each.
 __device__ Routed route_step(const Params& p, const Peers& peers, std::int32_t* counters, int dst, int first, int slots,
                              const Selection& selection, int lane, unsigned long long* bad) {
-  const int of_step = 32 / p.num_topk, of_lane = lane / p.num_topk, token = first + of_lane;
-  Routed r{-1, lane - of_lane * p.num_topk, -1, 0, -1};
+  const int of_step = p.route.of_step, of_lane = lane / p.num_topk, token = first + of_lane;
+  Routed r{-1, lane - of_lane * p.num_topk, -1, 0, -1, (kAllLanes >> (32 - p.num_topk)) << (of_lane * p.num_topk)};
   if (of_lane < of_step && token < p.num_tokens) {
     const std::int64_t at = std::int64_t{first} * p.num_topk + lane;
     if (selection.expert >= p.num_experts) atomicMin(bad, static_cast<unsigned long long>(at));
@@ -59,10 +60,10 @@ __device__ Routed route_step(const Params& p, const Peers& peers, std::int32_t* 
     if (dst == p.common.rank) p.dst_rank[at] = rank;
   }
   const unsigned below = (1u << lane) - 1;
-  const unsigned same_token = __match_any_sync(kAllLanes, r.slot >= 0 ? of_lane : -1 - lane);
+  const unsigned same_token = __ballot_sync(kAllLanes, r.slot >= 0) & r.lanes;
   const bool leads = r.slot >= 0 && (same_token & below) == 0;
   const unsigned leaders = __ballot_sync(kAllLanes, leads);
-  const unsigned same_slot = __match_any_sync(kAllLanes, r.slot >= 0 ? r.slot : -1 - lane);
+  const unsigned same_slot = __match_any_sync(kAllLanes, r.slot);
   if (r.slot >= 0) r.row = counters[r.slot] + __popc(same_slot & below);
   if (leads) r.arrival = counters[slots] + __popc(leaders & below);
   __syncwarp();
@@ -116,9 +117,10 @@ constexpr unsigned long long kNoSelection = ~0ull;
 
 // How many tokens a batch of a block has, and how they are shared.
 struct Batch {
-  int steps, of_warp, tokens, warps;
+  int steps = 0, of_warp = 0, tokens = 0, warps = 0;
+  __device__ Batch() {}
   __device__ Batch(const Params& p, int left) {
-    const int of_step = 32 / p.num_topk, most_warps = route_warps(p.max_slots);
+    const int of_step = p.route.of_step, most_warps = p.route.most_warps;
     const int wanted = (left + most_warps * of_step - 1) / (most_warps * of_step);
     steps = max(min(wanted, kRouteSteps), 1);
     of_warp = of_step * steps;
@@ -136,13 +138,19 @@ __device__ __noinline__ void refuse_selection(const Now& now, const Params& p, i
   publish_to(now, dst, net::Flag::kAnnounced, kBadExpert, plan::WindowLayout::kAnnouncementHead);
 }
 
-// What a block has read before it may write to anybody: its first step, and how many slots its destination has.
+// What a block knows before it may write to anybody: its first batch and step, and how many slots its destination has.
 struct RouteAhead {
-  Selection selection;
+  Batch batch;
+  Selection selection[kRouteSteps];
   int slots = 0;
   __device__ RouteAhead() {}
-  __device__ RouteAhead(const Params& p, int dst, const Place& at)
-      : selection(read_selection(p, at.warp * Batch(p, p.num_tokens).of_warp, at.lane)), slots(slots_of(p, dst)) {}
+  __device__ RouteAhead(const Params& p, int dst, const Place& at) : batch(p, p.num_tokens), slots(slots_of(p, dst)) {
+    const int first = at.warp * batch.of_warp;
+#pragma unroll
+    for (int i = 0; i < kRouteSteps; ++i)
+      if (i < batch.steps && first < p.num_tokens)
+        selection[i] = read_selection(p, first + i * p.route.of_step, at.lane);
+  }
 };
 
 // A block: which of our tokens go to one destination, in token order; all of them, and each slot's, are counted in
@@ -153,11 +161,11 @@ template <class Placing>
 __device__ unsigned long long route_tokens(const Params& p, const Shared& shared, int dst, const RouteAhead& ahead,
                                            const RouteCounters& counters, const Place& at, const Placing& place) {
   __shared__ unsigned long long bad;  // lowest selection that does not exist
-  const int slots = ahead.slots, of_step = 32 / p.num_topk;
+  const int slots = ahead.slots, of_step = p.route.of_step;
   if (threadIdx.x == 0) bad = kNoSelection;
   __syncthreads();
   for (int done = 0; done < p.num_tokens;) {
-    const Batch batch(p, p.num_tokens - done);
+    const Batch batch = done == 0 ? ahead.batch : Batch(p, p.num_tokens - done);
     const int first = done + at.warp * batch.of_warp;
     Routed routed[kRouteSteps];
     if (at.warp < batch.warps) {
@@ -165,7 +173,7 @@ __device__ unsigned long long route_tokens(const Params& p, const Shared& shared
       for (int i = 0; i < kRouteSteps; ++i) {
         if (i >= batch.steps) continue;
         const int begin = first + i * of_step;
-        const Selection selection = done == 0 && i == 0 ? ahead.selection : read_selection(p, begin, at.lane);
+        const Selection selection = done == 0 ? ahead.selection[i] : read_selection(p, begin, at.lane);
         routed[i] = route_step(p, shared.peers, counters.of(at.warp), dst, begin, slots, selection, at.lane, &bad);
       }
     }
@@ -177,8 +185,7 @@ __device__ unsigned long long route_tokens(const Params& p, const Shared& shared
       for (int i = 0; i < kRouteSteps; ++i) {
         if (i >= batch.steps) continue;
         const Routed& r = routed[i];
-        const unsigned of_token = __match_any_sync(kAllLanes, r.token >= 0 ? r.token : -1 - at.lane);
-        const unsigned leader = __ballot_sync(kAllLanes, r.arrival >= 0) & of_token;
+        const unsigned leader = __ballot_sync(kAllLanes, r.arrival >= 0) & r.lanes;
         const int arrival = __shfl_sync(kAllLanes, r.arrival, leader != 0 ? __ffs(leader) - 1 : at.lane);
         const int row = r.slot >= 0 ? r.row + counters.of(at.warp)[r.slot] : 0;
         place(r, row, leader != 0 ? arrival + counters.of(at.warp)[slots] : -1);
@@ -218,8 +225,11 @@ __device__ void route_to(const Now& now, const Params& p, const Shared& shared, 
                                   : uint4{count(slot), count(slot + 1), count(slot + 2), number};
     ptx::store_whole_system(messages.counts(me) + plan::kLineBytes * line, words);
   }
-  // The signature was written before the block's barriers.
-  if (threadIdx.x != kLowLatencyThreads - 1) return;
+  // Only now: a call that refuses a selection is none that the peer may go on with.
+  if (at.warp != kLowLatencyWarps - 1) return;
+  write_call(now, window, at.lane);
+  __syncwarp();
+  if (at.lane != 0) return;
   publish(now, &words_in(now, window, me).announced, kSame);
   count_sent(p.common, dst, static_cast<std::uint64_t>(counters.carry[slots]) * p.message_bytes);
 }

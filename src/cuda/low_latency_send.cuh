@@ -193,17 +193,18 @@ __device__ void send_piece(const Now& now, const Params& p, const Shared& shared
   const Outgoing out = loaded.outgoing(p, token, piece, lane);
   const unsigned same = __match_any_sync(kAllLanes, rank);
   const unsigned leaders = __ballot_sync(kAllLanes, rank >= 0 && (same & ((1u << lane) - 1)) == 0);
+  // Each lane says where that of its selection lies.
+  std::byte* const of_lane = rank >= 0 ? Messages(now, p, shared.peers.window(rank)).of(p.common.rank, token) : nullptr;
   const int count = vectors_of(p, piece, lane);
   const std::uint32_t number = number_of(now);
   const bool beside = piece == 0 && (p.shape.topk_weights || p.scales != nullptr || p.shape.num_side > 0);
   for (unsigned rest = leaders; rest != 0; rest &= rest - 1) {
-    const int dst = __shfl_sync(kAllLanes, rank, __ffs(rest) - 1);
-    std::byte* const message = Messages(now, p, shared.peers.window(dst)).of(p.common.rank, token);
+    std::byte* const message = from_lane(of_lane, __ffs(rest) - 1);
     out.row.send(message + p.lines.row_at + piece * plan::kPieceLineBytes, count, number, lane);
     if (kRows != Rows::kAsTheyAre && writes_scales(p, count, lane))
       ptx::store_whole_system(message + p.lines.scales_at + scale_line(piece, lane),
                               {out.scales[0], out.scales[1], out.scales[2], number});
-    if (beside) send_beside(p, message, dst, rank, token, number, lane);
+    if (beside) send_beside(p, message, __shfl_sync(kAllLanes, rank, __ffs(rest) - 1), rank, token, number, lane);
   }
 }
 

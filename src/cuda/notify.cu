@@ -28,35 +28,18 @@ __device__ int lanes_at_work(const NotifyParams& p) { return p.num_topk <= 32 ? 
 __device__ std::int64_t earlier_selection(const NotifyParams& p, std::int64_t at, int rank, int lane) {
   if (p.num_topk <= 32) {
     const int token_here = lane / p.num_topk;
-    const unsigned same = __match_any_sync(kAllLanes, rank >= 0 ? rank * 32 + token_here : -1 - lane);
+    const unsigned same = __match_any_sync(kAllLanes, rank >= 0 ? rank * 32 + token_here : -1);
     const int first = __ffs(same) - 1;
-    return first < lane ? at - (lane - first) : -1;
+    return rank >= 0 && first < lane ? at - (lane - first) : -1;
   }
   for (std::int64_t i = at / p.num_topk * p.num_topk; rank >= 0 && i < at; ++i)
     if (p.routes.dst_rank[i] == rank) return i;
   return -1;
 }
 
-__device__ void route_selection(const NotifyParams& p, std::int64_t at, int& rank, int& slot) {
-  const std::int64_t expert = p.topk_idx_64 ? static_cast<const std::int64_t*>(p.topk_idx)[at]
-                                            : static_cast<const std::int32_t*>(p.topk_idx)[at];
-  rank = slot = -1;
-  if (expert >= p.num_experts) {
-    auto* lowest = reinterpret_cast<unsigned long long*>(&p.common.state->bad_selection);
-    // Kept as the complement, so that zero stands for none and the largest is the first.
-    atomicMax(lowest, ~static_cast<unsigned long long>(at));
-  } else if (expert >= 0) {
-    const Placement::Replica to = plan::route(p.placement, static_cast<int>(expert), p.common.rank, at / p.num_topk);
-    if (p.common.peers[to.rank].active) {
-      rank = to.rank;
-      slot = to.slot;
-    }
-  }
-}
-
 // Adds to a counter for each group of lanes with the same key; gives each lane the counter before it.
 __device__ std::int32_t take_numbers(std::int32_t* counters, int key, int lane) {
-  const unsigned same = __match_any_sync(kAllLanes, key >= 0 ? key : -1 - lane);
+  const unsigned same = __match_any_sync(kAllLanes, key);  // by few values: it takes a turn for each
   const std::int32_t before = key >= 0 ? counters[key] + __popc(same & ((1u << lane) - 1)) : -1;
   __syncwarp();
   if (key >= 0 && lane == __ffs(same) - 1) counters[key] += __popc(same);
@@ -64,36 +47,82 @@ __device__ std::int32_t take_numbers(std::int32_t* counters, int key, int lane) 
   return before;
 }
 
-__device__ int row_key(const NotifyParams& p, int rank, int slot) {
-  return rank < 0 ? -1 : p.common.num_ranks + p.first_copy[rank] + slot;
+// What memory must bring is asked for this many steps at once, and without a condition: behind a test, one load would
+// wait for the other. A lane that has no selection asks for the segment's last.
+constexpr int kAhead = 8;
+
+struct Steps {
+  std::int64_t base, end;
+  int lanes, lane;
+  __device__ std::int64_t at(int i) const { return base + i * lanes + lane; }
+  __device__ bool has(int i) const { return lane < lanes && at(i) < end; }
+  __device__ std::int64_t asked(int i) const { return at(i) < end ? at(i) : end - 1; }
+  __device__ bool over(int i) const { return at(i) - lane >= end; }
+};
+
+// Where selections go, -1: nowhere.
+__device__ void route_steps(const NotifyParams& p, const Steps& steps, int (&rank)[kAhead], int (&slot)[kAhead]) {
+  std::int64_t expert[kAhead];
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i)
+    expert[i] = p.topk_idx_64 ? static_cast<const std::int64_t*>(p.topk_idx)[steps.asked(i)]
+                              : static_cast<const std::int32_t*>(p.topk_idx)[steps.asked(i)];
+  Placement::Replica to[kAhead];
+  const auto known = [&](int i) { return expert[i] >= 0 && expert[i] < p.num_experts; };
+  if (p.num_copies == p.num_experts) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) to[i] = p.placement.replicas[known(i) ? expert[i] : 0];
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < kAhead; ++i)
+      to[i] = plan::route(p.placement, known(i) ? static_cast<int>(expert[i]) : 0, p.common.rank,
+                          steps.asked(i) / p.num_topk);
+  }
+  std::int32_t active[kAhead];
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) active[i] = p.common.peers[to[i].rank].active;
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    const bool goes = steps.has(i) && known(i) && active[i] != 0;
+    rank[i] = goes ? to[i].rank : -1;
+    slot[i] = goes ? to[i].slot : -1;
+    if (!steps.has(i) || expert[i] < p.num_experts) continue;
+    auto* lowest = reinterpret_cast<unsigned long long*>(&p.common.state->bad_selection);
+    // Kept as the complement, so that zero stands for none and the largest is the first.
+    atomicMax(lowest, ~static_cast<unsigned long long>(steps.at(i)));
+  }
 }
 
-// What memory must bring is asked for this many steps at once.
-constexpr int kAhead = 8;
+// The counter of each selection's rows.
+__device__ void row_keys(const NotifyParams& p, const int (&rank)[kAhead], const int (&slot)[kAhead],
+                         int (&key)[kAhead]) {
+  std::int32_t first[kAhead];
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) first[i] = p.first_copy[max(rank[i], 0)];
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) key[i] = rank[i] < 0 ? -1 : p.common.num_ranks + first[i] + slot[i];
+}
 
 // Phase route: one warp's tokens, and how many of them go where.
 __device__ void route_segment(const NotifyParams& p, const Segment& segment, std::int32_t* counters, int lane) {
   const int lanes = lanes_at_work(p);
   for (std::int64_t base = segment.first; base < segment.end; base += kAhead * lanes) {
-    int rank[kAhead], slot[kAhead];
+    const Steps steps{base, segment.end, lanes, lane};
+    int rank[kAhead], slot[kAhead], key[kAhead];
+    route_steps(p, steps, rank, slot);
+    row_keys(p, rank, slot, key);
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const std::int64_t at = base + i * lanes + lane;
-      rank[i] = slot[i] = -1;
-      if (lane < lanes && at < segment.end) route_selection(p, at, rank[i], slot[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const std::int64_t at = base + i * lanes + lane;
-      if (at - lane >= segment.end) break;
-      if (lane < lanes && at < segment.end) {
+      if (steps.over(i)) break;
+      const std::int64_t at = steps.at(i);
+      if (steps.has(i)) {
         p.routes.dst_rank[at] = rank[i];
         p.routes.slot[at] = slot[i];
       }
       __syncwarp();
       const bool counted = earlier_selection(p, at, rank[i], lane) < 0 && rank[i] >= 0;
       take_numbers(counters, counted ? rank[i] : -1, lane);
-      take_numbers(counters, row_key(p, rank[i], slot[i]), lane);
+      take_numbers(counters, key[i], lane);
     }
   }
 }
@@ -112,22 +141,25 @@ __device__ std::int32_t arrival_of(const NotifyParams& p, std::int64_t at, bool 
 __device__ void number_segment(const NotifyParams& p, const Segment& segment, std::int32_t* counters, int lane) {
   const int lanes = lanes_at_work(p);
   for (std::int64_t base = segment.first; base < segment.end; base += kAhead * lanes) {
-    int rank[kAhead], slot[kAhead];
+    const Steps steps{base, segment.end, lanes, lane};
+    int rank[kAhead], slot[kAhead], key[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const std::int64_t at = base + i * lanes + lane;
-      const bool mine = lane < lanes && at < segment.end;
-      rank[i] = mine ? p.routes.dst_rank[at] : -1;
-      slot[i] = mine ? p.routes.slot[at] : -1;
+      rank[i] = p.routes.dst_rank[steps.asked(i)];
+      slot[i] = p.routes.slot[steps.asked(i)];
     }
 #pragma unroll
+    for (int i = 0; i < kAhead; ++i)
+      if (!steps.has(i)) rank[i] = -1;
+    row_keys(p, rank, slot, key);
+#pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const std::int64_t at = base + i * lanes + lane;
-      if (at - lane >= segment.end) break;
-      const bool mine = lane < lanes && at < segment.end;
+      if (steps.over(i)) break;
+      const std::int64_t at = steps.at(i);
+      const bool mine = steps.has(i);
       const std::int64_t earlier = earlier_selection(p, at, rank[i], lane);
       const std::int32_t own = take_numbers(counters, rank[i] >= 0 && earlier < 0 ? rank[i] : -1, lane);
-      const std::int32_t row = take_numbers(counters, row_key(p, rank[i], slot[i]), lane);
+      const std::int32_t row = take_numbers(counters, key[i], lane);
       const std::int32_t arrival = arrival_of(p, at, mine, earlier, own, lane);
       if (!mine) continue;
       p.routes.relative_arrival[at] = arrival;
@@ -314,7 +346,7 @@ __global__ void __launch_bounds__(kThreads) notify(const __grid_constant__ Notif
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence_system();
+    ptx::fence_system();
     *static_cast<volatile std::uint64_t*>(&p.common.mailbox->counted) = p.common.serial;
   }
 }

@@ -26,6 +26,29 @@ __device__ __noinline__ inline std::uint64_t advance_released(const Now& now, st
   return state.released = released;
 }
 
+/// One warp: as advance_released, its loads all at once. `ending`: an operation that counts as ended, or 0.
+__device__ inline std::uint64_t advance_released_by_warp(const Now& now, std::uint64_t begun, std::uint64_t ending,
+                                                         int lane) {
+  constexpr int kDepth = plan::kOperationsInFlight;
+  static_assert(kDepth <= 32);
+  State& state = *now.common.state;
+  const std::uint64_t released = state.released;
+  const std::uint64_t ended = state.ended[lane % kDepth], abandoned = state.abandoned[lane % kDepth];
+  const std::uint64_t next = released + 1 + static_cast<std::uint64_t>(lane);
+  const int at = static_cast<int>(next % kDepth);
+  const std::uint64_t ended_next = __shfl_sync(kAllLanes, static_cast<unsigned long long>(ended), at);
+  const std::uint64_t abandoned_next = __shfl_sync(kAllLanes, static_cast<unsigned long long>(abandoned), at);
+  const bool over = next <= begun && (ended_next == next || ending == next);
+  const unsigned ends = __ballot_sync(kAllLanes, !over || abandoned_next == next);
+  unsigned long long result = released + static_cast<unsigned>(__ffs(ends) - 1);
+  // Lane 31 is never over: no more operations are in flight than half a warp has lanes.
+  if (lane == 0 && __ffs(ends) > 1) state.released = result;
+  const bool waits = __shfl_sync(kAllLanes, static_cast<int>(over), __ffs(ends) - 1) != 0;
+  __syncwarp();
+  if (waits && lane == 0) result = advance_released(now, begun);
+  return __shfl_sync(kAllLanes, result, 0);
+}
+
 /// One thread: tells a far rank. Our reads come before the signal, which is a release.
 __device__ inline void tell_far_progress(const Now& now, int peer, std::uint64_t released, std::uint64_t sent) {
   net::Signal signal;
@@ -42,7 +65,7 @@ __device__ inline void tell_far_progress(const Now& now, int peer, std::uint64_t
 __device__ inline void tell_progress(const Now& now, int peer, std::uint64_t released, std::uint64_t sent) {
   if (now.far(peer)) return tell_far_progress(now, peer, released, sent);
   Progress& there = now.progress(peer, now.common.rank);
-  __threadfence_system();
+  ptx::fence_system();
   ptx::store_relaxed_system(&there.sent, sent);
   ptx::store_relaxed_system(&there.released, released);
 }
@@ -52,9 +75,11 @@ __device__ inline void finish(const Now& now) {
   __shared__ std::uint64_t released;
   State& state = *now.common.state;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    state.ended[now.epoch % plan::kOperationsInFlight] = now.epoch;
-    released = advance_released(now, now.epoch);
+  if (threadIdx.x < 32) {
+    const int lane = static_cast<int>(threadIdx.x);
+    if (lane == 0) state.ended[now.epoch % plan::kOperationsInFlight] = now.epoch;
+    const std::uint64_t upto = advance_released_by_warp(now, now.epoch, now.epoch, lane);
+    if (lane == 0) released = upto;
   }
   __syncthreads();
   // Other warps, where there are any: thread 0 has to wait for a fence of its own.
@@ -66,7 +91,7 @@ __device__ inline void finish(const Now& now) {
   state.barrier = state.blocks_done = 0;
   state.bad_selection = 0;
   state.epoch = now.epoch;
-  __threadfence_system();
+  ptx::fence_system();
   *static_cast<volatile std::uint64_t*>(&now.common.mailbox->completed) = now.common.serial;
 }
 

@@ -31,14 +31,18 @@ __device__ __forceinline__ std::uint64_t load_acquire_system(const std::uint64_t
   asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
   return value;
 }
-__device__ __forceinline__ void store_release_system(std::uint32_t* word, std::uint32_t value) {
-  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+__device__ __forceinline__ void store_relaxed_system(std::uint32_t* word, std::uint32_t value) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
 }
 __device__ __forceinline__ std::uint32_t load_acquire_system(const std::uint32_t* word) {
   std::uint32_t value;
   asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
   return value;
 }
+
+// Makes a relaxed store after it a release. Lighter than __threadfence_system(), which puts all fences in one order:
+// nobody here needs that.
+__device__ __forceinline__ void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // Sixteen bytes as one: whoever loads them sees all of one store. Relaxed, as they publish nothing but themselves.
 __device__ __forceinline__ void store_whole_system(void* at, uint4 v) {
@@ -71,10 +75,24 @@ __device__ __forceinline__ std::uint32_t load_acquire(const std::uint32_t* word)
   return value;
 }
 
+// A kernel that was launched to begin before the one before it has ended: what that one wrote is there after this.
+__device__ __forceinline__ void await_kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ std::uint64_t nanoseconds() {
   std::uint64_t value;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(value));
   return value;
+}
+
+// Sixteen bytes that nobody writes meanwhile. Volatile, so that several stay in one row of loads.
+__device__ __forceinline__ uint4 load_constant(const void* at) {
+  uint4 v;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
+  return v;
 }
 
 // Sixteen bytes past L1: read once, or written for somebody else.
@@ -177,6 +195,11 @@ __device__ __forceinline__ float reciprocal(float b) {
   return y;
 }
 
+// The first so many threads of a block that take part wait for one another; `barrier`: 1 to 15, 0 is __syncthreads.
+__device__ __forceinline__ void barrier_of_some(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 #if EP_BULK_COPY
 __device__ __forceinline__ std::uint32_t shared_address(const void* at) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(at));
@@ -216,6 +239,10 @@ __device__ __forceinline__ void bulk_store(void* global, const void* shared, std
                : "memory");
 }
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Into the second-level cache. 16-byte aligned, a multiple of 16 bytes.
+__device__ __forceinline__ void bulk_prefetch(const void* global, std::uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
 // All but this thread's last `kPending` groups have read their shared memory: it may be written again.
 template <int kPending>
 __device__ __forceinline__ void bulk_wait_read() {

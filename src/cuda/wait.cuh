@@ -70,7 +70,7 @@ __device__ __noinline__ inline void report(const Now& now, Fault::Kind kind, int
   fault.num_topk = now.common.signature[Signature::kTopk];
   fault.num_experts = now.common.signature[Signature::kExperts];
   for (int i = 0; i < kRefusalBytes; ++i) fault.refusal[i] = refusal != nullptr ? refusal[i] : '\0';
-  __threadfence_system();  // the record, then the mark that it is there
+  ptx::fence_system();  // the record, then the mark that it is there
   fault.kind = kind;
 }
 
@@ -121,7 +121,7 @@ __device__ inline void publish(const Now& now, std::uint64_t* word, std::uint32_
 /// The same for two words at once: the fence before them makes both stores releases, and is waited for once.
 __device__ inline void publish(const Now& now, std::uint64_t* first, std::uint32_t value, std::uint64_t* second,
                                std::uint32_t second_value) {
-  __threadfence_system();
+  ptx::fence_system();
   ptx::store_relaxed_system(first, now.epoch << 32 | value);
   ptx::store_relaxed_system(second, now.epoch << 32 | second_value);
 }
@@ -144,6 +144,15 @@ __device__ __noinline__ inline bool await_room(const Now& now, int peer, int dep
   return true;
 }
 
+/// One thread: the first field of the peer's call that is not ours, or -1. All are read before any is looked at.
+__device__ __forceinline__ int differing_field(const Now& now, const Announcement& theirs) {
+  int differs = -1;
+#pragma unroll
+  for (int field = Signature::kNumFields - 1; field >= 0; --field)
+    if (theirs.signature[field] != now.common.signature[field]) differs = field;
+  return differs;
+}
+
 /// One thread: the call that the peer has announced is ours.
 __device__ __noinline__ inline bool is_same_call(const Now& now, int peer, std::uint32_t value) {
   const Announcement& theirs = now.announcement(now.common.rank, peer);
@@ -155,10 +164,7 @@ __device__ __noinline__ inline bool is_same_call(const Now& now, int peer, std::
     report(now, Fault::kRefused, peer, 0, 0, 0, theirs.refusal);
     return false;
   }
-  int differs = -1;
-#pragma unroll
-  for (int field = Signature::kNumFields - 1; field >= 0; --field)  // all are read before any is looked at
-    if (theirs.signature[field] != now.common.signature[field]) differs = field;
+  const int differs = differing_field(now, theirs);
   if (differs < 0) return true;
   report(now, Fault::kDiffers, peer, now.common.signature[differs], theirs.signature[differs], differs);
   return false;
@@ -201,7 +207,7 @@ __device__ inline bool last_block(const Now& now) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence_system();
+    ptx::fence_system();
     last = ptx::add_acquire_release(&now.common.state->blocks_done, 1) + 1 == gridDim.x;
   }
   __syncthreads();

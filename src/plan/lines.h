@@ -26,6 +26,14 @@ inline constexpr int kPieceLineBytes = 4 * 32 * kLineBytes;
 /// Combine: more rows than this cost more by the third that lines add than they save.
 inline constexpr int kFewRows = 256;
 
+/// Every low-latency call begins with the calls themselves, one rank's after the other: a line for each field of a
+/// signature, at the front of the ticket's lines whatever the call is.
+inline constexpr int kMostFields = 32;
+inline constexpr int kCallBytes = kMostFields * kLineBytes;
+EP_HOST_DEVICE constexpr std::size_t call_lines(int num_ranks) {
+  return static_cast<std::size_t>(num_ranks) * kCallBytes;
+}
+
 EP_HOST_DEVICE constexpr int pieces_of_row(std::int64_t row_bytes) {
   return static_cast<int>((row_bytes + kPieceBytes - 1) / kPieceBytes);
 }
@@ -89,10 +97,11 @@ inline std::size_t count_bytes(int slots) {
   return align_up(static_cast<std::size_t>(count_lines(slots)) * kLineBytes, kRegionAlignment);
 }
 
-/// Bytes of lines of a dispatch: counts of each source, then a message for each of its tokens.
+/// Bytes of lines of a dispatch: the calls, counts of each source, then a message for each of its tokens.
 inline std::size_t dispatch_lines(int num_ranks, int max_tokens, int max_slots, const LineMessage& message) {
   const auto ranks = static_cast<std::size_t>(num_ranks);
-  return ranks * (count_bytes(max_slots) + static_cast<std::size_t>(max_tokens) * message.bytes);
+  return call_lines(num_ranks) +
+         ranks * (count_bytes(max_slots) + static_cast<std::size_t>(max_tokens) * message.bytes);
 }
 
 /// Bytes of lines that one ticket needs: every dispatch within `capacity`, and combine of few rows.
@@ -109,6 +118,7 @@ inline std::size_t line_bytes(const LowLatencyCapacity& capacity, int num_ranks,
       dispatch_lines(num_ranks, capacity.max_tokens_per_rank, max_slots, LineMessage::place(shape));
   const auto rows = static_cast<std::size_t>(std::min(capacity.max_tokens_per_rank * capacity.num_topk, kFewRows));
   const std::size_t combine =
+      call_lines(num_ranks) +
       rows * combine_slot_lines(static_cast<std::int64_t>(capacity.row_bytes), capacity.num_topk);
   return align_up(std::max(dispatch, combine), kRegionAlignment);
 }
