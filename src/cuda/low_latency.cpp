@@ -2,7 +2,6 @@
 // The host's part of low latency: makes room, fills the kernels' arguments once, and launches the same kernel to send
 // and to receive.
 #include <algorithm>
-#include <cstdlib>
 
 #include "check.h"
 #include "cuda/failure.h"
@@ -330,18 +329,15 @@ class Combine {
     p.num_topk = handle_.num_topk;
     p.row_bytes = static_cast<std::int64_t>(call_.row_bytes);
     p.pieces = plan::pieces_of_row(p.row_bytes);
-    p.slots =
-        plan::CombineSlots::place(context_.num_ranks, p.num_topk, p.pre_reduce || p.layout == OutputLayout::kByRank);
+    const bool one_row = p.pre_reduce || p.layout == OutputLayout::kByRank;  // of a rank, for each token
+    p.slots = plan::CombineSlots::place(context_.num_ranks, p.num_topk, one_row);
     p.slot_lines = plan::combine_slot_lines(p.row_bytes, p.num_topk);
     p.wire = in.wire;
     p.encoded = plan::EncodedRow::place(in.wire, call_.hidden);
     p.slot_bytes = static_cast<std::int64_t>(plan::align_up(call_.wire_bytes, plan::MessageLayout::kAlignment));
     const std::size_t rows = static_cast<std::size_t>(p.max_tokens_per_rank) * p.slots.of_token;
-    // Far rows come as parts come, so near ones do too.
-    p.by_lines = in.wire == WireFormat::kAsIs &&
-                 rows <= (std::getenv("EP_LL_FEW") ? static_cast<std::size_t>(std::atoi(std::getenv("EP_LL_FEW")))
-                                                   : std::size_t{64}) &&
-                 p.common.far.end == nullptr &&
+    // Where several rows of a rank come home, parts are as fast from the first token on; and far rows come as parts do.
+    p.by_lines = in.wire == WireFormat::kAsIs && one_row && rows <= plan::kFewRows && p.common.far.end == nullptr &&
                  plan::call_lines(context_.num_ranks) + rows * p.slot_lines <= context_.layout().line_bytes_of_ticket;
     p.x = static_cast<const std::byte*>(in.x.data);
     p.x_weights = static_cast<const float*>(in.topk_weights.data);
@@ -350,7 +346,6 @@ class Combine {
     p.src_token = handle_.src_token.as<std::int32_t>();
     p.arrival_row = handle_.arrival_row.as<std::int32_t>();
     p.num_tokens = static_cast<int>(handle_.num_tokens);
-    p.sending_warps = sending_warps();
     // x need not last beyond the kernel that sends, and what is encoded loses what it would lose on the way.
     if (sent_.at_once && in.wire == WireFormat::kAsIs && !in.topk_weights.given()) {
       p.own_row = handle_.own_row.as<std::int32_t>();
@@ -362,11 +357,6 @@ class Combine {
     for (int i = 0; i < 2; ++i)
       p.bias[i] = in.bias[i].given() ? static_cast<const std::byte*>(in.bias[i].data) : nullptr;
     p.weights_home = in.weights_home;
-  }
-
-  int sending_warps() const {
-    if (const char* given = std::getenv("EP_LL_SENDERS")) return std::atoi(given);
-    return 16;
   }
 
   void make_output() {

@@ -100,7 +100,6 @@ struct LowLatencyCombineParams {
   const float* x_weights;        // travel home beside the rows
   const float* arrival_weights;  // pre_reduce: what the dispatch carried; null: none are applied
   const std::int32_t *first_arrival, *src_token, *arrival_row;
-  int sending_warps;  // of a block, at least one; in parts
   // Rows that stay on this rank are added where they lie in x: where each is, by token and selection, and what weighs
   // it with pre_reduce. Null: they go through slots as those of others do.
   const std::int32_t* own_row;

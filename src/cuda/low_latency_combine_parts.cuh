@@ -170,20 +170,6 @@ __device__ int first_to_add(const Place& at, int senders) {
   return at.turn(kLowLatencyWarps).of((at.warp + kLowLatencyWarps - senders) % kLowLatencyWarps);
 }
 
-// Rows of a warp's first unit that lie in x are brought near before it has time for them.
-__device__ void ask_for_own_rows(const Params& p, int senders, const Place& at) {
-#if EP_BULK_COPY
-  const Shares shares(p, at);
-  const int unit = first_to_add(at, senders);
-  if (p.own_row == nullptr || unit >= shares.units) return;
-  const OfToken of(p, unit / shares.of_token, at.lane);
-  const std::int64_t begin = std::int64_t{unit % shares.of_token * shares.of_warp} * kChunk;
-  const std::int64_t left = p.row_bytes - begin, most = std::int64_t{shares.of_warp} * kChunk;
-  if (of.own_row >= 0)
-    ptx::bulk_prefetch(p.x + of.own_row * p.row_bytes + begin, static_cast<std::uint32_t>(left < most ? left : most));
-#endif
-}
-
 // Phase send, by the first warps of each block; the others go on to what comes. Returns by how many, or -1: not all was
 // sent.
 template <class Number, class Wire, class Open>
@@ -191,23 +177,21 @@ __device__ int send_in_parts(const Now& now, const Params& p, const Peers& peers
                              const Flags& flags, const Open& open, const Place& at) {
   const Leaving leaving(p);
   const int units = leaving.count * p.parts.count;  // fits: all of them have flags, and these are memory
-  const Place::Turn turn = at.turn(p.sending_warps);
-  const int of_round = at.blocks * p.sending_warps;
-  const int senders = turn.below(units, p.sending_warps);
-  int unit = at.warp < p.sending_warps ? turn.of(at.warp) : units;
+  const Place::Turn turn = at.turn(kLowLatencyWarps);
+  const int senders = turn.below(units, kLowLatencyWarps);
+  int unit = turn.of(at.warp);
   Arrival from{};
   const auto look = [&] {
     if (unit < units) from = Arrival(p, leaving.arrival(unit / p.parts.count), unit % p.parts.count, at.lane);
   };
   look();
-  if ((p.phases & kReceive) != 0) ask_for_own_rows(p, senders, at);
   if (!open()) return -1;
   for (int round = 0; unit < units; ++round) {
     const Arrival here = from;
-    unit += of_round;
+    unit += at.warps();
     look();
     std::uint32_t* const flag = send_part<Number, Wire>(now, p, peers, first_arrival, here, at.lane);
-    flags.raise(now, flag, round, turn.below(units - round * of_round, p.sending_warps), at);
+    flags.raise(now, flag, round, turn.below(units - round * at.warps(), kLowLatencyWarps), at);
   }
   return senders;
 }
@@ -264,28 +248,20 @@ __device__ void sum_chunk(const Params& p, const Summands& s, int token, std::in
   if (mine) __stcs(reinterpret_cast<uint4*>(p.out + token * p.row_bytes + byte), sum.of_all.narrow());
 }
 
-// The chunks [first, end) of a token. What this rank adds up itself it does before it waits for the others. False: not
-// all has come.
+// The chunks [first, end) of a token. False: not all has come.
 template <class Number, bool kLevels, class Wire>
 __device__ bool sum_chunks(const Now& now, const Params& p, const Summands& s, const HomeSlots& slots, int token,
                            int first, int end, int lane) {
-  constexpr int kAtOnce = 4;
   const bool joined = !Wire::kEncodes && adds_before(p) && s.own.terms != 0;
-  const auto byte_of = [&](int chunk) { return std::int64_t{chunk} * kChunk + 16 * lane; };
   int part = -1;
-  for (int begun = first; begun < end; begun += kAtOnce) {
-    uint4 own_sum[kAtOnce] = {};  // in memory: unrolled, the loops are too long to stay near
-#pragma unroll 1
-    for (int i = 0; i < kAtOnce; ++i)
-      if (joined && begun + i < end)
-        own_sum[i] = sum_of_rows<Number>(p, s.own.selected, s.own.row, s.own.weight, byte_of(begun + i));
-#pragma unroll 1
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int chunk = begun + i, next_part = chunk * kChunk / p.parts.bytes;
-      if (chunk >= end) break;
-      if (next_part != part && !await_part(now, p, s.terms, slots, token, part = next_part, lane)) return false;
-      sum_chunk<Number, kLevels, Wire>(p, s, token, byte_of(chunk), joined, own_sum[i]);
-    }
+  for (int chunk = first; chunk < end; ++chunk) {
+    const std::int64_t byte = std::int64_t{chunk} * kChunk + 16 * lane;
+    // What this rank adds up itself it does before it waits for the others.
+    uint4 own_sum{};
+    if (joined) own_sum = sum_of_rows<Number>(p, s.own.selected, s.own.row, s.own.weight, byte);
+    const int next_part = chunk * kChunk / p.parts.bytes;
+    if (next_part != part && !await_part(now, p, s.terms, slots, token, part = next_part, lane)) return false;
+    sum_chunk<Number, kLevels, Wire>(p, s, token, byte, joined, own_sum);
   }
   return true;
 }

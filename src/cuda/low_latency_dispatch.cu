@@ -6,7 +6,6 @@
 // of its experts. Far ranks get messages through the proxy thread (low_latency_dispatch_far.cuh). Phases: open, route |
 // send ... hear, gather, place.
 #include <algorithm>
-#include <cstdlib>
 
 #include "cuda/low_latency_dispatch_far.cuh"
 
@@ -154,7 +153,22 @@ void launch_low_latency_dispatch(const Params& params, int blocks, cudaStream_t 
                      low_latency_shared_bytes(params), stream);
 }
 
+namespace {
+
+// Whether these kernels are compiled for GPUs that have ptx::await_kernel_before().
+bool begins_early(const void* kernel) {
+  static const bool early = [&] {
+    cudaFuncAttributes attributes{};
+    return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.binaryVersion >= 90 &&
+           attributes.ptxVersion >= 90;
+  }();
+  return early;
+}
+
+}  // namespace
+
 void launch_low_latency(const void* kernel, int blocks, void** arguments, std::size_t shared, cudaStream_t stream) {
+  // It may begin while the kernel before it ends, and waits for that end itself.
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
@@ -164,7 +178,7 @@ void launch_low_latency(const void* kernel, int blocks, void** arguments, std::s
   config.dynamicSmemBytes = shared;
   config.stream = stream;
   config.attrs = &early;
-  config.numAttrs = std::getenv("EP_LL_PDL") != nullptr ? 1 : 0;
+  config.numAttrs = begins_early(kernel) ? 1 : 0;
   cudaLaunchKernelExC(&config, kernel, arguments);
 }
 

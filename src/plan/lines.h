@@ -23,8 +23,9 @@ inline constexpr int kPieceVectors = 3;
 inline constexpr int kPieceBytes = kPieceVectors * 512;
 inline constexpr int kPieceLineBytes = 4 * 32 * kLineBytes;
 
-/// Combine: more rows than this cost more by the third that lines add than they save.
-inline constexpr int kFewRows = 256;
+/// Combine, where one row of a rank comes home: more rows than this cost more by the third that lines add than they
+/// save.
+inline constexpr int kFewRows = 128;
 
 /// Every low-latency call begins with the calls themselves, one rank's after the other: a line for each field of a
 /// signature, at the front of the ticket's lines whatever the call is.
