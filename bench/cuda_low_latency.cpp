@@ -90,7 +90,7 @@ struct Inputs {
   std::unique_ptr<GpuMemory> x, topk_idx, topk_weights;
   struct Count {
     double messages = 0, rows = 0;
-  } here, there;
+  } here, there, own;  // of those here, the rank's own
 
   Inputs(const Workload& work, const GpuRank& self) {
     std::vector<std::uint16_t> values(std::size_t(work.num_tokens) * work.hidden);
@@ -103,6 +103,7 @@ struct Inputs {
         Count& count = self.near(rank) ? here : there;
         count.rows += 1;
         count.messages += seen[rank] == 0;
+        if (rank == self.rank()) own.rows += 1, own.messages += seen[rank] == 0;
         seen[rank] = 1;
       }
     }
@@ -262,8 +263,9 @@ class Measurement {
     const double home = shape_.work.num_tokens * row;
     run["dispatch"]["floor"] =
         us(in_.there.messages * code, (in_.here.messages + in_.here.rows + in_.there.rows) * code);
-    run["combine"]["floor"] = us(in_.there.rows * row, in_.here.rows * row + home);
-    run["pre_reduced"]["floor"] = us(in_.there.messages * row, in_.here.messages * row + home);
+    // Own rows stay where they are.
+    run["combine"]["floor"] = us(in_.there.rows * row, (in_.here.rows - in_.own.rows) * row + home);
+    run["pre_reduced"]["floor"] = us(in_.there.messages * row, (in_.here.messages - in_.own.messages) * row + home);
   }
 
   GpuRank& self_;

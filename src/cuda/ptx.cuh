@@ -239,10 +239,6 @@ __device__ __forceinline__ void bulk_store(void* global, const void* shared, std
                : "memory");
 }
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Into the second-level cache. 16-byte aligned, a multiple of 16 bytes.
-__device__ __forceinline__ void bulk_prefetch(const void* global, std::uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-}
 // All but this thread's last `kPending` groups have read their shared memory: it may be written again.
 template <int kPending>
 __device__ __forceinline__ void bulk_wait_read() {
