@@ -283,7 +283,7 @@ void Context::prepare_kernels() {
   prepare(forward_plan_kernel());
   prepare(dispatch_kernel(false, DType::kU8));
   prepare(forward_dispatch_kernel(false, DType::kU8));
-  prepare(low_latency_dispatch_kernel(false, DType::kU8));
+  prepare(low_latency_dispatch_kernel(false, DType::kU8, needs_network_));
   prepare(abandon_kernel());
   prepare(leave_out_silent_kernel());
   for (DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
@@ -292,7 +292,7 @@ void Context::prepare_kernels() {
     prepare(forward_combine_kernel(dtype));
     prepare(combine_kernel(dtype, false));
     prepare(combine_kernel(dtype, true));
-    prepare(low_latency_dispatch_kernel(true, dtype));
+    prepare(low_latency_dispatch_kernel(true, dtype, needs_network_));
     for (bool levels : {false, true})
       for (bool lines : {false, true}) prepare(low_latency_combine_kernel(dtype, levels, lines));
     if (dtype == DType::kFp32) continue;

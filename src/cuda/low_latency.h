@@ -138,7 +138,7 @@ RouteShape route_shape(int num_topk, int max_slots);
 /// Bytes of shared memory that a dispatch of this shape takes.
 std::size_t low_latency_shared_bytes(const LowLatencyDispatchParams& params);
 
-const void* low_latency_dispatch_kernel(bool quantize, DType dtype);
+const void* low_latency_dispatch_kernel(bool quantize, DType dtype, bool far);
 const void* low_latency_combine_kernel(DType dtype, bool levels, bool lines);
 const void* low_latency_combine_encoded_kernel(DType dtype, bool levels, WireFormat wire);
 const void* abandon_kernel();

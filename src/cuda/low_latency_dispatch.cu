@@ -13,8 +13,8 @@ namespace deep_ep::cuda {
 
 namespace {
 
-// Phases open, route, send. False: not all was sent.
-template <Rows kRows>
+// Phases open, route, send. False: not all was sent. `kFar`: there are far ranks.
+template <Rows kRows, bool kFar>
 __device__ bool send(const Now& now, const Params& p, const Shared& shared, const Place& at) {
   const int ranks = p.common.num_ranks;
   const int units = p.num_tokens * p.pieces;
@@ -37,8 +37,10 @@ __device__ bool send(const Now& now, const Params& p, const Shared& shared, cons
   }
   const bool open = open_operation(now, p.window, at, (p.phases & kReceive) != 0);
   const auto route = [&](int dst, const RouteAhead& first) {
-    if (shared.peers.near(dst)) return route_to(now, p, shared, dst, first, at);
-    if (shared.peers.active(dst)) send_far<kRows>(now, p, shared, dst, first, at);
+    if (!shared.peers.active(dst)) return;
+    if constexpr (kFar)
+      if (shared.peers.far(dst)) return send_far<kRows>(now, p, shared, dst, first, at);
+    route_to(now, p, shared, dst, first, at);
   };
   if (open && at.block < ranks) route(at.block, ahead);
   // Behind the barriers of those that route, and by a warp that has neither rows, most times, nor words to say.
@@ -59,6 +61,7 @@ __device__ bool send(const Now& now, const Params& p, const Shared& shared, cons
 }
 
 // Phases hear, gather, place. False: not all has come.
+template <bool kFar>
 __device__ bool receive(const Now& now, const Params& p, const Shared& shared, const Place& at) {
   const Gathered g = gathered_of(p, shared);
   const Messages messages(now, p, p.window);
@@ -69,7 +72,7 @@ __device__ bool receive(const Now& now, const Params& p, const Shared& shared, c
   Incoming in(p, messages, min(unit, most - 1), at.lane);
   bool good = !at.speaks() || hear(now, p.window, shared.peers, at);
   good = take_counts(now, p, shared.peers, g) && good;
-  if (p.common.far.end != nullptr) good = take_far_counts(now, p, shared.peers, g, at) && good;
+  if constexpr (kFar) good = take_far_counts(now, p, shared.peers, g, at) && good;
   if (!__syncthreads_and(good)) return false;
   in.look(p, at.lane);  // when the counts are here, so are most rows
   if (!gather(now, p, g, at)) return false;
@@ -77,9 +80,12 @@ __device__ bool receive(const Now& now, const Params& p, const Shared& shared, c
   int tokens = 0;
   for (int src = 0; src < ranks; ++src) tokens = max(tokens, g.tokens[src]);
   for (const int units = tokens * ranks * p.pieces; good && unit < units;) {
-    if (in.token < g.tokens[in.src])
-      good = shared.peers.far(in.src) ? receive_far_piece(now, p, g, {in.src, in.token, in.piece}, heard, at.lane)
-                                      : receive_piece(now, p, g, in, at.lane);
+    if (in.token < g.tokens[in.src]) {
+      if (kFar && shared.peers.far(in.src))
+        good = receive_far_piece(now, p, g, {in.src, in.token, in.piece}, heard, at.lane);
+      else
+        good = receive_piece(now, p, g, in, at.lane);
+    }
     unit += at.warps();
     if (unit >= units) break;
     in = Incoming(p, messages, unit, at.lane);
@@ -93,7 +99,7 @@ __device__ bool receive(const Now& now, const Params& p, const Shared& shared, c
 
 namespace low_latency {
 
-template <Rows kRows>
+template <Rows kRows, bool kFar>
 __global__ void __launch_bounds__(kLowLatencyThreads, 1) dispatch(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) std::byte memory[];
   fetch_parameters(p);
@@ -104,14 +110,14 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1) dispatch(const __grid_c
   const Now now(p.common, sends ? p.common.state->epoch + 1 : *p.ticket);
   bool good = true;
   if (sends) {
-    good = send<kRows>(now, p, shared, at);
+    good = send<kRows, kFar>(now, p, shared, at);
   } else {
     open_receiving(now, at);
     shared.peers.load(p.common);
   }
   if ((p.phases & kReceive) != 0) {
     __syncthreads();
-    good = receive(now, p, shared, at) && good;
+    good = receive<kFar>(now, p, shared, at) && good;
   }
   if (!good) abandon_operation(now);
 }
@@ -126,11 +132,22 @@ __global__ void abandon(const __grid_constant__ AbandonParams p) {
   p.common.state->ended[now.epoch % plan::kOperationsInFlight] = now.epoch;
 }
 
-const void* low_latency_dispatch_kernel(bool quantize, DType dtype) {
-  if (!quantize) return reinterpret_cast<const void*>(&low_latency::dispatch<Rows::kAsTheyAre>);
-  if (dtype == DType::kBf16) return reinterpret_cast<const void*>(&low_latency::dispatch<Rows::kBf16>);
-  if (dtype == DType::kFp16) return reinterpret_cast<const void*>(&low_latency::dispatch<Rows::kFp16>);
-  return reinterpret_cast<const void*>(&low_latency::dispatch<Rows::kFp32>);
+namespace {
+
+// A kernel of its own where there are far ranks: what it does for them costs one that has none its registers.
+template <Rows kRows>
+const void* kernel_of(bool far) {
+  return far ? reinterpret_cast<const void*>(&low_latency::dispatch<kRows, true>)
+             : reinterpret_cast<const void*>(&low_latency::dispatch<kRows, false>);
+}
+
+}  // namespace
+
+const void* low_latency_dispatch_kernel(bool quantize, DType dtype, bool far) {
+  if (!quantize) return kernel_of<Rows::kAsTheyAre>(far);
+  if (dtype == DType::kBf16) return kernel_of<Rows::kBf16>(far);
+  if (dtype == DType::kFp16) return kernel_of<Rows::kFp16>(far);
+  return kernel_of<Rows::kFp32>(far);
 }
 
 const void* abandon_kernel() { return reinterpret_cast<const void*>(&abandon); }
@@ -149,8 +166,8 @@ std::size_t low_latency_shared_bytes(const Params& p) {
 void launch_low_latency_dispatch(const Params& params, int blocks, cudaStream_t stream) {
   Params copy = params;
   void* arguments[] = {&copy};
-  launch_low_latency(low_latency_dispatch_kernel(params.quantize, params.x_dtype), blocks, arguments,
-                     low_latency_shared_bytes(params), stream);
+  launch_low_latency(low_latency_dispatch_kernel(params.quantize, params.x_dtype, params.common.far.end != nullptr),
+                     blocks, arguments, low_latency_shared_bytes(params), stream);
 }
 
 namespace {

@@ -20,10 +20,12 @@ struct Now {
 
   __device__ std::byte* window(int of) const { return common.peers[of].window; }
   __device__ bool active(int peer) const { return common.peers[peer].active != 0; }
-  __device__ bool far(int peer) const { return common.peers[peer].far != 0; }
+  // Where nobody is far that is known without a look at memory.
+  __device__ bool far(int peer) const { return common.far.end != nullptr && common.peers[peer].far != 0; }
   /// Where `writer` writes for `owner`; one of them is this rank.
   __device__ std::byte* control(int owner, int writer) const {
-    return owner == common.rank ? common.peers[writer].inbox : common.peers[owner].window;
+    if (common.far.end == nullptr || owner != common.rank) return common.peers[owner].window;
+    return common.peers[writer].inbox;
   }
   /// Words, announcement and reply that `writer` writes in the window of `owner`.
   __device__ plan::Words& words(int owner, int writer) const {
