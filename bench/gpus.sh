@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT
 # Measures and tests the CUDA backend on the GPUs of this machine, unattended, in six minutes at most: one rank per GPU, each a process; where there are fewer GPUs
 # than ranks, ranks share them as threads. A step that fails or is late stops no other. Reports go to the folder OUT as JSON, whole after every line of theirs;
-# bench/gpu_tables.py makes the tables of docs/performance.md from them. Logical nodes over a network are left out: CUDA buffers have none yet.
+# bench/gpu_tables.py makes the tables of docs/performance.md from them. Logical nodes over a network are left out: no kind of such a machine has a NIC.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 

@@ -87,7 +87,8 @@ struct TermReader {
   }
 };
 
-/// A warp's ring of stages in shared memory, which lasts for as many feeds as there are.
+/// A warp's ring of stages in shared memory, which lasts for as many feeds as there are. A feed takes it over, so that
+/// it lies in registers, and gives it back as it is then.
 struct Ring {
   std::byte* stages;
   std::uint64_t* full;  // barriers, one for each stage
@@ -106,7 +107,7 @@ class Feed {
   static constexpr std::size_t kBytes = std::size_t{kStages} * kPiece;  // of one warp
   static constexpr int kBarriers = kStages;
 
-  __device__ Feed(const TermReader& reader, Ring& ring)
+  __device__ Feed(const TermReader& reader, const Ring& ring)
       : reader_(reader),
         ring_(ring),
         ahead_(reader.read(reader.share.first)),
@@ -120,6 +121,7 @@ class Feed {
     return reinterpret_cast<const uint4*>(ring_.stages + ring_.emptying * kPiece) + reader_.lane;
   }
   __device__ static uint4 read(const uint4* vectors, int i, int) { return vectors[32 * i]; }
+  __device__ const Ring& ring() const { return ring_; }
   /// All lanes have read it: its stage is filled again.
   __device__ void release() {
     if (++ring_.emptying == kStages) ring_.emptying = 0, ring_.parity ^= 1;
@@ -153,7 +155,7 @@ class Feed {
   }
 
   const TermReader& reader_;
-  Ring& ring_;
+  Ring ring_;
   Terms ahead_, next_;
   const std::byte* row_ = nullptr;  // of the lane's term in ahead_
   int piece_ = 0, index_ = 0;       // of the next load
@@ -167,7 +169,8 @@ class Feed {
   static constexpr std::size_t kBytes = 0;
   static constexpr int kBarriers = 1;
 
-  __device__ Feed(const TermReader& reader, Ring&) : reader_(reader) {}
+  __device__ Feed(const TermReader& reader, const Ring& ring) : reader_(reader), ring_(ring) {}
+  __device__ const Ring& ring() const { return ring_; }
   __device__ const uint4* await(const Terms& terms, int number, int piece) const {
     const std::byte* const row = TermReader::row_of(reader_.row(terms), number);
     return reinterpret_cast<const uint4*>(row + reader_.share.piece_at(piece)) + reader_.lane;
@@ -179,6 +182,7 @@ class Feed {
 
  private:
   const TermReader& reader_;
+  const Ring ring_;
 };
 #endif
 

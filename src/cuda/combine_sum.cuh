@@ -25,21 +25,23 @@ template <class StandsForRank, class Row, class Weight>
 __device__ int plan_terms(const plan::SumPlanInput& in, plan::SumStep* steps, Term* terms,
                           const StandsForRank& stands_for, const Row& row, const Weight& weight) {
   const int count = plan::make_sum_steps(in, steps);
-  int kept = 0;
+  int kept = 0, last = -1;  // the rank of the last term
+  const auto node_begun = [&](int rank) { return last >= 0 && in.node_of_rank[last] == in.node_of_rank[rank]; };
   for (int i = 0; i < count; ++i) {
     const plan::SumStep s = steps[i];
-    const bool node_begun = kept > 0 && in.node_of_rank[terms[kept - 1].rank] == in.node_of_rank[s.rank];
     switch (stands_for(s.rank)) {
       case StandsFor::kItsRow:
         terms[kept++] = {row(s.k), s.rank, weight(s.k),
                          (s.closes_rank ? Term::kRank : 0) | (s.closes_node ? Term::kNode : 0)};
+        last = s.rank;
         break;
       case StandsFor::kItsNode:
-        if (!node_begun)
-          terms[kept++] = {row(s.k), s.rank, 1.0f, (in.order.round_per_rank ? Term::kRank : 0) | Term::kNode};
+        if (node_begun(s.rank)) break;
+        terms[kept++] = {row(s.k), s.rank, 1.0f, (in.order.round_per_rank ? Term::kRank : 0) | Term::kNode};
+        last = s.rank;
         break;
       case StandsFor::kNothing:
-        if (s.closes_node && node_begun) terms[kept - 1].closes |= Term::kNode;
+        if (s.closes_node && node_begun(s.rank)) terms[kept - 1].closes |= Term::kNode;
         break;
     }
   }

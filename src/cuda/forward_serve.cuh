@@ -181,6 +181,7 @@ __device__ void write_sums(const Exchange& e, const Partner& to, const Batch& ba
         if ((32 * i + lane) * 16 < share.bytes(piece)) out[32 * i] = sum.narrow(i);
     }
   }
+  ring = feed.ring();
 }
 
 // Every thread: the weights that the rows bring home. Those of selections that brought no row mean nothing.

@@ -44,15 +44,20 @@ struct Place {
 };
 
 /// Kernel parameters are fetched line by line as they are first used, and a line that is not there is waited for. At
-/// the start each warp asks for another one: they come side by side.
+/// the start each warp asks for others: they come side by side.
 template <class Params>
 __device__ __forceinline__ void fetch_parameters(const Params& p) {
   constexpr unsigned kLine = 64, kLines = (sizeof(Params) + kLine - 1) / kLine;
+  constexpr unsigned kOfWarp = (kLines + kLowLatencyWarps - 1) / kLowLatencyWarps;
   const auto* const bytes = reinterpret_cast<const unsigned char*>(&p);
-  for (unsigned line = threadIdx.x / 32; line < kLines; line += kLowLatencyWarps) {
-    const unsigned char byte = bytes[line * kLine];
-    asm volatile("" ::"r"(static_cast<unsigned>(byte)));
+  unsigned char byte[kOfWarp];
+#pragma unroll
+  for (unsigned i = 0; i < kOfWarp; ++i) {  // all are asked for before the first is waited for
+    const unsigned line = threadIdx.x / 32 + i * kLowLatencyWarps;
+    byte[i] = line < kLines ? bytes[line * kLine] : 0;
   }
+#pragma unroll
+  for (unsigned i = 0; i < kOfWarp; ++i) asm volatile("" ::"r"(static_cast<unsigned>(byte[i])));
 }
 
 /// The peers as a block keeps them in shared memory: looked up for every row.
