@@ -47,7 +47,7 @@ __device__ void add_biases(const CombineParams& p, const PieceAt& at, Sum<Number
 }
 
 template <class Number, bool kLevels, bool kWeighted>
-__device__ void sum_tokens(const CombineParams& p, const TermReader& reader, const Ring& ring) {
+__device__ void sum_tokens(const CombineParams& p, const TermReader<CombineParams>& reader, const Ring& ring) {
   constexpr int kVectors = kVectorsOf<kLevels>;
   const Share& share = reader.share;
   Feed<kVectors> feed(reader, ring);
@@ -153,8 +153,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
 #endif
     const Share share(static_cast<int>(blockIdx.x) + warp * static_cast<int>(gridDim.x),
                       static_cast<int>(gridDim.x) * kWarps, p.num_tokens, p.hidden * Number::kBytes, MyFeed::kPiece);
-    const TermTable table{p.terms, p.num_terms, p.num_topk};
-    const TermReader reader{table, sources, share, lane};
+    const TermReader<CombineParams> reader{p, sources, share, lane};
     const Ring ring{shared + warp * MyFeed::kBytes, full[warp]};
     if (p.hidden > 0 && p.weights != nullptr) sum_tokens<Number, kLevels, true>(p, reader, ring);
     if (p.hidden > 0 && p.weights == nullptr) sum_tokens<Number, kLevels, false>(p, reader, ring);

@@ -47,16 +47,17 @@ struct Terms {
   __device__ std::int32_t closes_of(int number) const { return __shfl_sync(kAllLanes, term.closes, number % 32); }
 };
 
-/// The terms of all tokens, in device memory.
+/// The terms of all tokens, in device memory: as in CombineParams, where they cost no registers.
 struct TermTable {
   const Term* terms;  // [tokens, num_topk]
   const std::int32_t* num_terms;
   int num_topk;
 };
 
-/// Reads terms of this warp's tokens.
+/// Reads terms of this warp's tokens. `Table`: CombineParams or TermTable.
+template <class Table>
 struct TermReader {
-  const TermTable& table;
+  const Table& table;
   const Source* sources;
   const Share& share;
   int lane;
@@ -99,7 +100,7 @@ struct Ring {
 #if EP_BULK_COPY
 /// The ring is filled by bulk loads, ahead of the sums by as many as there are stages; the terms of the token after the
 /// one that is loaded are read meanwhile.
-template <int kVectors>
+template <int kVectors, class Table = CombineParams>
 class Feed {
  public:
   static constexpr int kPiece = kVectors * 32 * 16;
@@ -107,7 +108,7 @@ class Feed {
   static constexpr std::size_t kBytes = std::size_t{kStages} * kPiece;  // of one warp
   static constexpr int kBarriers = kStages;
 
-  __device__ Feed(const TermReader& reader, const Ring& ring)
+  __device__ Feed(const TermReader<Table>& reader, const Ring& ring)
       : reader_(reader),
         ring_(ring),
         ahead_(reader.read(reader.share.first)),
@@ -133,7 +134,7 @@ class Feed {
   __device__ void load() {
     if (ahead_.token >= reader_.share.end) return;
     if (reader_.reach(ahead_, index_)) row_ = reader_.row(ahead_);
-    const std::byte* const row = TermReader::row_of(row_, index_);
+    const std::byte* const row = TermReader<Table>::row_of(row_, index_);
     if (reader_.lane == 0)
       ptx::bulk_load(ring_.stages + ring_.filling * kPiece, row + reader_.share.piece_at(piece_),
                      static_cast<std::uint32_t>(reader_.share.bytes(piece_)), ring_.full + ring_.filling);
@@ -154,7 +155,7 @@ class Feed {
     row_ = reader_.row(ahead_);
   }
 
-  const TermReader& reader_;
+  const TermReader<Table>& reader_;
   Ring ring_;
   Terms ahead_, next_;
   const std::byte* row_ = nullptr;  // of the lane's term in ahead_
@@ -162,17 +163,17 @@ class Feed {
 };
 #else
 /// Without bulk copies rows are read where they lie.
-template <int kVectors>
+template <int kVectors, class Table = CombineParams>
 class Feed {
  public:
   static constexpr int kPiece = kVectors * 32 * 16;
   static constexpr std::size_t kBytes = 0;
   static constexpr int kBarriers = 1;
 
-  __device__ Feed(const TermReader& reader, const Ring& ring) : reader_(reader), ring_(ring) {}
+  __device__ Feed(const TermReader<Table>& reader, const Ring& ring) : reader_(reader), ring_(ring) {}
   __device__ const Ring& ring() const { return ring_; }
   __device__ const uint4* await(const Terms& terms, int number, int piece) const {
-    const std::byte* const row = TermReader::row_of(reader_.row(terms), number);
+    const std::byte* const row = TermReader<Table>::row_of(reader_.row(terms), number);
     return reinterpret_cast<const uint4*>(row + reader_.share.piece_at(piece)) + reader_.lane;
   }
   __device__ uint4 read(const uint4* vectors, int i, int bytes) const {
@@ -181,7 +182,7 @@ class Feed {
   __device__ void release() {}
 
  private:
-  const TermReader& reader_;
+  const TermReader<Table>& reader_;
   const Ring ring_;
 };
 #endif

@@ -72,9 +72,9 @@ struct Sum {
 };
 
 // One piece: every term in order, level by level.
-template <class Number, bool kLevels, bool kWeighted, int kVectors>
-__device__ void add_terms(const SumOrder& order, const TermReader& reader, Terms& terms, int piece,
-                          Feed<kVectors>& feed, Sum<Number, kVectors>& of_all) {
+template <class Number, bool kLevels, bool kWeighted, int kVectors, class Table>
+__device__ void add_terms(const SumOrder& order, const TermReader<Table>& reader, Terms& terms, int piece,
+                          Feed<kVectors, Table>& feed, Sum<Number, kVectors>& of_all) {
   const int bytes = reader.share.bytes(piece);
   Sum<Number, kLevels ? kVectors : 1> of_rank, of_node;
   for (int number = 0; number < terms.count; ++number) {

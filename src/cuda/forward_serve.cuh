@@ -168,8 +168,8 @@ __device__ void write_sums(const Exchange& e, const Partner& to, const Batch& ba
   const Share share(answer.first + warp, kWarps, answer.first + answer.units, static_cast<std::int64_t>(p.row_bytes),
                     Feed<kVectors>::kPiece);
   const TermTable table{batch.terms, batch.num_terms, p.num_topk};
-  const TermReader reader{table, e.sources, share, lane};
-  Feed<kVectors> feed(reader, ring);
+  const TermReader<TermTable> reader{table, e.sources, share, lane};
+  Feed<kVectors, TermTable> feed(reader, ring);
   for (int request = share.first; request < share.end; request += share.step) {
     Terms terms = reader.read(request);
     for (int piece = 0; piece < share.pieces; ++piece) {
