@@ -150,7 +150,6 @@ Context::Context(const BackendInput& input)
   statistics_.peers.resize(num_ranks);
   open_windows(*input.group);
   if (needs_network_) open_link(*input.group);
-  upload_peers();
 }
 
 // What only this rank's kernels and its host thread use.
@@ -215,6 +214,7 @@ void Context::open_windows(Bootstrap& group) {
                       .inbox_region = 0,
                       .slots_region = 0};
     }
+    upload_peers();  // before the others may call: a copy could stand behind kernels that wait for us
   } catch (const Error& error) {
     if (error.code() == ErrorCode::kInvalidArgument) throw;
     failure = error.what();
@@ -263,6 +263,8 @@ void Context::open_link(Bootstrap& group) {
                       .far = 1,
                       .inbox_region = link_->inbox_region_of(peer),
                       .slots_region = link_->slots_region_of(peer)};
+  upload_peers();
+  group.all_gather({}, config.open_timeout);  // nobody calls before all know their peers
 }
 
 // Loads every kernel now: a load while another rank's kernel spins would wait for it.
