@@ -35,7 +35,7 @@ def test_1_1_and_3_7_mpi4pys_communicators_serve_as_groups():
         pytest.skip(reason)
     ended = mpirun(sys.executable, __file__)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.split().count("done") == RANKS
+    assert ended.stdout.count("done") == RANKS, ended.stdout  # mpirun may join the lines of two ranks
 
 
 def main():
