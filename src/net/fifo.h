@@ -41,10 +41,13 @@ struct Signal {
 };
 
 /// Either of them as it lies in the queue.
-//   a put     word 0  [ lap: 1 | 0: 3 | peer: 16 | channel: 4 | region: 4 | remote region: 4 | bytes / 16: 24 | epoch
-//   mod 256 ]     word 1  [ offset / 16: 32 | remote offset / 16: 32 ] a signal  word 0  [ lap: 1 | 1: 3 | peer: 16 |
-//   flag: 4 | 0: 8 | payload bytes / 16: 24 | epoch mod 256 ]
-//             word 1  [ value: 32 | puts: 32 ]
+// A put:
+//   word 0  [ lap: 1 | 0: 3 | peer: 16 | channel: 4 | region: 4 | remote region: 4 | bytes / 16: 24 | epoch: 8 ]
+//   word 1  [ offset / 16: 32 | remote offset / 16: 32 ]
+// A signal:
+//   word 0  [ lap: 1 | 1: 3 | peer: 16 | flag: 4 | 0: 8 | payload bytes / 16: 24 | epoch: 8 ]
+//   word 1  [ value: 32 | puts: 32 ]
+// Of the epoch the low bits travel.
 struct PackedCommand {
   static constexpr std::uint64_t kIsSignal = std::uint64_t{1} << 60;
 
