@@ -62,12 +62,7 @@ __device__ inline void put_chunk(const Now& now, int peer, int slot, const plan:
 
 /// One thread: the slot of ours is free again for its source.
 __device__ inline void give_back(const Now& now, int source, int slot) {
-  net::Signal credit;
-  credit.peer = source;
-  credit.flag = net::kCreditSignal;
-  credit.epoch = static_cast<std::uint32_t>(now.epoch);
-  credit.value = static_cast<std::uint32_t>(slot);
-  push(now, credit);
+  signal(now, source, net::kCreditSignal, static_cast<std::uint32_t>(slot));
 }
 
 /// A chunk has come into that slot of ours that nobody has looked at, of this operation or an earlier one.

@@ -39,30 +39,36 @@ __device__ __noinline__ bool push(const Now& now, const Any& command) {
   return true;
 }
 
+/// One thread: what the proxy is to tell a far rank in this operation; `flag` is a net::Flag or kCreditSignal. What
+/// this thread wrote and read before comes before it.
+__device__ inline void signal(const Now& now, int peer, int flag, std::uint32_t value, std::uint32_t puts = 0,
+                              std::size_t payload_bytes = 0) {
+  net::Signal signal;
+  signal.peer = peer;
+  signal.flag = flag;
+  signal.epoch = static_cast<std::uint32_t>(now.epoch);
+  signal.value = value;
+  signal.puts = puts;
+  signal.payload_bytes = plan::align_up(payload_bytes, net::Command::kUnit);
+  push(now, signal);
+}
+
 /// One thread: publish() for a peer near or far. `payload_bytes`: of our announcement or reply there, which goes with
 /// the flag; `puts`: of low-latency data to that peer, that it stands behind.
 __device__ inline void publish_to(const Now& now, int peer, net::Flag flag, std::uint32_t value,
                                   std::size_t payload_bytes = 0, std::uint32_t puts = 0) {
-  if (now.far(peer)) {
-    net::Signal signal;
-    signal.peer = peer;
-    signal.flag = static_cast<int>(flag);
-    signal.epoch = static_cast<std::uint32_t>(now.epoch);
-    signal.value = value;
-    signal.puts = puts;
-    signal.payload_bytes = plan::align_up(payload_bytes, net::Command::kUnit);
-    push(now, signal);
-    return;
-  }
+  if (now.far(peer)) return signal(now, peer, static_cast<int>(flag), value, puts, payload_bytes);
   std::byte* const at =
       now.control(peer, now.common.rank) + net::place_of(now.common.layout, flag, now.epoch, now.common.rank);
   publish(now, reinterpret_cast<std::uint64_t*>(at), value);
 }
 
 /// Our low-latency data for a far rank, on its way: laid out as the slots there.
+__device__ inline std::size_t staging_at(const Common& common, int peer, int ticket) {
+  return common.layout.low_latency_ticket_bytes * (static_cast<std::size_t>(ticket) * common.num_ranks + peer);
+}
 __device__ inline std::byte* staging_of(const Common& common, int peer, int ticket) {
-  return common.far.staging +
-         common.layout.low_latency_ticket_bytes * (static_cast<std::size_t>(ticket) * common.num_ranks + peer);
+  return common.far.staging + staging_at(common, peer, ticket);
 }
 
 /// Low-latency data of far ranks that has come: laid out as the slots of our window.
@@ -74,15 +80,14 @@ __device__ inline std::byte* far_slots_of(const Common& common, int ticket) {
 /// same place of its slots. Multiples of 16.
 __device__ inline void put_low_latency(const Now& now, int peer, int ticket, std::size_t at, std::size_t bytes) {
   const Common& common = now.common;
-  const std::size_t of_ticket = common.layout.low_latency_ticket_bytes;
   net::Command put;
   put.peer = peer;
   put.region = common.far.staging_region;
   put.remote_region = common.peers[peer].slots_region;
   put.channel = net::kDataChannel;
   put.epoch = static_cast<std::uint32_t>(now.epoch);
-  put.at = of_ticket * (static_cast<std::size_t>(ticket) * common.num_ranks + peer) + at;
-  put.remote_at = of_ticket * ticket + at;
+  put.at = staging_at(common, peer, ticket) + at;
+  put.remote_at = common.layout.low_latency_ticket_bytes * ticket + at;
   put.bytes = bytes;
   if (push(now, put)) count_put(common, peer, bytes);
 }

@@ -51,13 +51,8 @@ __device__ inline std::uint64_t advance_released_by_warp(const Now& now, std::ui
 
 /// One thread: tells a far rank. Our reads come before the signal, which is a release.
 __device__ inline void tell_far_progress(const Now& now, int peer, std::uint64_t released, std::uint64_t sent) {
-  net::Signal signal;
-  signal.peer = peer;
-  signal.flag = static_cast<int>(net::Flag::kReleased);
-  signal.epoch = static_cast<std::uint32_t>(now.epoch);
-  signal.value = static_cast<std::uint32_t>(released);
-  signal.puts = static_cast<std::uint32_t>(sent);
-  push(now, signal);
+  signal(now, peer, static_cast<int>(net::Flag::kReleased), static_cast<std::uint32_t>(released),
+         static_cast<std::uint32_t>(sent));
 }
 
 /// One thread: tells a peer how far we are. The fence makes both words releases: our reads come before the peer's next
