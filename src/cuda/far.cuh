@@ -13,7 +13,7 @@ namespace deep_ep::cuda {
 /// One thread: writes a net::Command or net::Signal into the queue. What this thread wrote before, and what it has from
 /// others by a barrier, is seen by the proxy and by the network. False: the queue was full to the deadline.
 template <class Any>
-__device__ __noinline__ bool push(const Now& now, const Any& command) {
+__device__ __noinline__ bool push(Now now, const Any& command) {
   net::FifoMemory& queue = now.common.far.end->commands;
   unsigned long long* const pushed = &now.common.far.pushed->commands;
   unsigned long long number = *static_cast<volatile unsigned long long*>(pushed);

@@ -96,7 +96,7 @@ struct Turn {
 };
 
 // One thread: what came does not fit what is awaited.
-__device__ __noinline__ Turn refuse_stray(const Now& now, int source, std::int64_t seen, std::int64_t awaited) {
+__device__ __noinline__ Turn refuse_stray(Now now, int source, std::int64_t seen, std::int64_t awaited) {
   report(now, Fault::kStray, source, awaited, seen);
   return {Turn::kGiveUp, {}, 0};
 }

@@ -84,14 +84,14 @@ __device__ inline std::uint32_t word_of(uint4 line, int which) {
 }
 
 /// One thread, which has looked many times: whether to give up, after the deadline or because another block has.
-__device__ __noinline__ inline bool is_late(const Now& now, int peer) {
+__device__ __noinline__ inline bool is_late(Now now, int peer) {
   if (has_failed(now)) return true;
   if (ptx::nanoseconds() <= now.deadline) return false;
   report(now, Fault::kTimeout, peer, 1, 0);
   return true;
 }
 /// A warp, of which some lanes miss something of `peer`.
-__device__ __noinline__ inline bool gives_up(const Now& now, bool came, int peer) {
+__device__ __noinline__ inline bool gives_up(Now now, bool came, int peer) {
   return __any_sync(kAllLanes, !came && is_late(now, peer)) != 0;
 }
 inline constexpr int kLooksBetweenClocks = 64;

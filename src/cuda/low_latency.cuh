@@ -245,7 +245,7 @@ __device__ inline void write_call(const Now& now, std::byte* window, int lane) {
 
 /// One thread, while it waits for a peer's call as lines: false where the peer has announced something else, after
 /// which they would never come.
-__device__ __noinline__ inline bool may_come(const Now& now, int peer) {
+__device__ __noinline__ inline bool may_come(Now now, int peer) {
   const std::uint64_t call = ptx::load_acquire_system(&now.words(now.common.rank, peer).announced);
   if (call >> 32 == now.epoch && !is_same_call(now, peer, static_cast<std::uint32_t>(call))) return false;
   if (ptx::nanoseconds() <= now.deadline) return true;

@@ -39,26 +39,26 @@ __device__ Arrived arrived(const Params& p, const Gathered& g, const std::byte* 
 
 // What comes beside a row, as lines.
 struct LinesBeside {
-  const Now& now;
+  const Now now;
   const Params& p;
-  const Arrived& a;
-  int lane;
+  const std::byte* message;
+  int src, lane;
 
   __device__ bool weight(float& weight) const {
     uint4 line;
     const bool came =
-        await_line(now, a.message + p.lines.weights_at + lane / plan::kLineWords * plan::kLineBytes, line, a.src);
+        await_line(now, message + p.lines.weights_at + lane / plan::kLineWords * plan::kLineBytes, line, src);
     weight = __uint_as_float(word_of(line, lane % plan::kLineWords));
     return came;
   }
   // Every lane; each takes words of its own.
   template <class Write>
   __device__ bool side(int i, int words, const Write& write) const {
-    return receive_array(now, a.message + p.lines.side_at[i], words, a.src, lane, write);
+    return receive_array(now, message + p.lines.side_at[i], words, src, lane, write);
   }
   template <class Write>
   __device__ bool scales(const Write& write) const {
-    return receive_array(now, a.message + p.lines.scales_at, p.shape.num_scales, a.src, lane, write);
+    return receive_array(now, message + p.lines.scales_at, p.shape.num_scales, src, lane, write);
   }
 };
 
@@ -111,8 +111,7 @@ __device__ std::int32_t* scales_of(const Params& p, std::int64_t row) {
 
 // Scales that the caller brought, with the first piece. `row`: of the lane's selection. False: not all has come.
 template <class Beside>
-__device__ __noinline__ bool place_given_scales(const Params& p, const Beside& beside, std::int32_t row,
-                                                unsigned targets) {
+__device__ __noinline__ bool place_given_scales(const Params& p, Beside beside, std::int32_t row, unsigned targets) {
   std::int32_t rows[32];  // in memory: lanes take words apart from one another
   for (int k = 0; k < 32; ++k) rows[k] = __shfl_sync(kAllLanes, row, k);
   return beside.scales([&](int word, std::int32_t value) {
@@ -214,7 +213,7 @@ __device__ bool receive_piece(const Now& now, const Params& p, const Gathered& g
   const Arrived a = arrived(p, g, in.message, in.src, in.token, told, lane);
   if (a.arrival < 0) return true;
   place_piece(p, a, in.row, in.scales, in.piece, lane);
-  return in.piece != 0 || place_rest(p, a, LinesBeside{now, p, a, lane}, lane);
+  return in.piece != 0 || place_rest(p, a, LinesBeside{now, p, in.message, in.src, lane}, lane);
 }
 
 // Rows that nobody writes: padding between experts is zero, ids behind the last arrival say "nobody".

@@ -130,8 +130,7 @@ struct Batch {
 };
 
 // One thread: names a selection that does not exist to a peer.
-__device__ __noinline__ void refuse_selection(const Now& now, const Params& p, int dst, std::byte* window,
-                                              std::int64_t bad) {
+__device__ __noinline__ void refuse_selection(Now now, const Params& p, int dst, std::byte* window, std::int64_t bad) {
   Announcement& mine = announcement_in(now, window, p.common.rank);
   mine.bad_selection = bad;
   mine.bad_expert = expert_of(p, bad);

@@ -15,7 +15,7 @@ __device__ inline bool everybody_sent(const Now& now, std::uint64_t epoch) {
 
 /// One thread: counts on over the operations that have ended, as far as `begun`, and gives what may be said released.
 /// One that ended without its data holds back those after it until nobody writes for it any more.
-__device__ __noinline__ inline std::uint64_t advance_released(const Now& now, std::uint64_t begun) {
+__device__ __noinline__ inline std::uint64_t advance_released(Now now, std::uint64_t begun) {
   State& state = *now.common.state;
   std::uint64_t released = state.released;
   for (; released < begun; ++released) {

@@ -8,7 +8,9 @@
 
 namespace deep_ep::cuda {
 
-/// One operation as a thread sees it.
+/// One operation as a thread sees it. Functions that are not inlined take it by value: what has an address lives in
+/// memory, and would be read again, with the kernel's parameters that it leads to, behind every fence and every line
+/// that is looked at; a fence has just emptied the cache.
 struct Now {
   const Common& common;
   std::uint64_t epoch;
@@ -56,7 +58,7 @@ struct Now {
 
 /// Marks the operation as failed; the first to say so in an operation writes the record, unless an older one still
 /// waits for the host.
-__device__ __noinline__ inline void report(const Now& now, Fault::Kind kind, int peer, std::int64_t expected,
+__device__ __noinline__ inline void report(Now now, Fault::Kind kind, int peer, std::int64_t expected,
                                            std::int64_t seen, int field = 0, const char* refusal = nullptr) {
   atomicExch(&now.common.state->failed, static_cast<std::uint32_t>(now.epoch));
   const auto epoch = static_cast<unsigned long long>(now.epoch);
@@ -82,7 +84,7 @@ __device__ inline bool has_failed(const Now& now) {
 }
 
 /// Between nodes: a rank that takes part is known to have ended. Everybody may wait for it, through whomever.
-__device__ __noinline__ inline bool somebody_died(const Now& now) {
+__device__ __noinline__ inline bool somebody_died(Now now) {
   net::KernelEnd& end = *now.common.far.end;
   if (ptx::load_acquire_system(&end.deaths) == 0) return false;
   for (int peer = 0; peer < now.common.num_ranks; ++peer)
@@ -134,7 +136,7 @@ __device__ inline std::uint64_t place_before(const Now& now, int depth) {
 }
 
 /// One thread: the peer has left that operation.
-__device__ __noinline__ inline bool await_room(const Now& now, int peer, int depth = plan::kOperationsInFlight) {
+__device__ __noinline__ inline bool await_room(Now now, int peer, int depth = plan::kOperationsInFlight) {
   const std::uint64_t needed = place_before(now, depth);
   std::uint64_t seen = 0;
   for (int looks = 1; (seen = ptx::load_acquire_system(now.released(now.common.rank, peer))) < needed; ++looks) {
@@ -156,7 +158,7 @@ __device__ __forceinline__ int differing_field(const Now& now, const Announcemen
 }
 
 /// One thread: the call that the peer has announced is ours.
-__device__ __noinline__ inline bool is_same_call(const Now& now, int peer, std::uint32_t value) {
+__device__ __noinline__ inline bool is_same_call(Now now, int peer, std::uint32_t value) {
   const Announcement& theirs = now.announcement(now.common.rank, peer);
   if (value == kBadExpert) {
     report(now, Fault::kBadId, peer, theirs.bad_selection, theirs.bad_expert);
