@@ -144,7 +144,7 @@ Context::Context(const BackendInput& input)
       topology.num_nodes > 1 && (!config.network.provider.empty() || (neighbours.machines && !neighbours.fabric));
   sharing_ = choose_sharing(device, needs_network_ ? neighbours.of_node : neighbours.machines);
   place_own_memory();
-  local(1);  // the first slab
+  piece_of(local_, 1), piece_of(tables_, 1);  // the first slabs
   graph_memory_ = std::make_shared<GraphMemory>();
   prepare_kernels();
   statistics_.peers.resize(num_ranks);

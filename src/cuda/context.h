@@ -99,7 +99,8 @@ class Context {
   void keep_in_doubt(const Call& call, std::shared_ptr<void> block);
   /// The call offered its block to nobody: it may go at once.
   void not_in_doubt(const Call& call);
-  /// Memory of this device that only this rank uses; ordered as the buffer's calls are.
+  /// Memory of this device that only this rank uses; ordered as the buffer's calls are: enqueued calls may still use
+  /// what their host code has dropped.
   std::shared_ptr<void> local(std::size_t bytes);
   /// Owners in the hands of a caller whose work on `user` is not ordered with our calls.
   std::shared_ptr<void> lend(std::vector<std::shared_ptr<void>> owners, Stream user) {
@@ -143,6 +144,16 @@ class Context {
     std::uint64_t serial;
     std::shared_ptr<void> block;
   };
+  // A block in doubt when a fault was found. Kept until its call has ended and every peer has left it.
+  struct Quarantined {
+    Doubt of;
+    std::optional<std::uint64_t> epoch;  // at which the call had ended; none: it has not yet
+  };
+  // Device memory that grows as it is needed.
+  struct Slabs {
+    std::size_t first;  // bytes of the first one
+    std::vector<std::shared_ptr<plan::Arena>> all = {};
+  };
   void place_own_memory();
   void open_windows(Bootstrap& group);
   void open_link(Bootstrap& group);
@@ -159,6 +170,8 @@ class Context {
   [[noreturn]] void raise_timeout(const Fault& fault);
   void raise_fault();
   void sweep();
+  void sweep_quarantine(std::uint64_t done);
+  std::shared_ptr<void> piece_of(Slabs& slabs, std::size_t bytes);
   std::shared_ptr<void> kept(std::shared_ptr<void> owner);
   Call plain_call(Operation operation, Stream stream, std::chrono::milliseconds timeout, int num_workers);
   void take_turn(Call& call);
@@ -170,10 +183,11 @@ class Context {
   bool needs_network_ = false;  // logical nodes share no memory: so configured, or no fabric joins them
   std::vector<std::shared_ptr<Window>> windows_;  // null: of far ranks
   std::shared_ptr<plan::Arena> arena_;
-  std::vector<std::shared_ptr<plan::Arena>> slabs_;  // local memory
-  std::shared_ptr<Returns> returns_;                 // memory that callers have dropped
-  bool capturing_ = false;                           // this call goes into a graph,
-  std::vector<std::shared_ptr<void>> captured_;      // which then keeps all memory that the call took
+  Slabs local_{std::size_t{32} << 20};
+  Slabs tables_{std::size_t{2} << 20};           // what the host fills in mid-call: no call ever used it before
+  std::shared_ptr<Returns> returns_;             // memory that callers have dropped
+  bool capturing_ = false;                       // this call goes into a graph,
+  std::vector<std::shared_ptr<void>> captured_;  // which then keeps all memory that the call took
   std::map<const Placement*, DevicePlacement> placements_;
   std::vector<Peer> peers_;
   Sharing sharing_ = Sharing::kDescriptor;
@@ -204,7 +218,7 @@ class Context {
   std::shared_ptr<GraphMemory> graph_memory_;
   std::recursive_mutex calls_;
   std::deque<Doubt> in_doubt_;
-  std::deque<std::pair<std::uint64_t, std::shared_ptr<void>>> quarantine_;  // epoch, block
+  std::vector<Quarantined> quarantine_;
 
   mutable std::mutex mutex_;
   Statistics statistics_;

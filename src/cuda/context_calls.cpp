@@ -171,11 +171,9 @@ bool Context::take_fault(Fault& fault) {
   // Acquire: the kernel wrote the record, fenced, then set the kind.
   if (kind.load(std::memory_order_acquire) == Fault::kNone) return false;
   fault = mailbox_->fault;
-  // A peer may still write where we offered room in that operation: kept until all have left it.
-  while (!in_doubt_.empty()) {
-    quarantine_.emplace_back(fault.epoch, std::move(in_doubt_.front().block));
-    in_doubt_.pop_front();
-  }
+  // A peer may still write where we offered room, in that operation or in one that was enqueued behind it.
+  for (Doubt& doubt : in_doubt_) quarantine_.push_back({std::move(doubt), std::nullopt});
+  in_doubt_.clear();
   kind.store(Fault::kNone, std::memory_order_release);
   return true;
 }

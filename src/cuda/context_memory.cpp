@@ -14,12 +14,6 @@
 #include "cuda/own_memory.h"
 
 namespace deep_ep::cuda {
-namespace {
-
-constexpr std::size_t kFirstSlab = std::size_t{32} << 20;
-
-}  // namespace
-
 std::uint64_t Context::completed() const {
   return std::atomic_ref<std::uint64_t>(mailbox_->completed).load(std::memory_order_acquire);
 }
@@ -28,7 +22,16 @@ std::uint64_t Context::completed() const {
 void Context::sweep() {
   const std::uint64_t done = completed();
   while (!in_doubt_.empty() && in_doubt_.front().serial <= done) in_doubt_.pop_front();
-  if (quarantine_.empty()) return;
+  if (!quarantine_.empty()) sweep_quarantine(done);
+}
+
+// Epochs are counted on the device, where graphs replay: what the device has counted once a call has ended is that
+// call's epoch or a later one.
+void Context::sweep_quarantine(std::uint64_t done) {
+  std::uint64_t counted = 0;
+  copy(&counted, &state_->epoch, sizeof counted, cudaMemcpyDeviceToHost);
+  for (Quarantined& entry : quarantine_)
+    if (!entry.epoch && entry.of.serial <= done) entry.epoch = counted;
   const std::size_t line = plan::WindowLayout::kLine;
   std::vector<std::byte> words(line * num_ranks);
   copy(words.data(), window() + layout_.released(0), words.size(), cudaMemcpyDeviceToHost);
@@ -39,7 +42,7 @@ void Context::sweep() {
     // Far ranks write nothing here: a rank of our node passes their rows on.
     if (!is_far(peer) && !is_gone(peer)) left = std::min(left, released);
   }
-  std::erase_if(quarantine_, [&](const auto& entry) { return entry.first <= left; });
+  std::erase_if(quarantine_, [&](const Quarantined& entry) { return entry.epoch && *entry.epoch <= left; });
 }
 
 plan::Arena::Block Context::arena_block(std::size_t bytes, bool anywhere, const Call& call) {
@@ -88,15 +91,17 @@ void Context::not_in_doubt(const Call& call) {
   std::erase_if(in_doubt_, [&](const Doubt& doubt) { return doubt.serial == call.serial; });
 }
 
-std::shared_ptr<void> Context::local(std::size_t bytes) {
+std::shared_ptr<void> Context::local(std::size_t bytes) { return kept(piece_of(local_, bytes)); }
+
+std::shared_ptr<void> Context::piece_of(Slabs& slabs, std::size_t bytes) {
   const OutsideCapture outside;
-  for (const auto& slab : slabs_)
-    if (plan::Arena::Block block = slab->allocate(bytes, true); block.owner) return kept(std::move(block.owner));
-  const std::size_t size = std::max(kFirstSlab << slabs_.size(), 2 * bytes);
+  for (const auto& slab : slabs.all)
+    if (plan::Arena::Block block = slab->allocate(bytes, true); block.owner) return std::move(block.owner);
+  const std::size_t size = std::max(slabs.first << slabs.all.size(), 2 * bytes);
   std::shared_ptr<std::byte> memory = own_device_memory(device, sharing_, size);
   std::byte* const base = memory.get();
-  slabs_.push_back(std::make_shared<plan::Arena>(std::move(memory), base, 0, size));
-  return kept(slabs_.back()->allocate(bytes, true).owner);
+  slabs.all.push_back(std::make_shared<plan::Arena>(std::move(memory), base, 0, size));
+  return slabs.all.back()->allocate(bytes, true).owner;
 }
 
 // What a captured call takes belongs to its graph too: every replay uses it.
@@ -138,7 +143,9 @@ const DevicePlacement& Context::on_device(const std::shared_ptr<const Placement>
   const std::size_t copies_at = words.size();
   words.push_back(0);
   for (int r = 0; r < num_ranks; ++r) words.push_back(words.back() + placement->num_slots(r));
-  entry.memory = local(words.size() * sizeof(std::int32_t));
+  // Not of local(): calls that are enqueued may use pieces of it that are free here, and this copy waits for none of
+  // them.
+  entry.memory = piece_of(tables_, words.size() * sizeof(std::int32_t));
   copy(entry.memory.get(), words.data(), words.size() * sizeof(std::int32_t), cudaMemcpyHostToDevice);
   const auto* at = static_cast<const std::int32_t*>(entry.memory.get());
   entry.view = {at, reinterpret_cast<const Placement::Replica*>(at + first.size()), nodes_, placement->policy()};

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: MIT
 // Calls on the caller's streams, what they find out late, the grids that they take, counters, and an arena whose pages
 // come as they are needed.
+#include <atomic>
+#include <thread>
+
 #include "cuda/exchanges.h"
 
 namespace deep_ep::test {
@@ -54,6 +57,58 @@ TEST(CudaStreams, exact_outputs_are_right_in_the_order_of_the_callers_stream) {
       const CombineOutput want_home =
           host.combine(combine_of(shape, here, want.x, want.handle, SumOrder::by_rank(), nullptr));
       EXPECT_EQ(digests_of(sent, home, 4), digests_of(want, want_home, 4)) << "rank " << rank << ", turn " << turn;
+    }
+  });
+}
+
+// Holds a stream up until it is let go, without taking an SM.
+class Gate {
+ public:
+  explicit Gate(cudaStream_t stream) {
+    gpu(cudaLaunchHostFunc(
+        stream,
+        [](void* open) {
+          while (!static_cast<std::atomic<bool>*>(open)->load()) std::this_thread::sleep_for(1ms);
+        },
+        &open_));
+  }
+  void open() { open_ = true; }
+
+ private:
+  std::atomic<bool> open_{false};
+};
+
+// The tables of a placement go to the GPU at once, when calls that are enqueued have yet to use their memory.
+TEST(CudaStreams, a_placement_that_is_new_lies_nowhere_where_an_enqueued_call_writes) {
+  EP_NEEDS_GPU();
+  run_pairs(2, small_config(), on_gpu(), [](Buffer& host, Buffer& device) {
+    constexpr int kTokens = 200;
+    const int rank = device.rank();
+    Random random(static_cast<std::uint64_t>(rank) + 1);
+    const Shape shape = plain_shape();
+    Shape other = shape;
+    const Sample sample(shape, random, kTokens);
+    const Placed here(sample, false), there(sample, true);
+    const OwnStream stream;
+    const DispatchOutput want = host.dispatch(dispatch_of(shape, here, 2 * kTokens, nullptr));
+    const CombineOutput want_home =
+        host.combine(combine_of(shape, here, want.x, want.handle, SumOrder::by_rank(), nullptr));
+    for (other.experts = 2; other.experts <= 20; other.experts += 2) {
+      const Sample token(other, random, 1);
+      const Placed token_here(token, false), token_there(token, true);
+      Gate gate(stream);
+      const DispatchOutput sent = device.dispatch(dispatch_of(shape, there, 2 * kTokens, stream));
+      const DispatchLayout layout = device.dispatch_layout(token_there.ids, other.experts, nullptr, stream);
+      const CombineOutput home =
+          device.combine(combine_of(shape, there, sent.x, sent.handle, SumOrder::by_rank(), stream));
+      gate.open();
+      stream.wait();
+      device.check();
+      const DispatchLayout want_layout = host.dispatch_layout(token_here.ids, other.experts);
+      EXPECT_EQ(bytes_of(layout.is_token_in_rank), bytes_of(want_layout.is_token_in_rank)) << other.experts;
+      EXPECT_EQ(bytes_of(layout.tokens_per_rank), bytes_of(want_layout.tokens_per_rank)) << other.experts;
+      EXPECT_EQ(bytes_of(layout.tokens_per_expert), bytes_of(want_layout.tokens_per_expert)) << other.experts;
+      EXPECT_EQ(digests_of(sent, home, 2), digests_of(want, want_home, 2)) << "rank " << rank << ", " << other.experts;
     }
   });
 }
