@@ -19,12 +19,8 @@ __device__ void plan_steps(const Now& now, const CombineParams& p) {
     const std::int64_t first = std::int64_t{token} * p.num_topk;
     p.num_terms[token] = plan_terms(
         {p.order, p.layout == OutputLayout::kByRank, p.num_topk, p.dst_rank + first, p.node_of_rank},
-        p.steps != nullptr ? p.steps + first : local, p.terms + first,
-        [&](int rank) {
-          if (!now.active(rank)) return StandsFor::kNothing;
-          return p.forwarded.joined && now.far(rank) ? StandsFor::kItsNode : StandsFor::kItsRow;
-        },
-        [&](int k) { return p.row[first + k]; },
+        p.steps != nullptr ? p.steps + first : local, p.terms + first, [&](int rank) { return now.active(rank); },
+        [&](int rank) { return p.forwarded.joined && now.far(rank); }, [&](int k) { return p.row[first + k]; },
         [&](int k) { return p.weights != nullptr ? p.weights[first + k] : 1.0f; });
   }
 }

@@ -14,35 +14,21 @@ namespace {  // a part of the kernels whose files include it
 template <bool kLevels>
 constexpr int kVectorsOf = kLevels ? 2 : 7;
 
-// What stands for a step of the plan.
-enum class StandsFor { kNothing, kItsRow, kItsNode };
-
-// One thread: a token's terms, in the order of the plan. Same table as on the host, without the rows of ranks that take
-// no part: a sum that was complete after such a row is so after the row before it, if that is in it. Where a node's sum
-// came instead of its rows one term has it, and closes all levels below the last: alone in them it stays as it is.
-// stands_for(rank); row(k) and weight(k) of selection k.
-template <class StandsForRank, class Row, class Weight>
-__device__ int plan_terms(const plan::SumPlanInput& in, plan::SumStep* steps, Term* terms,
-                          const StandsForRank& stands_for, const Row& row, const Weight& weight) {
-  const int count = plan::make_sum_steps(in, steps);
-  int kept = 0, last = -1;  // the rank of the last term
-  const auto node_begun = [&](int rank) { return last >= 0 && in.node_of_rank[last] == in.node_of_rank[rank]; };
+// One thread: a token's terms, in the order of the plan, the same table as on the host. Where a node's sum came instead
+// of its rows one term has it, and closes all levels below the last: alone in them it stays as it is. takes_part(rank);
+// joined(rank): its node's sum came; row(k) and weight(k) of selection k.
+template <class TakesPart, class Joined, class Row, class Weight>
+__device__ int plan_terms(const plan::SumPlanInput& in, plan::SumStep* steps, Term* terms, const TakesPart& takes_part,
+                          const Joined& joined, const Row& row, const Weight& weight) {
+  const int count = plan::make_sum_steps(in, steps, takes_part);
+  int kept = 0;
   for (int i = 0; i < count; ++i) {
     const plan::SumStep s = steps[i];
-    switch (stands_for(s.rank)) {
-      case StandsFor::kItsRow:
-        terms[kept++] = {row(s.k), s.rank, weight(s.k),
-                         (s.closes_rank ? Term::kRank : 0) | (s.closes_node ? Term::kNode : 0)};
-        last = s.rank;
-        break;
-      case StandsFor::kItsNode:
-        if (node_begun(s.rank)) break;
-        terms[kept++] = {row(s.k), s.rank, 1.0f, (in.order.round_per_rank ? Term::kRank : 0) | Term::kNode};
-        last = s.rank;
-        break;
-      case StandsFor::kNothing:
-        if (s.closes_node && node_begun(s.rank)) terms[kept - 1].closes |= Term::kNode;
-        break;
+    if (!joined(s.rank)) {
+      terms[kept++] = {row(s.k), s.rank, weight(s.k),
+                       (s.closes_rank ? Term::kRank : 0) | (s.closes_node ? Term::kNode : 0)};
+    } else if (i == 0 || in.node_of_rank[steps[i - 1].rank] != in.node_of_rank[s.rank]) {
+      terms[kept++] = {row(s.k), s.rank, 1.0f, (in.order.round_per_rank ? Term::kRank : 0) | Term::kNode};
     }
   }
   return kept;

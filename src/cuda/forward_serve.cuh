@@ -93,7 +93,7 @@ __device__ void plan_sums(const Asking& asking, int requests) {
         {asking.from.order, p.layout == OutputLayout::kByRank, p.num_topk, asking.batch.dst_rank + first,
          p.node_of_rank},
         asking.batch.steps != nullptr ? asking.batch.steps + first : local, asking.batch.terms + first,
-        [](int) { return StandsFor::kItsRow; }, [&](int k) { return asking.selection(request, k).row; },
+        [](int) { return true; }, [](int) { return false; }, [&](int k) { return asking.selection(request, k).row; },
         [&](int k) { return asking.factor(request, k); });
   }
 }

@@ -41,21 +41,25 @@ EP_HOST_DEVICE inline std::uint64_t sum_key(const SumOrder& order, int k, SumGro
   return of_node << 42 | of_rank << 21 | static_cast<std::uint64_t>(k);
 }
 
-/// Writes the steps of one token to steps[num_topk]; returns how many. Quadratic in num_topk, which is small.
-EP_HOST_DEVICE inline int make_sum_steps(const SumPlanInput& in, SumStep* steps) {
+/// Writes the steps of one token to steps[num_topk]; returns how many. Quadratic in num_topk, which is small. A rank
+/// for which takes_part(rank) is false is left out as if nothing had gone there: a node stands at its highest selection
+/// of a rank that takes part.
+template <class TakesPart>
+EP_HOST_DEVICE inline int make_sum_steps(const SumPlanInput& in, SumStep* steps, const TakesPart& takes_part) {
   const bool by_highest = in.order.key == SumOrder::Key::kTopK && (in.order.round_per_rank || in.order.round_per_node);
+  const auto counts = [&](int k) { return in.dst_rank[k] >= 0 && takes_part(in.dst_rank[k]); };
   const auto key_of = [&](int k) {
     SumGroup rank{in.dst_rank[k], k}, node{in.node_of_rank[in.dst_rank[k]], k};
     for (int j = k + 1; by_highest && j < in.num_topk; ++j) {
       if (in.dst_rank[j] == rank.number) rank.highest = j;
-      if (in.dst_rank[j] >= 0 && in.node_of_rank[in.dst_rank[j]] == node.number) node.highest = j;
+      if (counts(j) && in.node_of_rank[in.dst_rank[j]] == node.number) node.highest = j;
     }
     return sum_key(in.order, k, rank, node);
   };
 
   int count = 0;
   for (int k = 0; k < in.num_topk; ++k) {
-    if (in.dst_rank[k] < 0) continue;
+    if (!counts(k)) continue;
     if (in.one_row_per_rank) {
       bool is_highest = true;
       for (int j = k + 1; j < in.num_topk; ++j) is_highest = is_highest && in.dst_rank[j] != in.dst_rank[k];

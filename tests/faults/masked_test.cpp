@@ -85,6 +85,33 @@ TEST_P(MaskedRank, is_taken_back) {
   });
 }
 
+// The order of a sum is that of the ranks that take part: a node stands at the highest selection that still counts.
+TEST(MaskedSums, leave_the_rank_out_in_every_order_when_its_rows_were_dispatched_before) {
+  for (const OutputLayout layout : {OutputLayout::kByRank, OutputLayout::kByExpert}) {
+    Shape s = shape_of(layout, false);
+    s.ranks = 6;  // in three nodes: in which order two are added makes no difference
+    s.ranks_per_node = {2, 2, 2};
+    s.topk = 8;
+    const World all(s);
+    const Homeward home = homeward(all, {.weights = layout == OutputLayout::kByExpert});
+    std::vector<oracle::Dispatched> came = all.expected;
+    for (oracle::Dispatched& of_rank : came)
+      for (std::int32_t& to : of_rank.dst_rank) to = to == 2 ? -1 : to;
+    run_ranks(s.ranks, all.config(), [&](AnyBuffer& buffer) {
+      const int rank = buffer.rank();
+      const auto sent = buffer.dispatch(all.input(rank));
+      EXPECT_EQ(difference(all, rank, sent), "");
+      if (rank == 2) return;
+      buffer.set_masked(2, true);
+      for (const SumOrder& order : all_orders()) {
+        const auto sums = oracle::combine(all.exchange, came, home.ranks, order);
+        EXPECT_EQ(difference(sums[rank], buffer.combine(combine_input(home, rank, sent.handle, order))), "")
+            << "rank " << rank << ", " << to_string(order) << ", of " << s.to_string();
+      }
+    });
+  }
+}
+
 // What a rank reads in others' memory is theirs again once they have masked it and gone on.
 TEST(MaskedReader, notices_that_what_it_reads_may_have_been_written_over) {
   const Shape shape = shape_of(OutputLayout::kPadded, true);
