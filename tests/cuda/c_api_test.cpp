@@ -15,17 +15,18 @@ struct CRank {
   int rank;
   int num_ranks;
   deep_ep_group* group;
+  int node_size;  // 0: one node
 };
 
 // Each rank on a thread of its own.
-void run_c_ranks(int num_ranks, const std::function<void(const CRank&)>& body) {
+void run_c_ranks(int num_ranks, const std::function<void(const CRank&)>& body, int node_size = 0) {
   std::vector<deep_ep_group*> groups(static_cast<std::size_t>(num_ranks));
   ASSERT_EQ(deep_ep_group_in_process(num_ranks, groups.data()), DEEP_EP_OK);
   std::vector<std::thread> threads;
   for (int rank = 0; rank < num_ranks; ++rank)
     threads.emplace_back([&, rank] {
       device::use_for(rank);
-      body({rank, num_ranks, groups[static_cast<std::size_t>(rank)]});
+      body({rank, num_ranks, groups[static_cast<std::size_t>(rank)], node_size});
     });
   for (std::thread& thread : threads) thread.join();
   for (deep_ep_group* group : groups) deep_ep_group_free(group);
@@ -38,6 +39,8 @@ deep_ep_buffer* open_on_gpu(const CRank& me) {
   config.timeout_ms = 10000;
   config.low_latency_max_tokens_per_rank = kTokens;
   config.low_latency_row_bytes = kHidden * sizeof(float);
+  config.ranks_per_node = &me.node_size;
+  config.num_ranks_per_node = me.node_size > 0 ? 1 : 0;
   const int device = device::of_rank(me.rank);
   deep_ep_options options{};
   options.size = sizeof options;
@@ -110,68 +113,82 @@ void expect_sums(const Tensor& out, int rank, const std::vector<int>& copies) {
                 value(rank, t, c) * static_cast<float>(copies[static_cast<std::size_t>(t)]));
 }
 
+void go_there_and_back_also_on_a_stream(const CRank& me) {
+  deep_ep_buffer* buffer = open_on_gpu(me);
+  ASSERT_NE(buffer, nullptr);
+  const Tokens tokens(me.rank, me.num_ranks, kTokens);
+  const deep_ep_tensor x = c_tensor(tokens.x), ids = c_tensor(tokens.ids), out = c_tensor(tokens.out);
+  cudaStream_t stream;
+  gpu(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  for (void* const on : {static_cast<void*>(nullptr), static_cast<void*>(stream)}) {
+    deep_ep_dispatch_input in = c_dispatch(x, ids);
+    in.stream = on;
+    deep_ep_dispatch_result* came = nullptr;
+    ASSERT_EQ(deep_ep_dispatch(buffer, &in, &came), DEEP_EP_OK) << deep_ep_last_error();
+    const deep_ep_tensor rows = rows_of(came);
+    deep_ep_combine_input back = c_combine(came, rows, out);
+    back.stream = on;
+    deep_ep_combine_result* home = nullptr;
+    ASSERT_EQ(deep_ep_combine(buffer, &back, &home), DEEP_EP_OK) << deep_ep_last_error();
+    EXPECT_EQ(deep_ep_check(buffer), DEEP_EP_OK) << deep_ep_last_error();
+    expect_sums(tokens.out, me.rank, tokens.copies);
+    deep_ep_combine_result_free(home);
+    deep_ep_dispatch_result_free(came);
+  }
+  deep_ep_statistics statistics{};
+  statistics.size = sizeof statistics;
+  EXPECT_EQ(deep_ep_get_statistics(buffer, &statistics), DEEP_EP_OK);
+  EXPECT_EQ(statistics.operations, 4u);
+  deep_ep_buffer_close(buffer);
+  gpu(cudaStreamDestroy(stream));
+}
+
 TEST(CudaCApi, takes_device_pointers_there_and_back_also_on_a_stream) {
   EP_NEEDS_GPU();
-  run_c_ranks(2, [](const CRank& me) {
-    deep_ep_buffer* buffer = open_on_gpu(me);
-    ASSERT_NE(buffer, nullptr);
-    const Tokens tokens(me.rank, me.num_ranks, kTokens);
-    const deep_ep_tensor x = c_tensor(tokens.x), ids = c_tensor(tokens.ids), out = c_tensor(tokens.out);
-    cudaStream_t stream;
-    gpu(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-    for (void* const on : {static_cast<void*>(nullptr), static_cast<void*>(stream)}) {
-      deep_ep_dispatch_input in = c_dispatch(x, ids);
-      in.stream = on;
-      deep_ep_dispatch_result* came = nullptr;
-      ASSERT_EQ(deep_ep_dispatch(buffer, &in, &came), DEEP_EP_OK) << deep_ep_last_error();
-      const deep_ep_tensor rows = rows_of(came);
-      deep_ep_combine_input back = c_combine(came, rows, out);
-      back.stream = on;
-      deep_ep_combine_result* home = nullptr;
-      ASSERT_EQ(deep_ep_combine(buffer, &back, &home), DEEP_EP_OK) << deep_ep_last_error();
-      EXPECT_EQ(deep_ep_check(buffer), DEEP_EP_OK) << deep_ep_last_error();
-      expect_sums(tokens.out, me.rank, tokens.copies);
-      deep_ep_combine_result_free(home);
-      deep_ep_dispatch_result_free(came);
-    }
-    deep_ep_statistics statistics{};
-    statistics.size = sizeof statistics;
-    EXPECT_EQ(deep_ep_get_statistics(buffer, &statistics), DEEP_EP_OK);
-    EXPECT_EQ(statistics.operations, 4u);
-    deep_ep_buffer_close(buffer);
-    gpu(cudaStreamDestroy(stream));
-  });
+  run_c_ranks(2, go_there_and_back_also_on_a_stream);
+}
+
+void send_and_receive_low_latency_tickets(const CRank& me) {
+  deep_ep_buffer* buffer = open_on_gpu(me);
+  ASSERT_NE(buffer, nullptr);
+  const Tokens tokens(me.rank, me.num_ranks, kTokens);
+  const deep_ep_tensor x = c_tensor(tokens.x), ids = c_tensor(tokens.ids), out = c_tensor(tokens.out);
+  deep_ep_dispatch_input in = c_dispatch(x, ids);
+  in.layout = DEEP_EP_PADDED;
+  in.max_tokens_per_rank = kTokens;
+  deep_ep_dispatch_ticket *ticket = nullptr, *dropped = nullptr;
+  deep_ep_dispatch_result* came = nullptr;
+  ASSERT_EQ(deep_ep_low_latency_dispatch(buffer, &in, &ticket), DEEP_EP_OK) << deep_ep_last_error();
+  ASSERT_EQ(deep_ep_low_latency_dispatch(buffer, &in, &dropped), DEEP_EP_OK) << deep_ep_last_error();
+  deep_ep_dispatch_ticket_free(dropped);
+  ASSERT_EQ(deep_ep_low_latency_dispatch_receive(ticket, &came), DEEP_EP_OK) << deep_ep_last_error();
+  deep_ep_dispatch_ticket_free(ticket);
+  const deep_ep_tensor rows = rows_of(came);
+  deep_ep_combine_input back = c_combine(came, rows, out);
+  deep_ep_combine_ticket* returning = nullptr;
+  deep_ep_combine_result* home = nullptr;
+  ASSERT_EQ(deep_ep_low_latency_combine(buffer, &back, &returning), DEEP_EP_OK) << deep_ep_last_error();
+  ASSERT_EQ(deep_ep_low_latency_combine_receive(returning, &home), DEEP_EP_OK) << deep_ep_last_error();
+  expect_sums(tokens.out, me.rank, std::vector<int>(kTokens, kTopk));  // a row for each selection
+  deep_ep_combine_result_free(home);
+  deep_ep_combine_ticket_free(returning);
+  deep_ep_dispatch_result_free(came);
+  deep_ep_buffer_close(buffer);
 }
 
 TEST(CudaCApi, sends_and_receives_low_latency_tickets_on_device_pointers) {
   EP_NEEDS_GPU();
-  run_c_ranks(2, [](const CRank& me) {
-    deep_ep_buffer* buffer = open_on_gpu(me);
-    ASSERT_NE(buffer, nullptr);
-    const Tokens tokens(me.rank, me.num_ranks, kTokens);
-    const deep_ep_tensor x = c_tensor(tokens.x), ids = c_tensor(tokens.ids), out = c_tensor(tokens.out);
-    deep_ep_dispatch_input in = c_dispatch(x, ids);
-    in.layout = DEEP_EP_PADDED;
-    in.max_tokens_per_rank = kTokens;
-    deep_ep_dispatch_ticket *ticket = nullptr, *dropped = nullptr;
-    deep_ep_dispatch_result* came = nullptr;
-    ASSERT_EQ(deep_ep_low_latency_dispatch(buffer, &in, &ticket), DEEP_EP_OK) << deep_ep_last_error();
-    ASSERT_EQ(deep_ep_low_latency_dispatch(buffer, &in, &dropped), DEEP_EP_OK) << deep_ep_last_error();
-    deep_ep_dispatch_ticket_free(dropped);
-    ASSERT_EQ(deep_ep_low_latency_dispatch_receive(ticket, &came), DEEP_EP_OK) << deep_ep_last_error();
-    deep_ep_dispatch_ticket_free(ticket);
-    const deep_ep_tensor rows = rows_of(came);
-    deep_ep_combine_input back = c_combine(came, rows, out);
-    deep_ep_combine_ticket* returning = nullptr;
-    deep_ep_combine_result* home = nullptr;
-    ASSERT_EQ(deep_ep_low_latency_combine(buffer, &back, &returning), DEEP_EP_OK) << deep_ep_last_error();
-    ASSERT_EQ(deep_ep_low_latency_combine_receive(returning, &home), DEEP_EP_OK) << deep_ep_last_error();
-    expect_sums(tokens.out, me.rank, std::vector<int>(kTokens, kTopk));  // a row for each selection
-    deep_ep_combine_result_free(home);
-    deep_ep_combine_ticket_free(returning);
-    deep_ep_dispatch_result_free(came);
-    deep_ep_buffer_close(buffer);
-  });
+  run_c_ranks(2, send_and_receive_low_latency_tickets);
+}
+
+TEST(CudaCApi, crosses_the_network_between_nodes_that_the_environment_names) {
+  EP_NEEDS_GPU();
+  for (const char* network : {"loopback", "tcp"}) {
+    setenv("EP_NETWORK_PROVIDER", network, 1);
+    run_c_ranks(4, go_there_and_back_also_on_a_stream, 2);
+    run_c_ranks(4, send_and_receive_low_latency_tickets, 2);
+  }
+  unsetenv("EP_NETWORK_PROVIDER");
 }
 
 unsigned widest_grid(cudaGraph_t graph) {

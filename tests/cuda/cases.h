@@ -30,6 +30,7 @@ struct Case {
   bool specials = false;    // NaN and infinities among the values
   bool every_peak = false;  // among the groups of 128 channels every finite largest magnitude of a 16-bit type
   std::vector<int> nodes = {};
+  std::string network = {};  // between these; none: they share memory
 };
 
 inline std::ostream& operator<<(std::ostream& out, const Case& c) {

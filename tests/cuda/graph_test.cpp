@@ -26,8 +26,11 @@ void leave_out(Sample& sample, int first, int topk) {
     sample.ids.set<std::int64_t>(i, -1);
 }
 
-void replay_with_other_inputs(const Shape& shape, int num_ranks, int replays) {
+void replay_with_other_inputs(const Shape& shape, int replays) {
+  const int num_ranks = shape.ranks;
   Config config = small_config();
+  config.ranks_per_node = shape.ranks_per_node;
+  config.network.provider = shape.network;
   const std::int64_t bound = std::int64_t{num_ranks} * kTokens * shape.topk + shape.experts * shape.alignment;
   Barrier barrier(num_ranks);
   run_pairs(num_ranks, config, on_gpu(), [&](Buffer& host, Buffer& device) {
@@ -88,7 +91,22 @@ INSTANTIATE_TEST_SUITE_P(Ranks, CudaGraph, testing::Values(1, 4, 8));
 TEST_P(CudaGraph, replays_what_the_host_computes_with_other_ids_weights_and_counts) {
   EP_NEEDS_GPU();
   for (const OutputLayout layout : {OutputLayout::kByRank, OutputLayout::kByExpert})
-    for (const bool fp8 : {false, true}) replay_with_other_inputs(shape_of(layout, fp8), GetParam(), 25);
+    for (const bool fp8 : {false, true}) {
+      Shape shape = shape_of(layout, fp8);
+      shape.ranks = GetParam();
+      replay_with_other_inputs(shape, 25);
+    }
+}
+
+TEST(CudaGraphBetweenNodes, replays_what_the_host_computes_with_other_ids_weights_and_counts) {
+  EP_NEEDS_GPU();
+  for (const OutputLayout layout : {OutputLayout::kByRank, OutputLayout::kByExpert})
+    for (const char* network : {"loopback", "tcp"}) {
+      Shape shape = shape_of(layout, false);
+      shape.ranks_per_node = {2, 2};
+      shape.network = network;
+      replay_with_other_inputs(shape, 12);
+    }
 }
 
 }  // namespace

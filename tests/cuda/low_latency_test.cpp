@@ -16,6 +16,7 @@ Config config_of(const Case& c) {
   Config config = small_config();
   config.max_experts = 4096;
   config.ranks_per_node = c.nodes;
+  config.network.provider = c.network;
   config.low_latency.max_tokens_per_rank = std::max(c.tokens, 1);
   config.low_latency.row_bytes = static_cast<std::size_t>(c.hidden) * item_bytes(c.dtype);
   config.low_latency.num_topk = c.topk;
@@ -374,10 +375,8 @@ void set_masks(Buffer& buffer, bool masked) {
     if ((peer == 3) != (buffer.rank() == 3)) buffer.set_masked(peer, masked);
 }
 
-TEST(CudaLowLatencyGraph, replays_with_other_inputs_and_other_masks_as_the_host_does) {
-  EP_NEEDS_GPU();
+void replay_with_other_inputs_and_masks(const Series& series) {
   constexpr int kRanks = 4, kRounds = 9;
-  const Series series({.ranks = kRanks, .tokens = 23, .hidden = 512, .layout = OutputLayout::kPadded});
   const auto is_masked = [](int round) { return round % 4 == 2; };
   std::vector<std::vector<Result>> host(kRounds, std::vector<Result>(kRanks)), device = host;
   std::barrier<> meeting(kRanks);
@@ -421,6 +420,23 @@ TEST(CudaLowLatencyGraph, replays_with_other_inputs_and_other_masks_as_the_host_
     SCOPED_TRACE("round " + std::to_string(round));
     expect_equal(host[round], device[round]);
   }
+}
+
+TEST(CudaLowLatencyGraph, replays_with_other_inputs_and_other_masks_as_the_host_does) {
+  EP_NEEDS_GPU();
+  replay_with_other_inputs_and_masks(
+      Series({.ranks = 4, .tokens = 23, .hidden = 512, .layout = OutputLayout::kPadded}));
+}
+
+TEST(CudaLowLatencyGraph, replays_between_nodes_with_other_inputs_and_other_masks_as_the_host_does) {
+  EP_NEEDS_GPU();
+  for (const char* network : {"loopback", "tcp"})
+    replay_with_other_inputs_and_masks(Series({.ranks = 4,
+                                               .tokens = 23,
+                                               .hidden = 512,
+                                               .layout = OutputLayout::kPadded,
+                                               .nodes = {2, 2},
+                                               .network = network}));
 }
 
 TEST(CudaLowLatencyGraph, replays_thousands_of_times_with_equal_results) {
