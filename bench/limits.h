@@ -36,7 +36,7 @@ inline const char* name(CopyBy by) {
 class Limits {
  public:
   Limits(const Workload& work, int rank, const std::vector<SharedFile>& files, std::size_t bytes)
-      : work_(work), rank_(rank), source_(map_private(bytes)), scratch_(work.fp8_row_bytes() + 64) {
+      : work_(work), rank_(rank), bytes_(bytes), source_(map_private(bytes)), scratch_(work.fp8_row_bytes() + 64) {
     for (const SharedFile& file : files) windows_.push_back(file.map());
     std::memset(windows_[next()].get(), 0, bytes);
     for (const Mapping& window : windows_) touch(window.get(), bytes);
@@ -81,7 +81,8 @@ class Limits {
     ops_.flush();
   }
 
-  /// What low-latency dispatch must do and nothing else: each row of x read once and written at each of its experts.
+  /// What low-latency dispatch must do and nothing else: each row of x read once and written at each of its experts;
+  /// scales lie apart, as there, in the half of the window that rows of FP8 leave free.
   void bare_ll_dispatch(const std::vector<PlaceOfSelection>& places, bool fp8) {
     const std::size_t topk = static_cast<std::size_t>(work_.num_topk);
     std::vector<std::uint8_t*> to(topk);
@@ -89,14 +90,21 @@ class Limits {
       const std::byte* row = source_.get() + token * static_cast<std::size_t>(work_.row_bytes());
       for (std::size_t k = 0; k < topk; ++k) {
         const PlaceOfSelection& place = places[token * topk + k];
-        to[k] = reinterpret_cast<std::uint8_t*>(windows_[place.rank].get() + place.row * wire_bytes(fp8));
-        if (!fp8) ops_.copy(to[k], row, static_cast<std::size_t>(work_.row_bytes()));
+        to[k] = reinterpret_cast<std::uint8_t*>(windows_[place.rank].get() +
+                                                place.row * (fp8 ? work_.hidden : work_.row_bytes()));
       }
-      if (!fp8) continue;
+      if (!fp8) {
+        ops_.copy_to_all(reinterpret_cast<std::byte* const*>(to.data()), work_.num_topk, row,
+                         static_cast<std::size_t>(work_.row_bytes()));
+        continue;
+      }
       quantize(row, to);
-      for (std::uint8_t* codes : to)
-        std::memcpy(codes + work_.hidden, scratch_.data() + work_.hidden,
-                    static_cast<std::size_t>(work_.num_scales()) * sizeof(float));
+      const std::size_t scales_bytes = static_cast<std::size_t>(work_.num_scales()) * sizeof(float);
+      for (std::size_t k = 0; k < topk; ++k) {
+        const PlaceOfSelection& place = places[token * topk + k];
+        std::memcpy(windows_[place.rank].get() + bytes_ / 2 + static_cast<std::size_t>(place.row) * scales_bytes,
+                    scratch_.data() + work_.hidden, scales_bytes);
+      }
     }
     ops_.flush();
   }
@@ -149,6 +157,7 @@ class Limits {
   const Workload& work_;
   const host::RowOps& ops_ = host::row_ops();
   int rank_;
+  std::size_t bytes_;  // of each window
   Mapping source_;
   std::vector<Mapping> windows_;
   std::vector<std::uint8_t> scratch_;

@@ -413,10 +413,9 @@ bool Context::has_announced(int owner, const Epoch& epoch, int writer) const {
   return load_acquire(word(owner, Flag::kAnnounced, epoch.number, writer)) == word_of(epoch, 0);
 }
 
-void Context::let_others_come(const std::function<bool()>& enough) const {
-  if (patience_.yield_for.count() == 0) return;
-  const Deadline end = Clock::now() + patience_.yield_for;
-  for (int i = 0; i < num_ranks && !enough() && Clock::now() < end; ++i) sched_yield();
+void Context::let_others_come(std::chrono::microseconds moment, const std::function<bool()>& enough) const {
+  const Deadline end = Clock::now() + std::min(moment, patience_.yield_for);
+  while (!enough() && Clock::now() < end) sched_yield();
 }
 
 void Context::await_announcement(const Epoch& epoch, int peer, const Signature& ours) {

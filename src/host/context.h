@@ -151,8 +151,8 @@ class Context {
   /// Whether that announcement is there, and no refusal. `owner` and `writer` are ranks of our node, which share its
   /// memory.
   bool has_announced(int owner, const Epoch& epoch, int writer) const;
-  /// Where ranks share cores: lets others run a few times, until `enough` or for a moment. Waits for nobody.
-  void let_others_come(const std::function<bool()>& enough) const;
+  /// Where ranks share cores: lets others run for a moment, or until `enough`. Waits for nobody.
+  void let_others_come(std::chrono::microseconds moment, const std::function<bool()>& enough) const;
   /// Waits for the peer's announcement and checks that its call is the same as ours. Throws if it refused, or differs.
   void await_announcement(const Epoch& epoch, int peer, const Signature& ours);
   /// Runs `wait`, which waits for the peer until its deadline. False where it stayed silent and, `mask_silent` being

@@ -6,6 +6,7 @@
 // receive, place.
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <optional>
 #include <utility>
 
@@ -30,16 +31,27 @@ struct Sent {
   plan::MessageLayout message;
   std::vector<std::int32_t> dst_rank;
 
-  // A message of one source to one owner, as this rank, which is one of the two, writes or reads it: the head in the
-  // owner's slots, side by side where no bodies follow them there, and the body.
-  std::byte* head(int owner, int source, int number) const {
-    const bool alone = owner != source && !context->is_far(owner) && !context->is_far(source);
-    return slots(owner, source) + static_cast<std::size_t>(number) * (alone ? message.row_at : message.bytes);
+  // The messages of one source to one owner, as this rank, which is one of the two, writes or reads them: heads in the
+  // owner's slots, side by side where no bodies follow them there, and bodies.
+  struct Messages {
+    std::byte* heads = nullptr;  // in order of arrival
+    std::size_t head_stride = 0;
+    std::byte* bodies = nullptr;  // in the source's slots for itself, by token; null: they follow their heads
+    std::size_t body_stride = 0;
+
+    std::byte* head(std::int64_t number) const { return heads + head_stride * static_cast<std::size_t>(number); }
+    // Of the message with that head.
+    std::byte* body(std::byte* head, int token) const {
+      return bodies != nullptr ? bodies + body_stride * static_cast<std::size_t>(token) : head;
+    }
+  };
+
+  Messages messages(int owner, int source) const {
+    if (context->is_far(owner) || context->is_far(source)) return {slots(owner, source), message.bytes};
+    const bool alone = owner != source;
+    return {slots(owner, source), alone ? message.row_at : message.bytes, slots(source, source), message.bytes};
   }
-  // Bodies lie at their token's number in the source's slots for itself.
-  std::byte* body(int source, int token) const {
-    return slots(source, source) + static_cast<std::size_t>(token) * message.bytes;
-  }
+
   std::byte* slots(int owner, int source) const {
     // Whatever the size of a message, so that sources write apart even where their calls do not match.
     const std::size_t stride =
@@ -51,14 +63,16 @@ struct Sent {
 class Sender {
  public:
   Sender(const Sent& sent, const plan::Routes& routes)
-      : sent_(sent), routes_(routes), straight_(*sent.context, sent.call, sent.epoch) {}
+      : sent_(sent), routes_(routes), straight_(*sent.context, sent.call, sent.epoch) {
+    for (int dst = 0; dst < sent.context->num_ranks; ++dst) to_.push_back(sent.messages(dst, sent.context->rank));
+  }
 
   /// `x_at`: where our output will lie in our window, if rows may go straight there; else 0.
   void send(std::uint64_t x_at) {
     const DispatchCall& call = sent_.call;
     Context& context = *sent_.context;
     announce(x_at);
-    if (x_at != 0) context.let_others_come([this] { return straight_.known(); });
+    if (x_at != 0) context.let_others_come(time_to_copy(), [this] { return straight_.known(); });
     const TokenReader reader(call, row_ops());
     context.workers().for_range(call.num_tokens, kTokensPerPiece, call.num_workers,
                                 [&](std::int64_t begin, std::int64_t end) {
@@ -97,6 +111,14 @@ class Sender {
     sent_.context->announce(sent_.epoch, mine);
   }
 
+  // Roughly what it costs if our rows cannot go straight. For so long it pays to see whether they can.
+  std::chrono::microseconds time_to_copy() const {
+    constexpr std::int64_t kBytesPerMicrosecond = 20000;
+    const std::int64_t rows = std::int64_t{sent_.call.num_tokens} * sent_.call.num_topk;
+    return std::chrono::microseconds(rows * static_cast<std::int64_t>(sent_.call.shape.row_bytes) /
+                                     kBytesPerMicrosecond);
+  }
+
   // Messages to one rank lie one behind the other: a far one gets all of them at once.
   void put(int dst, std::size_t bytes) const {
     const Context& context = *sent_.context;
@@ -112,19 +134,20 @@ class Sender {
       if (sent_.dst_rank[i] >= 0) places.push_back(straight_.place(sent_.dst_rank[i], routes_.slot[i], routes_.row[i]));
   }
 
-  // Bodies are written through the caches, unlike rows at their places: they are read soon, and more than once.
+  // Bodies are written through the caches, unlike most rows at their places: they are read soon, and more than once.
   void send_token(const TokenReader& reader, int token, const std::vector<std::byte*>& places) const {
     const Context& context = *sent_.context;
     const plan::MessageLayout& at = sent_.message;
     const int topk = sent_.call.num_topk;
     const std::size_t first = static_cast<std::size_t>(token) * topk;
     const std::int32_t* rank = sent_.dst_rank.data() + first;
-    std::byte* body = sent_.body(context.rank, token);
+    const Sent::Messages& ours = to_[context.rank];
+    std::byte* body = ours.bodies + ours.body_stride * static_cast<std::size_t>(token);
     if (std::all_of(rank, rank + topk, [](std::int32_t dst) { return dst < 0; })) return;
     reader.write(token, body, at, places);
     for (int k = 0; k < topk; ++k) {
       if (rank[k] < 0 || std::find(rank, rank + k, rank[k]) != rank + k) continue;
-      std::byte* head = sent_.head(rank[k], context.rank, routes_.arrival[first + k]);
+      std::byte* head = to_[rank[k]].head(routes_.arrival[first + k]);
       write_head(token, rank[k], head, !places.empty());
       if (context.is_far(rank[k])) std::memcpy(head + at.row_at, body + at.row_at, at.bytes - at.row_at);
     }
@@ -147,6 +170,7 @@ class Sender {
   const Sent& sent_;
   const plan::Routes& routes_;
   StraightRows straight_;
+  std::vector<Sent::Messages> to_;  // by rank
 };
 
 // Memory for an output. The arena's pages are warm; ordinary memory serves as well where it is full.
@@ -189,16 +213,13 @@ class Placer {
     clear_padding(block);
     const bool by_column = call_.shape.num_scales > 0 && call_.shape.scales_column_major;
     if (by_column) scales_of_row_.assign(static_cast<std::size_t>(rows_.num_rows), nullptr);
+    place_arrivals(block);
     const RowOps& ops = row_ops();
-    context_.workers().for_range(
-        rows_.num_arrivals, kTokensPerPiece, call_.num_workers, [&](std::int64_t begin, std::int64_t end) {
-          int src = 0;
-          for (std::int64_t arrival = begin; arrival < end; ++arrival) {
-            while (arrival >= rows_.first_arrival[src + 1]) ++src;
-            place_message(src, static_cast<int>(arrival - rows_.first_arrival[src]), arrival, block, ops);
-          }
-          ops.flush();
-        });
+    context_.workers().for_range(static_cast<std::int64_t>(here_.size()), kTokensPerPiece, call_.num_workers,
+                                 [&](std::int64_t begin, std::int64_t end) {
+                                   for (std::int64_t i = begin; i < end; ++i) place_selection(i, block, ops);
+                                   ops.flush();
+                                 });
     if (by_column) place_scale_columns(block);
     const OutputTensors tensors{call_, at_, rows_.num_rows, rows_.num_arrivals, num_slots_, context_.num_ranks};
     DispatchOutput out = tensors.make(block, room_.owner);
@@ -208,23 +229,38 @@ class Placer {
   }
 
  private:
-  const std::byte* head(int src, int number) const { return sent_.head(context_.rank, src, number); }
-
-  // Reads each head once: most come from other cores.
+  // Reads each head once: most come from other cores. What is ours among its selections is gathered without a branch,
+  // which would be as hard to foresee as the routing.
   void count_rows() {
-    const int topk = call_.num_topk;
+    const std::size_t topk = static_cast<std::size_t>(call_.num_topk);
+    std::size_t arrivals = 0, ours = 0;
+    for (const std::int32_t tokens : counts_.tokens_from) arrivals += static_cast<std::size_t>(tokens);
+    arrivals_.resize(arrivals);
+    src_token_.resize(arrivals);
+    slots_.resize(arrivals * topk);
+    here_.resize(arrivals * topk + 1);  // one more: the last may be written in vain
     counts_.rows_from.assign(static_cast<std::size_t>(context_.num_ranks) * num_slots_, 0);
+    std::size_t arrival = 0;
     for (int src = 0; src < context_.num_ranks; ++src) {
-      std::int32_t* rows_of_slot = counts_.rows_from.data() + static_cast<std::size_t>(src) * num_slots_;
-      for (int i = 0; i < counts_.tokens_from[src]; ++i) {
-        const std::byte* head = this->head(src, i);
-        src_token_.push_back(*reinterpret_cast<const std::int32_t*>(head + sent_.message.src_token_at));
+      const std::size_t first = ours;
+      const Sent::Messages messages = sent_.messages(context_.rank, src);
+      for (int i = 0; i < counts_.tokens_from[src]; ++i, ++arrival) {
+        std::byte* head = messages.head(i);
+        src_token_[arrival] = *reinterpret_cast<const std::int32_t*>(head + sent_.message.src_token_at);
+        arrivals_[arrival] = {head, messages.body(head, src_token_[arrival])};
         const auto* slots = reinterpret_cast<const std::int32_t*>(head + sent_.message.slots_at);
-        slots_.insert(slots_.end(), slots, slots + topk);
-        for (int k = 0; k < topk; ++k)
-          if (slots[k] >= 0) ++rows_of_slot[slots[k]];
+        for (std::size_t k = 0; k < topk; ++k) {
+          const std::int32_t slot = slots[k];
+          slots_[arrival * topk + k] = slot;
+          here_[ours] = static_cast<std::int32_t>(arrival * topk + k);
+          ours += slot >= 0;
+        }
       }
+      std::int32_t* rows_of_slot = counts_.rows_from.data() + static_cast<std::size_t>(src) * num_slots_;
+      for (std::size_t i = first; i < ours; ++i) ++rows_of_slot[slots_[here_[i]]];
+      here_until_.push_back(ours);
     }
+    here_.resize(ours);
     rows_ = plan::make_row_plan(counts_);
     const std::int64_t room = std::int64_t{context_.num_ranks} * call_.max_tokens_per_rank;
     for (int slot = 0; slot < num_slots_ && call_.layout == OutputLayout::kPadded; ++slot)
@@ -237,12 +273,11 @@ class Placer {
     std::vector<std::int32_t> next = rows_.first_row;
     const bool by_rank = call_.layout == OutputLayout::kByRank;
     arrival_row_.assign(slots_.size(), -1);
-    std::size_t at = 0;
+    std::size_t i = 0;
     for (int src = 0; src < context_.num_ranks; ++src) {
       std::int32_t* next_of_slot = by_rank ? nullptr : next.data() + static_cast<std::size_t>(src) * num_slots_;
-      for (std::int32_t arrival = rows_.first_arrival[src]; arrival < rows_.first_arrival[src + 1]; ++arrival)
-        for (int k = 0; k < call_.num_topk; ++k, ++at)
-          if (slots_[at] >= 0) arrival_row_[at] = by_rank ? arrival : next_of_slot[slots_[at]]++;
+      for (; i < here_until_[src]; ++i)
+        arrival_row_[here_[i]] = by_rank ? here_[i] / call_.num_topk : next_of_slot[slots_[here_[i]]]++;
     }
   }
 
@@ -254,39 +289,51 @@ class Placer {
         clear_row(call_.shape, at_, block, row);
   }
 
-  void place_message(int src, int number, std::int64_t arrival, std::byte* block, const RowOps& ops) {
-    const std::byte* head = this->head(src, number);
-    const std::byte* body = context_.is_far(src) ? head : sent_.body(src, src_token_[arrival]);
-    const plan::MessageLayout& from = sent_.message;
-    const int topk = call_.num_topk;
-    const bool by_rank = call_.layout == OutputLayout::kByRank;
-    const std::int32_t* slots = slots_.data() + arrival * topk;
-    const auto* weights = reinterpret_cast<const float*>(head + from.weights_at);
-    const bool placed = *reinterpret_cast<const std::int32_t*>(head + from.placed_at) != 0;
-    bool row_written = false;
-    for (int k = 0; k < topk; ++k) {
-      if (call_.shape.topk_idx_bytes == 8) {
-        reinterpret_cast<std::int64_t*>(block + at_.topk_idx_at)[arrival * topk + k] = slots[k];
-      } else {
-        reinterpret_cast<std::int32_t*>(block + at_.topk_idx_at)[arrival * topk + k] = slots[k];
-      }
-      if (call_.shape.topk_weights && by_rank)
-        reinterpret_cast<float*>(block + at_.topk_weights_at)[arrival * topk + k] = weights[k];
-      const std::int32_t row = arrival_row_[static_cast<std::size_t>(arrival) * topk + k];
-      if (row < 0 || (by_rank && std::exchange(row_written, true))) continue;
-      if (!placed) ops.copy(block + at_.x_at + row * call_.shape.row_bytes, body + from.row_at, call_.shape.row_bytes);
-      const auto* scales = reinterpret_cast<const std::int32_t*>(body + from.scales_at);
-      if (!scales_of_row_.empty()) {
-        scales_of_row_[row] = scales;
-      } else {
-        std::copy_n(scales, call_.shape.num_scales,
-                    reinterpret_cast<std::int32_t*>(block + at_.scales_at) + at_.first_scale(row));
-      }
-      if (call_.shape.topk_weights && !by_rank) reinterpret_cast<float*>(block + at_.topk_weights_at)[row] = weights[k];
+  // What there is of each arrival: ids as the caller wants them, weights where they are not a row's, side tensors.
+  void place_arrivals(std::byte* block) const {
+    if (call_.shape.topk_idx_bytes == 8) {
+      std::copy(slots_.begin(), slots_.end(), reinterpret_cast<std::int64_t*>(block + at_.topk_idx_at));
+    } else {
+      std::copy(slots_.begin(), slots_.end(), reinterpret_cast<std::int32_t*>(block + at_.topk_idx_at));
     }
-    for (int i = 0; i < call_.shape.num_side; ++i)
-      std::memcpy(block + at_.side_at[i] + arrival * call_.shape.side_bytes[i], body + from.side_at[i],
-                  call_.shape.side_bytes[i]);
+    const std::size_t topk = static_cast<std::size_t>(call_.num_topk);
+    const bool weights = call_.shape.topk_weights && call_.layout == OutputLayout::kByRank;
+    if (!weights && call_.shape.num_side == 0) return;
+    const auto place = [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t arrival = begin; arrival < end; ++arrival) {
+        const auto& [head, body] = arrivals_[arrival];
+        if (weights)
+          std::copy_n(reinterpret_cast<const float*>(head + sent_.message.weights_at), topk,
+                      reinterpret_cast<float*>(block + at_.topk_weights_at) + arrival * topk);
+        for (int i = 0; i < call_.shape.num_side; ++i)
+          std::memcpy(block + at_.side_at[i] + arrival * call_.shape.side_bytes[i], body + sent_.message.side_at[i],
+                      call_.shape.side_bytes[i]);
+      }
+    };
+    context_.workers().for_range(rows_.num_arrivals, kTokensPerPiece, call_.num_workers, place);
+  }
+
+  // What there is of each selection here: its row, the row's scales and weight.
+  void place_selection(std::int64_t i, std::byte* block, const RowOps& ops) {
+    const int topk = call_.num_topk;
+    const std::int32_t selection = here_[i], arrival = selection / topk;
+    const bool by_rank = call_.layout == OutputLayout::kByRank;
+    if (by_rank && i > 0 && here_[i - 1] / topk == arrival) return;  // a row for all of them
+    const plan::MessageLayout& from = sent_.message;
+    const auto& [head, body] = arrivals_[arrival];
+    const std::int32_t row = arrival_row_[selection];
+    if (*reinterpret_cast<const std::int32_t*>(head + from.placed_at) == 0)
+      ops.copy(block + at_.x_at + row * call_.shape.row_bytes, body + from.row_at, call_.shape.row_bytes);
+    const auto* scales = reinterpret_cast<const std::int32_t*>(body + from.scales_at);
+    if (!scales_of_row_.empty()) {
+      scales_of_row_[row] = scales;
+    } else {
+      std::copy_n(scales, call_.shape.num_scales,
+                  reinterpret_cast<std::int32_t*>(block + at_.scales_at) + at_.first_scale(row));
+    }
+    if (call_.shape.topk_weights && !by_rank)
+      reinterpret_cast<float*>(block + at_.topk_weights_at)[row] =
+          reinterpret_cast<const float*>(head + from.weights_at)[selection % topk];
   }
 
   // Column-major: the scales of one row lie a column apart, each in a line of its own and most of these in the same few
@@ -341,8 +388,15 @@ class Placer {
   const int num_slots_;
   plan::RowCounts counts_;
   plan::RowPlan rows_;
+  struct Arrival {
+    const std::byte* head = nullptr;
+    const std::byte* body = nullptr;
+  };
+  std::vector<Arrival> arrivals_;
   std::vector<std::int32_t> src_token_;            // of each arrival
   std::vector<std::int32_t> slots_, arrival_row_;  // of each arrival's selections; -1: not here
+  std::vector<std::int32_t> here_;                 // which of these are here, in order
+  std::vector<std::size_t> here_until_;            // of each source: how many come from it and those before
   // Where column-major scales came to, by row; null for rows that nothing came for. Empty: they are placed row by row.
   std::vector<const std::int32_t*> scales_of_row_;
   plan::OutputBlock at_;

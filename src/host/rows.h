@@ -23,7 +23,7 @@ struct QuantizeRow {
   void* scales = nullptr;  // [num_scales(hidden, kind)]: float, or int32 for kUe8m0 (unused bytes of the last word: 0)
   std::ptrdiff_t scale_stride = 1;  // in scales
   plan::Fp8Scale kind = plan::Fp8Scale::kExact;
-  // Further places of the codes, [hidden] each, written past the caches where it pays: flush() as after copy().
+  // Further places of the codes, [hidden] each, written as by copy_to_all(): flush() as after copy().
   std::uint8_t* const* copies = nullptr;
   int num_copies = 0;
 };
@@ -82,6 +82,9 @@ struct RowOps {
 
   /// Large rows are written past the caches, for a reader on another core: call flush() before telling it.
   void (*copy)(void* dst, const void* src, std::size_t bytes);
+  /// One row to `count` places. Of large rows every other copy stays in the caches: for places that are used again and
+  /// again and so are in the last cache anyway, as those of low latency.
+  void (*copy_to_all)(std::byte* const* dst, int count, const void* src, std::size_t bytes);
   /// Orders what copy() wrote before any later store of this thread, a release store in particular.
   void (*flush)();
   void (*zero)(void* dst, std::size_t bytes);

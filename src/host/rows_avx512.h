@@ -98,5 +98,25 @@ EP_ALWAYS_INLINE __m256i fp8_encode32_bf16(__m512i bf16, __m512 factor) {
   return _mm512_cvtepi16_epi8(_mm512_ternarylogic_epi32(code, _mm512_srli_epi16(bf16, 8), wide(0x00800080), kAOrBAndC));
 }
 
+constexpr int kTurned = 4;
+
+// As many columns of sixteen rows, from word i of each on.
+EP_ALWAYS_INLINE void turn_columns(const std::int32_t* const* rows, std::int64_t i, __m512i* columns) {
+  const auto words = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + i)); };
+  // Every fourth row: so the unpacking below, which works inside quarters of a register, leaves rows in order.
+  const auto every_fourth = [&](int row) {
+    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(words(row)), words(row + 4), 1);
+    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(words(row + 8)), words(row + 12), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  };
+  const __m512i a = every_fourth(0), b = every_fourth(1), c = every_fourth(2), d = every_fourth(3);
+  const __m512i ab_low = _mm512_unpacklo_epi32(a, b), ab_high = _mm512_unpackhi_epi32(a, b);
+  const __m512i cd_low = _mm512_unpacklo_epi32(c, d), cd_high = _mm512_unpackhi_epi32(c, d);
+  columns[0] = _mm512_unpacklo_epi64(ab_low, cd_low);
+  columns[1] = _mm512_unpackhi_epi64(ab_low, cd_low);
+  columns[2] = _mm512_unpacklo_epi64(ab_high, cd_high);
+  columns[3] = _mm512_unpackhi_epi64(ab_high, cd_high);
+}
+
 }  // namespace
 }  // namespace deep_ep::host

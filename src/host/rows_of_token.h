@@ -54,7 +54,7 @@ class TokenReader {
       quantize(token, reinterpret_cast<std::uint8_t*>(message + at.row_at), scales, places);
     } else {
       if (places.empty()) std::memcpy(message + at.row_at, source(token), call_.shape.row_bytes);
-      for (std::byte* place : places) ops_.copy(place, source(token), call_.shape.row_bytes);
+      ops_.copy_to_all(places.data(), static_cast<int>(places.size()), source(token), call_.shape.row_bytes);
       const TensorView& given = call_.in.scales;
       for (int i = 0; i < call_.shape.num_scales; ++i)
         scales[i] = given.as<const std::int32_t>()[token * given.strides[0] + i * given.strides[1]];

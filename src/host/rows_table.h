@@ -9,7 +9,7 @@ namespace deep_ep::host {
 namespace {
 
 constexpr RowOps row_ops_named(const char* isa) {
-  return {isa, copy, flush, zero, quantize, dequantize, log_encode, log_decode, turn, sum, cast, dot};
+  return {isa, copy, copy_to_all, flush, zero, quantize, dequantize, log_encode, log_decode, turn, sum, cast, dot};
 }
 
 }  // namespace

@@ -211,6 +211,29 @@ TEST(Rows, copy_and_zero_touch_their_bytes_and_no_others) {
   }
 }
 
+TEST(Rows, copy_to_all_writes_every_place_whole_and_nothing_beside) {
+  for (const RowOps* ops : tables()) {
+    for (const std::int64_t bytes : {0, 48, 2032, 2048, 2064, 7168, 14337}) {
+      for (int count = 0; count <= 5; ++count) {
+        const Row src(DType::kU8, bytes);
+        for (std::int64_t i = 0; i < bytes; ++i) src.codes()[i] = static_cast<std::uint8_t>(i * 31 + 7);
+        constexpr std::int64_t kApart = 16384 + 16;  // from the second place on, no two begin alike in their lines
+        std::vector<std::uint8_t> memory(5 * kApart + 64, Row::kCanary);
+        std::uint8_t* line = memory.data() + (64 - reinterpret_cast<std::uintptr_t>(memory.data()) % 64);
+        std::vector<std::uint8_t> want = memory;
+        std::vector<std::byte*> places;
+        for (int i = 0; i < count; ++i) {
+          places.push_back(reinterpret_cast<std::byte*>(line + i * kApart));
+          std::copy_n(src.codes(), bytes, want.data() + (line - memory.data()) + i * kApart);
+        }
+        ops->copy_to_all(places.data(), count, src.data(), src.bytes());
+        ops->flush();
+        EXPECT_EQ(memory, want) << ops->isa << " " << bytes << " bytes to " << count;
+      }
+    }
+  }
+}
+
 TEST(Rows, turn_makes_columns_of_the_rows_that_are_there) {
   for (const RowOps* ops : tables()) {
     for (const std::ptrdiff_t stride : {16, 20, 32, 48}) {
@@ -246,15 +269,16 @@ struct Quantized {
 Quantized quantize(const RowOps& ops, const Row& row, DType dtype, std::int64_t hidden, Fp8Scale kind) {
   Quantized q{std::vector<std::uint8_t>(hidden + 8, 0xa5),
               std::vector<std::int32_t>(plan::num_scales(hidden, kind) * 3 + 1, -1)};
-  // Further places: one whose lines are those of memory, one whose lines are not.
-  const Row places(DType::kU8, 2 * hidden + 256);
+  // Further places, whose lines are those of memory or are not: each first and second of a pair, and one that has none.
+  const std::int64_t lines = (hidden + 63) / 64 * 64 + 64;
+  const Row places(DType::kU8, 5 * lines + 256);
   std::uint8_t* const line = places.codes() + (64 - reinterpret_cast<std::uintptr_t>(places.codes()) % 64);
-  std::uint8_t* copies[] = {line, line + (hidden + 63) / 64 * 64 + 48};
-  ops.quantize({row.data(), dtype, hidden, q.codes.data(), q.words.data(), 3, kind, copies, 2});
+  std::uint8_t* copies[] = {line, line + lines + 48, line + 2 * lines + 48, line + 4 * lines, line + 3 * lines + 48};
+  ops.quantize({row.data(), dtype, hidden, q.codes.data(), q.words.data(), 3, kind, copies, 5});
   ops.flush();
   for (const std::uint8_t* copy : copies) {
     EXPECT_TRUE(std::equal(copy, copy + hidden, q.codes.begin())) << ops.isa << " hidden " << hidden;
-    EXPECT_TRUE(std::all_of(copy + hidden, copy + hidden + 48, [](std::uint8_t b) { return b == Row::kCanary; }));
+    EXPECT_TRUE(std::all_of(copy + hidden, copy + hidden + 16, [](std::uint8_t b) { return b == Row::kCanary; }));
   }
   return q;
 }
