@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <utility>
+#include <vector>
 
 #include "deep_ep/error.h"
 #include "handles.h"
@@ -35,28 +36,35 @@ struct SlotTables {
   }
 
  private:
-  // Most selections of a token are on other ranks, in no order that a processor could guess: so there is no branch for
-  // them, and a product instead of a quotient, which a double has room for.
+  // Most selections of a token are on other ranks, in no order that a processor could guess: so those that are here are
+  // gathered without a branch first. A product instead of a quotient, which a double has room for.
   void note_source(const Handle& h, int src, std::int64_t begin, std::int64_t end) {
     const auto* rows = h.arrival_row.as<const std::int32_t>();
     const auto* tokens = h.src_token.as<const std::int32_t>();
+    std::vector<RowOf> here(static_cast<std::size_t>((end - begin) * h.num_topk) + 1);  // the last may be in vain
+    std::size_t count = 0;
+    for (std::int64_t i = begin * h.num_topk, arrival = begin; arrival < end; ++arrival)
+      for (int k = 0; k < h.num_topk; ++k, ++i) {
+        here[count] = {rows[i], tokens[arrival]};
+        count += rows[i] >= 0;
+      }
     auto* source = src_info.as<std::int32_t>();
     auto* range = layout_range.tensor().as<std::int64_t>() + src;
     const std::int32_t slot_rows = h.num_ranks * h.max_tokens_per_rank;
     const double slots_per_row = 1.0 / slot_rows;
-    std::int32_t no_source = 0;
-    std::int64_t no_block = 0;
-    for (std::int64_t i = begin * h.num_topk, arrival = begin; arrival < end; ++arrival)
-      for (int k = 0; k < h.num_topk; ++k, ++i) {
-        const std::int32_t row = rows[i];
-        const auto slot = static_cast<std::int32_t>((row + 0.5) * slots_per_row);
-        const std::int64_t begins = std::int64_t{row - slot * slot_rows} << 32;
-        std::int64_t* block = row < 0 ? &no_block : range + slot * h.num_ranks;
-        *(row < 0 ? &no_source : source + row) = tokens[arrival];
-        // Rows of a source are contiguous and come in order.
-        *block = (*block == 0 ? begins : *block) + 1;
-      }
+    for (std::size_t i = 0; i < count; ++i) {
+      const auto [row, token] = here[i];
+      const auto slot = static_cast<std::int32_t>((row + 0.5) * slots_per_row);
+      source[row] = token;
+      // Rows of a source are contiguous and come in order.
+      std::int64_t& block = range[slot * h.num_ranks];
+      block = (block == 0 ? std::int64_t{row - slot * slot_rows} << 32 : block) + 1;
+    }
   }
+
+  struct RowOf {
+    std::int32_t row, token;
+  };
 };
 
 namespace {
