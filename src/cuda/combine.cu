@@ -4,26 +4,12 @@
 // it again. Phases: announce, plan steps, await sources, sum, part. Where there are far ranks another kernel comes
 // before (forward_combine.h): it announces, and fetches their rows.
 #include "cuda/combine_announce.cuh"
-#include "cuda/combine_sum.cuh"
+#include "cuda/combine_plan.cuh"
 #include "cuda/progress.cuh"
 
 namespace deep_ep::cuda {
 
 namespace {
-
-// Phase plan steps: a thread per token, while the announcements travel. The tokens are those that this block sums.
-__device__ void plan_steps(const Now& now, const CombineParams& p) {
-  plan::SumStep local[kMostLocalSteps];
-  const int step = static_cast<int>(gridDim.x) * kThreads;
-  for (int token = static_cast<int>(blockIdx.x + threadIdx.x * gridDim.x); token < p.num_tokens; token += step) {
-    const std::int64_t first = std::int64_t{token} * p.num_topk;
-    p.num_terms[token] = plan_terms(
-        {p.order, p.layout == OutputLayout::kByRank, p.num_topk, p.dst_rank + first, p.node_of_rank},
-        p.steps != nullptr ? p.steps + first : local, p.terms + first, [&](int rank) { return now.active(rank); },
-        [&](int rank) { return p.forwarded.joined && now.far(rank); }, [&](int k) { return p.row[first + k]; },
-        [&](int k) { return p.weights != nullptr ? p.weights[first + k] : 1.0f; });
-  }
-}
 
 // One piece of one token.
 struct PieceAt {
@@ -128,7 +114,10 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
   const Now now(p.common);
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   const bool forwarded = p.forwarded.asked != nullptr;
-  if (!forwarded && blockIdx.x == 0) announce(now, p);
+  if (!forwarded && blockIdx.x == 0) {
+    announce(now, p);
+    __syncthreads();  // before the block writes terms, for which the announcement's release would wait
+  }
   bool good = !forwarded || !has_failed(now);
   if (good && p.hidden > 0) plan_steps(now, p);
   for (int peer = static_cast<int>(threadIdx.x); good && peer < p.common.num_ranks; peer += kThreads) {

@@ -7,6 +7,7 @@
 #include "cuda/dispatch_companions.cuh"
 #include "cuda/dispatch_movers.cuh"
 #include "cuda/dispatch_receive.cuh"
+#include "cuda/early_launch.h"
 
 namespace deep_ep::cuda {
 
@@ -14,13 +15,16 @@ namespace {
 
 enum class Rows { kAsTheyAre, kBf16, kFp16, kFp32 };
 
-// A block's shared memory: destinations, targets of each mover warp, stages.
+// A block's shared memory: destinations; of each mover warp, targets; of each mover warp, stages and codes.
 struct Parts {
-  std::size_t targets_at, stages_at;
+  std::size_t targets_at, warps_at;
   __host__ __device__ Parts(int num_ranks, int movers)
       : targets_at((sizeof(Destination) * num_ranks + 127) / 128 * 128),
-        stages_at(targets_at + 32 * sizeof(Target) * movers) {}
+        warps_at(targets_at + 32 * sizeof(Target) * movers) {}
 };
+__host__ __device__ std::int64_t bytes_of_warp(const DispatchParams& p, bool quantize) {
+  return std::int64_t{stages_of(quantize)} * p.stage_bytes + p.code_bytes;
+}
 
 }  // namespace
 
@@ -32,13 +36,14 @@ __global__ void __launch_bounds__(crew_of(kRows != Rows::kAsTheyAre).threads(), 
   constexpr Crew crew = crew_of(kQuantize);
   constexpr int kBarriers = crew.movers * stages_of(kQuantize);
   __shared__ std::uint64_t barriers[kBarriers];
+  ptx::await_kernel_before();
   const Now now(p.common);
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   const Parts parts(p.common.num_ranks, p.mover_warps);
   auto* const to = reinterpret_cast<Destination*>(shared);
-  const Stages stages{reinterpret_cast<Target*>(shared + parts.targets_at) + 32 * warp,
-                      shared + parts.stages_at + std::int64_t{warp} * stages_of(kQuantize) * p.stage_bytes,
-                      barriers + warp * stages_of(kQuantize)};
+  std::byte* const of_warp = shared + parts.warps_at + warp * bytes_of_warp(p, kQuantize);
+  const Stages stages{reinterpret_cast<Target*>(shared + parts.targets_at) + 32 * warp, of_warp,
+                      barriers + warp * stages_of(kQuantize), of_warp + stages_of(kQuantize) * p.stage_bytes};
 
   bool good = p.cached || __syncthreads_and(!has_failed(now));  // notify's verdict
   const Incoming incoming(p);
@@ -84,15 +89,13 @@ namespace {
 
 constexpr std::size_t kLargestPiece = 14336;
 
-// How rows as they are are cut, and how many warps move them: as many as shared memory has stages for.
-void share_rows(DispatchParams& p, std::size_t room) {
+// How rows as they are are cut.
+void share_rows(DispatchParams& p) {
   const std::size_t pieces = (p.shape.row_bytes + kLargestPiece - 1) / kLargestPiece;
   const std::size_t piece = plan::align_up((p.shape.row_bytes + pieces - 1) / pieces, 16);
   p.pieces = static_cast<int>(pieces);
   p.piece_bytes = static_cast<int>(piece);
   p.stage_bytes = static_cast<int>(plan::align_up(piece, 128));
-  const auto fit = static_cast<int>(room / (static_cast<std::size_t>(p.stage_bytes) * kMoveStages));
-  p.mover_warps = std::clamp(fit, 1, crew_of(false).movers);
 }
 
 // Pieces of whole passes, as even as can be.
@@ -103,13 +106,20 @@ void share_quantised_rows(DispatchParams& p) {
   p.piece_bytes = std::max(1, (passes + pieces - 1) / pieces) * kPassChannels;
   p.pieces = std::max(1, static_cast<int>((p.hidden + p.piece_bytes - 1) / p.piece_bytes));
   p.stage_bytes = p.piece_bytes * Number::kBytes;
-  p.mover_warps = crew_of(true).movers;
+  p.code_bytes = kPassesOf<Number> * kPassChannels;
 }
 
+// And how many warps move them: as many as shared memory has room for.
 void share(DispatchParams& p, bool quantize, std::size_t room) {
-  if (!quantize) return share_rows(p, room);
-  if (p.x_dtype == DType::kFp32) return share_quantised_rows<Fp32>(p);
-  share_quantised_rows<Bf16>(p);
+  if (!quantize) {
+    share_rows(p);
+  } else if (p.x_dtype == DType::kFp32) {
+    share_quantised_rows<Fp32>(p);
+  } else {
+    share_quantised_rows<Bf16>(p);
+  }
+  const auto fit = static_cast<int>(room / static_cast<std::size_t>(bytes_of_warp(p, quantize)));
+  p.mover_warps = std::clamp(fit, 1, crew_of(quantize).movers);
 }
 
 const void* kernel_of(bool quantize, DType dtype) {
@@ -123,15 +133,15 @@ const void* kernel_of(bool quantize, DType dtype) {
 
 void launch_dispatch(DispatchParams params, bool quantize, int blocks, cudaStream_t stream, int shared_limit) {
   share(params, quantize,
-        static_cast<std::size_t>(shared_limit) - Parts(params.common.num_ranks, crew_of(quantize).movers).stages_at);
+        static_cast<std::size_t>(shared_limit) - Parts(params.common.num_ranks, crew_of(quantize).movers).warps_at);
   params.chunks = (params.num_topk + 31) / 32;
   const Parts parts(params.common.num_ranks, params.mover_warps);
-  const std::size_t stages =
-      static_cast<std::size_t>(params.mover_warps) * stages_of(quantize) * static_cast<std::size_t>(params.stage_bytes);
+  const std::size_t of_warps =
+      static_cast<std::size_t>(params.mover_warps) * static_cast<std::size_t>(bytes_of_warp(params, quantize));
   void* arguments[] = {&params};
   const dim3 threads(static_cast<unsigned>(params.mover_warps + crew_of(quantize).companions) * 32);
-  cudaLaunchKernel(kernel_of(quantize, params.x_dtype), dim3(static_cast<unsigned>(blocks)), threads, arguments,
-                   parts.stages_at + stages, stream);
+  launch_early(kernel_of(quantize, params.x_dtype), dim3(static_cast<unsigned>(blocks)), threads, arguments,
+               parts.warps_at + of_warps, stream);
 }
 
 const void* dispatch_kernel(bool quantize, DType dtype) { return kernel_of(quantize, dtype); }

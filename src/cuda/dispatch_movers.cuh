@@ -46,6 +46,7 @@ struct Stages {
   Target* targets;
   std::byte* ring;
   std::uint64_t* full;  // a barrier for each stage
+  std::byte* codes;     // of one batch on its way out; quantising warps only
 };
 
 __device__ Jobs jobs_of(const DispatchParams& p, int warp) {
@@ -248,6 +249,26 @@ __device__ void move_rows(const DispatchParams& p, const Destination* to, const 
 #endif
 }
 
+// The codes of a batch leave for all targets. Through shared memory, where a bulk store each takes them: a warp's own
+// stores would pass each byte once per target through the pipe by which it also loads.
+template <class MyBatch>
+__device__ void send_codes(const MyBatch& batch, const Stages& stages, const Targets& targets, int first, int bytes,
+                           int lane) {
+#if EP_BULK_COPY
+  ptx::bulk_wait_read<0>();  // the stores of the batch before have read theirs
+  __syncwarp();
+  batch.stage(stages.codes + channel_of_lane(lane));
+  ptx::fence_shared_for_bulk();
+  __syncwarp();
+  if (lane < targets.size())
+    ptx::bulk_store(targets.list()[lane].row + first, stages.codes, static_cast<std::uint32_t>(bytes));
+  ptx::bulk_commit();
+#else
+  for (int i = 0; i < targets.size(); ++i)
+    batch.store(targets.list()[i].row + first + channel_of_lane(lane), bytes, lane);
+#endif
+}
+
 // Mover warps that quantise: a piece is one batch, which a warp's registers hold while its stage is filled again.
 template <class Number>
 __device__ void quantize_rows(const DispatchParams& p, const Destination* to, const Stages& stages, int warp,
@@ -275,12 +296,15 @@ __device__ void quantize_rows(const DispatchParams& p, const Destination* to, co
     const ScaleWord scale = scale_word(p, scaling.scale, first / kPassChannels + pass,
                                        MyBatch::answers(lane) && pass * kPassChannels < left, lane);
     batch.encode(scaling.factor);
+    send_codes(batch, stages, targets, first, left, lane);
     for (int i = 0; i < targets.size(); ++i) {
       const Target& target = targets.list()[i];
-      batch.store(target.row + first + channel_of_lane(lane), left, lane);
       if (scale.mine) target.scales[scale.at * target.scale_stride] = scale.word;
     }
   }
+#if EP_BULK_COPY
+  ptx::bulk_wait_all();
+#endif
 }
 
 }  // namespace

@@ -83,6 +83,7 @@ struct DispatchParams {
   int mover_warps;
   int chunks;                            // of 32 selections
   int pieces, piece_bytes, stage_bytes;  // of the wire row
+  int code_bytes;                        // of a batch that is quantised; else 0
 };
 
 /// One step of a token's sum with what it needs, so that whoever adds reads one word of 16 bytes.

@@ -81,6 +81,12 @@ __device__ __forceinline__ void await_kernel_before() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+// And the kernel behind may begin, as far as this block is concerned; a block that ends says so too.
+__device__ __forceinline__ void let_kernel_behind_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 __device__ __forceinline__ std::uint64_t nanoseconds() {
   std::uint64_t value;

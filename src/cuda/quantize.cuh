@@ -121,6 +121,12 @@ class Batch {
     }
   }
 
+  /// `at`: the lane's first channel of the batch in shared memory, with room for the whole batch.
+  __device__ void stage(std::byte* at) const {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) *reinterpret_cast<uint4*>(at + pass * kPassChannels) = codes_[pass];
+  }
+
  private:
   // Words that hold the peaks of a power of two of passes.
   static constexpr int kPassesHeld = kPasses <= 2 ? 2 : kPasses <= 4 ? 4 : 8;

@@ -8,7 +8,7 @@ namespace deep_ep::plan {
 
 /// Bytes per nanosecond (GB/s). The defaults were measured on H200 with NVLink; docs/performance.md has the tables.
 struct Rates {
-  int of_sm = 44;         // what one SM writes, wherever it goes
+  int of_sm = 42;         // what one SM writes, wherever it goes
   int of_link = 350;      // one direction, both in use
   int of_memory = 2'000;  // written by all SMs of a GPU that read as much
 };
@@ -42,12 +42,20 @@ constexpr BlockRoles full_rate(const Neighbourhood& at, const Rates& rates = {})
 constexpr int default_sms(const Neighbourhood& at, int most) { return std::clamp(full_rate(at).moving, 1, most); }
 
 /// Roles of a grid's blocks. A block that writes both near and far goes at the pace of the slower, so with SMs enough
-/// each has one role; but rows that are quantised are written by whoever quantised them.
-constexpr BlockRoles roles_of(int blocks, const Neighbourhood& at, bool quantize) {
-  const BlockRoles full = full_rate(at);
+/// to fill nearly all of a link each has one role; but rows that are quantised are written by whoever quantised them,
+/// and by no more blocks than fill the link.
+constexpr BlockRoles roles_of(int blocks, const Neighbourhood& at, bool quantize, const Rates& rates = {}) {
+  const BlockRoles full = full_rate(at, rates);
   if (at.far_ranks == 0) return {blocks, 0};
-  if (blocks < full.moving) return {blocks, 0};
-  return {full.moving, quantize ? 0 : full.far};
+  if (quantize) {
+    const int far = std::max(rates.of_link / rates.of_sm, 1);
+    return {std::min(blocks, far + detail::ceil_div(far * at.near_ranks, at.far_ranks)), 0};
+  }
+  if (blocks >= full.moving) return full;
+  const int far = blocks * full.far / full.moving;
+  constexpr int kNearlyPercent = 95;
+  const bool fills = far * rates.of_sm * 100 >= rates.of_link * kNearlyPercent;
+  return {blocks, fills ? far : 0};
 }
 
 }  // namespace deep_ep::plan
