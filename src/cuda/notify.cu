@@ -37,21 +37,9 @@ __device__ std::int64_t earlier_selection(const NotifyParams& p, std::int64_t at
   return -1;
 }
 
-// Lanes with this lane's key, bit by bit: matching them takes a turn for each of their keys. Key -1: all or none.
-__device__ unsigned lanes_with(int key, int key_bits) {
-  unsigned same = kAllLanes;
-#pragma unroll 1
-  for (int bit = 0; bit < key_bits; ++bit) {
-    const bool set = (key >> bit & 1) != 0;
-    const unsigned with = __ballot_sync(kAllLanes, set);
-    same &= set ? with : ~with;
-  }
-  return same & __ballot_sync(kAllLanes, key >= 0);
-}
-
 // Adds to a counter for each group of lanes with the same key; gives each lane the counter before it.
-__device__ std::int32_t take_numbers(std::int32_t* counters, int key, int key_bits, int lane) {
-  const unsigned same = lanes_with(key, key_bits);
+__device__ std::int32_t take_numbers(std::int32_t* counters, int key, int lane) {
+  const unsigned same = __match_any_sync(kAllLanes, key);  // by few values: it takes a turn for each
   const std::int32_t before = key >= 0 ? counters[key] + __popc(same & ((1u << lane) - 1)) : -1;
   __syncwarp();
   if (key >= 0 && lane == __ffs(same) - 1) counters[key] += __popc(same);
@@ -151,7 +139,6 @@ __device__ std::int32_t arrival_of(const NotifyParams& p, std::int64_t at, bool 
 // Phase number: the same walk again, now that each segment knows how many came before it.
 __device__ void number_segment(const NotifyParams& p, const Segment& segment, std::int32_t* counters, int lane) {
   const int lanes = lanes_at_work(p);
-  const int rank_bits = 32 - __clz(p.common.num_ranks - 1), key_bits = 32 - __clz(p.common.num_ranks + p.num_copies);
   for (std::int64_t base = segment.first; base < segment.end; base += kAhead * lanes) {
     const Steps steps{base, segment.end, lanes, lane};
     int rank[kAhead], slot[kAhead], key[kAhead];
@@ -170,8 +157,8 @@ __device__ void number_segment(const NotifyParams& p, const Segment& segment, st
       const std::int64_t at = steps.at(i);
       const bool mine = steps.has(i);
       const std::int64_t earlier = earlier_selection(p, at, rank[i], lane);
-      const std::int32_t own = take_numbers(counters, rank[i] >= 0 && earlier < 0 ? rank[i] : -1, rank_bits, lane);
-      const std::int32_t row = take_numbers(counters, key[i], key_bits, lane);
+      const std::int32_t own = take_numbers(counters, rank[i] >= 0 && earlier < 0 ? rank[i] : -1, lane);
+      const std::int32_t row = take_numbers(counters, key[i], lane);
       const std::int32_t arrival = arrival_of(p, at, mine, earlier, own, lane);
       if (!mine) continue;
       p.routes.relative_arrival[at] = arrival;
@@ -260,12 +247,6 @@ __device__ std::int32_t block_prefix(std::int32_t value, std::int32_t& total) {
   return before + sum - value;
 }
 
-// Loads without a condition, so that those for several sources are on their way together.
-__device__ std::int32_t rows_from(const Now& now, int src, int slot, bool asked) {
-  const std::int32_t rows = now.announced_rows(now.common.rank, src)[asked ? slot : 0];
-  return asked && now.active(src) ? rows : 0;
-}
-
 // Phase plan, as plan::make_row_plan: where the rows of each source and slot begin here.
 __device__ void plan_rows(const Now& now, const NotifyParams& p) {
   const int ranks = p.common.num_ranks, me = p.common.rank;
@@ -290,8 +271,7 @@ __device__ void plan_rows(const Now& now, const NotifyParams& p) {
     const int slot = first + static_cast<int>(threadIdx.x);
     const bool mine = slot < p.num_slots;
     std::int32_t rows = 0;
-#pragma unroll 4
-    for (int src = 0; src < ranks; ++src) rows += rows_from(now, src, slot, mine);
+    for (int src = 0; mine && src < ranks; ++src) rows += now.active(src) ? now.announced_rows(me, src)[slot] : 0;
     const std::int32_t aligned = (rows + p.expert_alignment - 1) / p.expert_alignment * p.expert_alignment;
     const std::int32_t place = p.layout == OutputLayout::kPadded ? static_cast<std::int32_t>(padded_rows) : aligned;
     std::int32_t total = 0;
@@ -303,10 +283,9 @@ __device__ void plan_rows(const Now& now, const NotifyParams& p) {
     p.slot_rows[slot] = rows;
     p.slot_first_row[slot] = row;
     if (p.counted_first_row != nullptr) p.counted_first_row[slot] = row;
-#pragma unroll 4
     for (int src = 0; src < ranks; ++src) {
       p.first_row[std::int64_t{src} * p.num_slots + slot] = row;
-      row += rows_from(now, src, slot, mine);
+      row += now.active(src) ? now.announced_rows(me, src)[slot] : 0;
     }
   }
   __syncthreads();
