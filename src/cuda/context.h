@@ -31,6 +31,7 @@ struct DevicePlacement {
   plan::PlacementView view;
   const std::int32_t* first_copy = nullptr;  // [num_ranks + 1]
   int num_copies = 0;
+  int even = 0;  // so many experts on each rank, one after the other, one copy of each; 0: the tables say
 };
 
 /// One call as the host sees it.

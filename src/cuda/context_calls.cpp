@@ -100,6 +100,7 @@ Common Context::common(const Call& call, const Signature& signature) const {
   common.peers = device_peers_;
   common.far = far_;
   common.layout = layout_;
+  common.tickets = plan::Divisor(layout_.num_tickets);
   common.rank = rank;
   common.num_ranks = num_ranks;
   common.operation = call.operation;

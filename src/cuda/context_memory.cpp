@@ -133,6 +133,20 @@ Tensor Context::local_tensor(DType dtype, std::initializer_list<std::int64_t> sh
   return Tensor(view, std::move(owner));
 }
 
+namespace {
+
+// As DevicePlacement::even.
+int experts_of_each(const Placement& placement, int num_ranks) {
+  const auto replicas = placement.all_replicas();
+  const int copies = static_cast<int>(replicas.size()), each = copies / num_ranks;
+  if (each * num_ranks != copies || placement.first_replica().size() != replicas.size() + 1) return 0;
+  for (int expert = 0; expert < copies; ++expert)
+    if (replicas[expert].rank != expert / each || replicas[expert].slot != expert % each) return 0;
+  return each;
+}
+
+}  // namespace
+
 const DevicePlacement& Context::on_device(const std::shared_ptr<const Placement>& placement) {
   DevicePlacement& entry = placements_[placement.get()];
   if (entry.placement) return entry;
@@ -151,6 +165,7 @@ const DevicePlacement& Context::on_device(const std::shared_ptr<const Placement>
   entry.view = {at, reinterpret_cast<const Placement::Replica*>(at + first.size()), nodes_, placement->policy()};
   entry.first_copy = at + copies_at;
   entry.num_copies = static_cast<int>(replicas.size());
+  entry.even = experts_of_each(*placement, num_ranks);
   entry.placement = placement;
   return entry;
 }

@@ -8,6 +8,7 @@
 
 #include "backend.h"
 #include "net/kernel_end.h"
+#include "plan/divisor.h"
 #include "plan/output.h"
 #include "plan/window.h"
 
@@ -165,6 +166,7 @@ struct Common {
   const Peer* peers;  // [num_ranks]
   Far far;
   plan::WindowLayout layout;
+  plan::Divisor tickets;  // layout.num_tickets
   int rank;
   int num_ranks;
   Operation operation;

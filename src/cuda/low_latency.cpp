@@ -216,10 +216,17 @@ class Dispatch {
     for (int i = 0; i < call_.shape.num_side; ++i) p.side[i] = static_cast<const std::byte*>(in.side[i].data);
     p.placement = placement.view;
     p.one_copy_each = placement.num_copies == call_.num_experts;
+    p.even = placement.even;
     p.first_copy = placement.first_copy;
     p.max_slots = call_.placement->max_slots();
     p.route = route_shape(p.num_topk, p.max_slots);
     p.num_slots = num_slots_;
+    p.per.pieces = plan::Divisor(p.pieces);
+    p.per.ranks = plan::Divisor(context_.num_ranks);
+    p.per.topk = plan::Divisor(p.num_topk);
+    p.per.of_step = plan::Divisor(p.route.of_step);
+    if (p.even > 0) p.per.even = plan::Divisor(p.even);
+    p.per.count_lines = plan::Divisor(plan::count_lines(num_slots_));
     p.most_arrivals = most_arrivals();
     p.most_rows = most_rows();
     p.scales_given = !call_.quantize && call_.shape.num_scales > 0;

@@ -71,6 +71,7 @@ struct Peers {
   __device__ bool near(int rank) const { return of[rank].active != 0 && of[rank].far == 0; }
   /// Every thread of the block; a barrier must follow.
   __device__ void load(const Common& common) const {
+#pragma unroll 1
     for (int peer = static_cast<int>(threadIdx.x); peer < common.num_ranks; peer += kLowLatencyThreads)
       of[peer] = common.peers[peer];
   }
@@ -92,10 +93,11 @@ __device__ inline int slots_depth(const Common& common) {
   return common.layout.num_tickets < plan::kOperationsInFlight ? common.layout.num_tickets : plan::kOperationsInFlight;
 }
 
-// Numbers of operations are 32 bits wide, and a division of 64 bits is a long way to go for every address.
+// Numbers of operations are 32 bits wide.
 __device__ inline int ticket_of(const Now& now) {
-  return static_cast<int>(static_cast<std::uint32_t>(now.epoch) %
-                          static_cast<std::uint32_t>(now.common.layout.num_tickets));
+  const auto number = static_cast<std::uint32_t>(now.epoch);
+  const plan::Divisor& tickets = now.common.tickets;
+  return static_cast<int>(number - tickets.quotient(number) * tickets.by);
 }
 
 // The places of `writer` in a window, without asking where that window lies.

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/exchange.h"
+#include "plan/divisor.h"
 #include "plan/fp8.h"
 #include "plan/lines.h"
 #include "plan/message.h"
@@ -31,6 +32,14 @@ struct ArrivalTables {
 struct RouteShape {
   int of_step = 1;     // tokens that a warp has lanes for
   int most_warps = 1;  // as many as have room for counters
+};
+
+/// By what dispatch divides.
+struct DispatchDivisors {
+  plan::Divisor pieces, ranks, topk;
+  plan::Divisor of_step;      // RouteShape
+  plan::Divisor even;         // LowLatencyDispatchParams, where it is not 0
+  plan::Divisor count_lines;  // of one source, for this rank
 };
 
 struct LowLatencyDispatchParams {
@@ -64,9 +73,11 @@ struct LowLatencyDispatchParams {
   const std::byte* side[plan::kMaxSide];
   plan::PlacementView placement;   // on the device
   bool one_copy_each;              // of every expert
+  int even;                        // DevicePlacement::even: where it says all, no table is read
   const std::int32_t* first_copy;  // [num_ranks + 1]: slots of all ranks, one after the other
   int max_slots;
   RouteShape route;
+  DispatchDivisors per;
   std::int32_t* dst_rank;  // of the handle
   // As receiver.
   int num_slots;

@@ -12,6 +12,8 @@ namespace {  // a part of one kernel, included by its file alone
 
 using Params = LowLatencyCombineParams;
 
+constexpr int kChunk = 512;  // bytes of a row that a warp adds at a time: sixteen for each lane
+
 // Only one row of a rank comes home for a token, at the rank's highest selection.
 __device__ bool one_row_per_rank(const Params& p) { return p.pre_reduce || p.layout == OutputLayout::kByRank; }
 
@@ -69,11 +71,21 @@ struct Sum<Number, true> {
 // Loads that are to be on their way together have no condition: a compiler that has to keep what was there before lets
 // them come one after the other. Where there is nothing to load, something is loaded twice, and not used.
 
-// Up to kAtOnce of the rows of x that `rest` names, at least one, into a sum; takes them out of it.
-template <int kAtOnce, class Number>
-__device__ void add_some_rows(const Params& p, Vector<Number>& sum, unsigned& rest, std::int32_t row, float weight,
-                              const std::byte* at) {
-  uint4 v[kAtOnce];
+// Sixteen bytes for each lane of kChunks chunks of a row, from `byte` on. What lies behind a row's end is not used.
+template <int kChunks>
+struct Bytes {
+  std::int64_t of[kChunks];
+  __device__ Bytes(const Params& p, std::int64_t byte) {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) of[c] = byte + c * kChunk < p.row_bytes ? byte + c * kChunk : 0;
+  }
+};
+
+// Up to kAtOnce of the rows of x that `rest` names, at least one, into a sum of each chunk; takes them out of it.
+template <int kAtOnce, int kChunks, class Number>
+__device__ void add_some_rows(const Params& p, Vector<Number> (&sums)[kChunks], unsigned& rest, std::int32_t row,
+                              float weight, const Bytes<kChunks>& bytes) {
+  uint4 v[kAtOnce][kChunks];
   float weights[kAtOnce];
   const int here = __popc(rest);
   int k = 0;
@@ -81,23 +93,31 @@ __device__ void add_some_rows(const Params& p, Vector<Number>& sum, unsigned& re
   for (int i = 0; i < kAtOnce; ++i) {
     if (rest != 0) k = __ffs(rest) - 1;
     rest &= rest - 1;
-    v[i] = ptx::load_constant(at + __shfl_sync(kAllLanes, row, k) * p.row_bytes);
+    const std::byte* const at = p.x + __shfl_sync(kAllLanes, row, k) * p.row_bytes;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) v[i][c] = ptx::load_constant(at + bytes.of[c]);
     weights[i] = __shfl_sync(kAllLanes, weight, k);
   }
 #pragma unroll
-  for (int i = 0; i < kAtOnce; ++i)
-    if (i < here) sum.add(v[i], weights[i]);
+  for (int i = 0; i < kAtOnce; ++i) {
+    if (i >= here) continue;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) sums[c].add(v[i][c], weights[i]);
+  }
 }
 
-// Sixteen bytes for each lane of the rows of x that `selected` names, weighed, added and rounded. `row`, `weight`: of
-// the lane's selection.
-template <class Number>
-__device__ uint4 sum_of_rows(const Params& p, unsigned selected, std::int32_t row, float weight, std::int64_t byte) {
-  Vector<Number> sum;
-  const std::byte* const at = p.x + (byte < p.row_bytes ? byte : 0);
-  while (__popc(selected) > 4) add_some_rows<8>(p, sum, selected, row, weight, at);
-  if (selected != 0) add_some_rows<4>(p, sum, selected, row, weight, at);
-  return sum.narrow();
+// Sixteen bytes for each lane, of each chunk, of the rows of x that `selected` names, weighed, added and rounded.
+// `row`, `weight`: of the lane's selection.
+template <class Number, int kChunks>
+__device__ void sum_of_rows(const Params& p, unsigned selected, std::int32_t row, float weight, std::int64_t byte,
+                            uint4 (&joined)[kChunks]) {
+  Vector<Number> sums[kChunks];
+  const Bytes<kChunks> bytes(p, byte);
+  if constexpr (kChunks == 1)
+    while (__popc(selected) > 4) add_some_rows<8>(p, sums, selected, row, weight, bytes);
+  while (selected != 0) add_some_rows<4>(p, sums, selected, row, weight, bytes);
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) joined[c] = sums[c].narrow();
 }
 
 // One part or piece of one arrival, as a lane sees it: the row of its selection.
@@ -211,7 +231,6 @@ __device__ void add_biases(const Params& p, Vector& sum, int token, std::int64_t
 }
 
 // How the chunks of tokens are shared by the warps that add them: a token's by as many as there are for it.
-constexpr int kChunk = 512;  // bytes of a row that a warp adds at a time: sixteen for each lane
 struct Shares {
   int chunks;   // of a row
   int of_warp;  // of them

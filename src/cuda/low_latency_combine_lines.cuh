@@ -233,16 +233,18 @@ __device__ bool sum_chunk_of_lines(const Now& now, const Params& p, const Terms&
                        rank,
                        which,
                        mine};
-  const uint4 own_sum = joined ? sum_of_rows<Number>(p, own.selected, own.row, own.weight, byte) : uint4{};
+  uint4 own_sum[1]{};
+  if (joined) sum_of_rows<Number>(p, own.selected, own.row, own.weight, byte, own_sum);
   Sum<Number, kLevels> sum;
   if (p.order.bias_first) add_biases(p, sum.of_all, token, byte);
   int first = 0;
   bool good = true;
   if constexpr (!kLevels)
     for (; good && t.count - first > 4; first += 8)
-      good = add_some_rows<8>(now, p, sum, s, first, joined, own_sum, lane);
-  for (; good && t.count - first > 2; first += 4) good = add_some_rows<4>(now, p, sum, s, first, joined, own_sum, lane);
-  if (good && first < t.count) good = add_some_rows<2>(now, p, sum, s, first, joined, own_sum, lane);
+      good = add_some_rows<8>(now, p, sum, s, first, joined, own_sum[0], lane);
+  for (; good && t.count - first > 2; first += 4)
+    good = add_some_rows<4>(now, p, sum, s, first, joined, own_sum[0], lane);
+  if (good && first < t.count) good = add_some_rows<2>(now, p, sum, s, first, joined, own_sum[0], lane);
   if (!good) return false;
   if (!p.order.bias_first) add_biases(p, sum.of_all, token, byte);
   if (mine) __stcs(reinterpret_cast<uint4*>(p.out + token * p.row_bytes + byte), sum.of_all.narrow());

@@ -102,14 +102,20 @@ __device__ void send_encoded(const Params& p, const Slots& home, int token, unsi
   }
 }
 
+// Where rows are joined, so many chunks are added side by side: there are few loads to each.
+constexpr int kTogether = 2;
+
 // The rows themselves added, weighed if there are weights, and rounded: one row into the slot of the highest selection.
 template <class Number>
 __device__ void send_sum(const Params& p, const Slots& home, const Arrival& from, unsigned selected, std::int64_t begin,
                          std::int64_t end, int lane) {
   std::byte* const to = home.row(from.token, 31 - __clz(selected));
-  for (std::int64_t byte = begin + 16 * lane; byte - 16 * lane < end; byte += kChunk) {
-    const uint4 sum = sum_of_rows<Number>(p, selected, from.row, from.weight, byte);
-    if (byte < end) store16(to + byte, sum);
+  for (std::int64_t byte = begin + 16 * lane; byte - 16 * lane < end; byte += kTogether * kChunk) {
+    uint4 sums[kTogether];
+    sum_of_rows<Number>(p, selected, from.row, from.weight, byte, sums);
+#pragma unroll
+    for (int c = 0; c < kTogether; ++c)
+      if (byte + c * kChunk < end) store16(to + byte + c * kChunk, sums[c]);
   }
 }
 
@@ -215,53 +221,75 @@ struct Summands {
   float weight;
 };
 
-// Up to kAtOnce rows from the first-th on, at least one. `own_sum`: what stands for the rows of this rank, if `joined`.
-template <int kAtOnce, class Wire, class Number, bool kLevels>
-__device__ void add_some_rows(const Params& p, Sum<Number, kLevels>& sum, const Summands& s, int first,
-                              std::int64_t byte, bool joined, const uint4& own_sum) {
+// Up to kAtOnce rows from the first-th on, at least one. `own_sums`: what stands for the rows of this rank, if
+// `joined`.
+template <int kAtOnce, class Wire, class Number, bool kLevels, int kChunks>
+__device__ void add_some_rows(const Params& p, Sum<Number, kLevels> (&sums)[kChunks], const Summands& s, int first,
+                              const Bytes<kChunks>& bytes, bool joined, const uint4 (&own_sums)[kChunks]) {
   const int last = s.terms.count - 1;
-  typename Wire::Raw v[kAtOnce];
+  typename Wire::Raw v[kAtOnce][kChunks];
 #pragma unroll
-  for (int i = 0; i < kAtOnce; ++i) v[i] = Wire::load(p.encoded, from_lane(s.row_at, min(first + i, last)), byte);
+  for (int i = 0; i < kAtOnce; ++i) {
+    const std::byte* const row_at = from_lane(s.row_at, min(first + i, last));
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) v[i][c] = Wire::load(p.encoded, row_at, bytes.of[c]);
+  }
 #pragma unroll
   for (int i = 0; i < kAtOnce; ++i) {
     const float w = __shfl_sync(kAllLanes, s.weight, (first + i) % 32);
     const int closes = kLevels ? __shfl_sync(kAllLanes, s.terms.closes, (first + i) % 32) : 0;
     if (first + i > last) continue;
-    const uint4 row = Wire::template decode<Number>(v[i]);
-    sum.add(p.order, joined && (s.own.terms >> (first + i) & 1) != 0 ? own_sum : row, w, closes);
+    const bool own = joined && (s.own.terms >> (first + i) & 1) != 0;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const uint4 row = Wire::template decode<Number>(v[i][c]);
+      sums[c].add(p.order, own ? own_sums[c] : row, w, closes);
+    }
   }
 }
 
-// Sixteen bytes of a token's sum for each lane. `own_sum`: as for add_some_rows.
-template <class Number, bool kLevels, class Wire>
-__device__ void sum_chunk(const Params& p, const Summands& s, int token, std::int64_t byte, bool joined,
-                          const uint4& own_sum) {
-  const bool mine = byte < p.row_bytes;
-  const std::int64_t from = mine ? byte : 0;
-  Sum<Number, kLevels> sum;
-  if (p.order.bias_first) add_biases(p, sum.of_all, token, byte);
+// Sixteen bytes for each lane, from `byte` on, of each of some chunks of a token's sum. `own_sums`: as for
+// add_some_rows.
+template <class Number, bool kLevels, class Wire, int kChunks>
+__device__ void sum_together(const Params& p, const Summands& s, int token, std::int64_t byte, int chunks, bool joined,
+                             const uint4 (&own_sums)[kChunks]) {
+  const Bytes<kChunks> bytes(p, byte);
+  Sum<Number, kLevels> sums[kChunks];
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c)
+    if (p.order.bias_first) add_biases(p, sums[c].of_all, token, byte + c * kChunk);
   int first = 0;
-  for (; s.terms.count - first > 4; first += 8) add_some_rows<8, Wire>(p, sum, s, first, from, joined, own_sum);
-  if (first < s.terms.count) add_some_rows<4, Wire>(p, sum, s, first, from, joined, own_sum);
-  if (!p.order.bias_first) add_biases(p, sum.of_all, token, byte);
-  if (mine) __stcs(reinterpret_cast<uint4*>(p.out + token * p.row_bytes + byte), sum.of_all.narrow());
+  if constexpr (kChunks == 1) {
+    for (; s.terms.count - first > 4; first += 8) add_some_rows<8, Wire>(p, sums, s, first, bytes, joined, own_sums);
+    if (first < s.terms.count) add_some_rows<4, Wire>(p, sums, s, first, bytes, joined, own_sums);
+  } else {
+    for (; s.terms.count - first > 2; first += 4) add_some_rows<4, Wire>(p, sums, s, first, bytes, joined, own_sums);
+    if (first < s.terms.count) add_some_rows<2, Wire>(p, sums, s, first, bytes, joined, own_sums);
+  }
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    if (!p.order.bias_first) add_biases(p, sums[c].of_all, token, byte + c * kChunk);
+    if (c < chunks && byte + c * kChunk < p.row_bytes)
+      __stcs(reinterpret_cast<uint4*>(p.out + token * p.row_bytes + byte + c * kChunk), sums[c].of_all.narrow());
+  }
 }
 
-// The chunks [first, end) of a token. False: not all has come.
-template <class Number, bool kLevels, class Wire>
+// The chunks [first, end) of a token, kChunks side by side. False: not all has come.
+template <int kChunks, class Number, bool kLevels, class Wire>
 __device__ bool sum_chunks(const Now& now, const Params& p, const Summands& s, const HomeSlots& slots, int token,
-                           int first, int end, int lane) {
-  const bool joined = !Wire::kEncodes && adds_before(p) && s.own.terms != 0;
-  int part = -1;
-  for (int chunk = first; chunk < end; ++chunk) {
+                           int first, int end, bool joined, int lane) {
+  int came = -1;  // parts up to this one
+  for (int chunk = first; chunk < end; chunk += kChunks) {
+    const int chunks = min(end - chunk, kChunks);
     const std::int64_t byte = std::int64_t{chunk} * kChunk + 16 * lane;
     // What this rank adds up itself it does before it waits for the others.
-    uint4 own_sum{};
-    if (joined) own_sum = sum_of_rows<Number>(p, s.own.selected, s.own.row, s.own.weight, byte);
-    const int next_part = chunk * kChunk / p.parts.bytes;
-    if (next_part != part && !await_part(now, p, s.terms, slots, token, part = next_part, lane)) return false;
-    sum_chunk<Number, kLevels, Wire>(p, s, token, byte, joined, own_sum);
+    uint4 own_sums[kChunks]{};
+    if (joined) sum_of_rows<Number>(p, s.own.selected, s.own.row, s.own.weight, byte, own_sums);
+    const int from = chunk * kChunk / p.parts.bytes, to = (chunk + chunks - 1) * kChunk / p.parts.bytes;
+    for (int part = max(came + 1, from); part <= to; ++part)
+      if (!await_part(now, p, s.terms, slots, token, part, lane)) return false;
+    came = to;
+    sum_together<Number, kLevels, Wire>(p, s, token, byte, chunks, joined, own_sums);
   }
   return true;
 }
@@ -289,8 +317,17 @@ __device__ bool sum_parts(const Now& now, const Params& p, const Peers& peers, i
     const Summands summands{t, own, own_row >= 0 ? p.x + own_row * p.row_bytes : slots.of(t.k).row(token, t.k),
                             __shfl_sync(kAllLanes, of.weight, t.k)};
     const int end = min(first + shares.of_warp, shares.chunks);
-    bool came = p.row_bytes > 0 ? sum_chunks<Number, kLevels, Wire>(now, p, summands, slots, token, first, end, at.lane)
-                                : await_part(now, p, t, slots, token, 0, at.lane);
+    // Levels take the registers of a second chunk.
+    constexpr int kSideBySide = kLevels || Wire::kEncodes ? 1 : kTogether;
+    const bool joined = !Wire::kEncodes && adds_before(p) && own.terms != 0;
+    bool came = true;
+    if (p.row_bytes == 0) {
+      came = await_part(now, p, t, slots, token, 0, at.lane);
+    } else if (joined) {
+      came = sum_chunks<kSideBySide, Number, kLevels, Wire>(now, p, summands, slots, token, first, end, true, at.lane);
+    } else {
+      came = sum_chunks<1, Number, kLevels, Wire>(now, p, summands, slots, token, first, end, false, at.lane);
+    }
     if (came && first == 0 && p.weights_out != nullptr) {
       const auto entry = [&](bool wanted_here, int row, int k) {
         return wanted_here ? __ldcg(slots.of(row).weights(token, row) + k) : 0.0f;

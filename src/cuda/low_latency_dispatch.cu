@@ -19,22 +19,15 @@ __device__ bool send(const Now& now, const Params& p, const Shared& shared, cons
   const int ranks = p.common.num_ranks;
   const int units = p.num_tokens * p.pieces;
   int unit = at.number(ranks);  // blocks that route take rows last
-  int token = 0, piece = 0, rank = -1;
-  typename PieceOf<kRows>::Type loaded;
-  const auto look = [&] {  // starts the loads of a unit
-    token = unit / p.pieces, piece = unit - token * p.pieces;
-    loaded.load(p, token, piece, at.lane);
-    rank =
-        at.lane < p.num_topk ? replica_of(p, expert_of(p, std::int64_t{token} * p.num_topk + at.lane), token).rank : -1;
-  };
-  if (unit < units) look();
-  shared.peers.load(p.common);
+  Leaving<kRows> leaving;
+  if (unit < units) leaving = Leaving<kRows>(p, unit, at.lane);
   // All that can be read is read before anybody may be written to.
   RouteAhead ahead;
   if (at.block < ranks) {
     ahead = RouteAhead(p, at.block, at);
     RouteCounters(shared, ahead.slots).clear(ahead.batch.warps);
   }
+  shared.peers.load(p.common);
   const bool open = open_operation(now, p.window, at, (p.phases & kReceive) != 0);
   const auto route = [&](int dst, const RouteAhead& first) {
     if (!shared.peers.active(dst)) return;
@@ -50,31 +43,46 @@ __device__ bool send(const Now& now, const Params& p, const Shared& shared, cons
     __syncthreads();
     const RouteAhead next(p, dst, at);
     RouteCounters(shared, next.slots).clear(next.batch.warps);
+    __syncthreads();
     route(dst, next);
   }
   while (unit < units) {
-    send_piece<kRows>(now, p, shared, loaded, rank, token, piece, at.lane);
+    send_piece(now, p, shared, leaving, at.lane);
     unit += at.warps();
-    if (unit < units) look();
+    if (unit < units) leaving = Leaving<kRows>(p, unit, at.lane);
   }
   return true;
 }
 
+constexpr int kFewLooks = 5;  // warps of a block that look for rows before it is known which come
+
 // Phases hear, gather, place. False: not all has come.
 template <bool kFar>
-__device__ bool receive(const Now& now, const Params& p, const Shared& shared, const Place& at) {
+__device__ bool receive(const Now& now, const Params& p, const Shared& shared, int* counted, const Place& at) {
   const Gathered g = gathered_of(p, shared);
   const Messages messages(now, p, p.window);
   const int ranks = p.common.num_ranks;
   const int most = ranks * p.max_tokens_per_rank * p.pieces;  // fits: all of them have lines, and these are memory
   // Blocks that have routed come late.
   int unit = at.number((p.phases & kSend) != 0 ? ranks : 0), heard = -1;
+  // So few that whoever looks for a row while the counts come holds nobody up.
+  const bool few = !kFar && most <= at.blocks * kFewLooks && unit < most;
   Incoming in(p, messages, min(unit, most - 1), at.lane);
   bool good = !at.speaks() || hear(now, p.window, shared.peers, at);
   good = take_counts(now, p, shared.peers, g) && good;
   if constexpr (kFar) good = take_far_counts(now, p, shared.peers, g, at) && good;
+  const int counting = counting_warps(p);
+  if (at.warp >= kLowLatencyWarps - counting) {
+    __syncwarp();
+    if (at.lane == 0) atomicAdd(counted, 1);
+  } else if (few) {
+    // Its own row, meanwhile.
+    in.look_until(
+        p, number_of(now), [&] { return *static_cast<volatile int*>(counted) == counting; }, at.lane);
+  }
   if (!__syncthreads_and(good)) return false;
-  in.look(p, at.lane);  // when the counts are here, so are most rows
+  // When the counts are here, so are most rows.
+  if (unit < most && (!few || at.warp >= kLowLatencyWarps - counting)) in.look(p, at.lane);
   if (!gather(now, p, g, at)) return false;
   if (at.speaks()) write_tables(p, g);
   int tokens = 0;
@@ -102,6 +110,8 @@ namespace low_latency {
 template <Rows kRows, bool kFar>
 __global__ void __launch_bounds__(kLowLatencyThreads, 1) dispatch(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) std::byte memory[];
+  __shared__ int counted;  // warps that have taken counts
+  if (threadIdx.x == 0) counted = 0;
   fetch_parameters(p);
   ptx::await_kernel_before();
   const Place at;
@@ -117,7 +127,7 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1) dispatch(const __grid_c
   }
   if ((p.phases & kReceive) != 0) {
     __syncthreads();
-    good = receive<kFar>(now, p, shared, at) && good;
+    good = receive<kFar>(now, p, shared, &counted, at) && good;
   }
   if (!good) abandon_operation(now);
 }
@@ -158,7 +168,7 @@ RouteShape route_shape(int num_topk, int max_slots) {
 }
 
 std::size_t low_latency_shared_bytes(const Params& p) {
-  const std::size_t routing = (static_cast<std::size_t>(p.route.most_warps) + 1) * (p.max_slots + 1);
+  const std::size_t routing = RouteCounters::words(p.route.most_warps, p.max_slots);
   const std::size_t gathering = gathered_words(p.common.num_ranks, p.num_slots);
   return sizeof(Peer) * p.common.num_ranks + 4 * (routing > gathering ? routing : gathering);
 }

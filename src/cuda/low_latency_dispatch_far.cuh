@@ -70,32 +70,32 @@ __device__ void send_far(const Now& now, const Params& p, const Shared& shared, 
   std::byte* const messages = staging_of(p.common, dst, ticket) + first_at;
   if (threadIdx.x == 0) puts = 0;
   if (at.warp == kLowLatencyWarps - 1) write_signature(now, mirror, at.lane);
-  const unsigned long long bad =
-      route_tokens(p, shared, dst, ahead, counters, at, [&](const Routed& r, int row, int arrival) {
-        if (r.token >= 0 && arrival >= 0) pack_selection(p, messages + arrival * p.far_message.bytes, r, row);
-        int first = -1, count = 0;
-        for (int i = 0; i < of_step; ++i) {
-          const int number = __shfl_sync(kAllLanes, r.token >= 0 ? arrival : -1, i * p.num_topk);
-          if (number < 0) continue;
-          const int token = __shfl_sync(kAllLanes, r.token, i * p.num_topk);
-          std::byte* const message = messages + number * p.far_message.bytes;
-          pack_row<kRows>(p, message, token, at.lane);
-          pack_beside(p, message, token, at.lane);
-          if (count++ == 0) first = number;
-        }
-        __syncwarp();  // what the lanes wrote comes before lane 0's release in push()
-        if (at.lane != 0 || count == 0) return;
-        put_low_latency(now, dst, ticket, first_at + first * p.far_message.bytes, count * p.far_message.bytes);
-        atomicAdd(&puts, 1);
-      });
-  if (bad != kNoSelection) {
-    if (threadIdx.x == 0) refuse_selection(now, p, dst, mirror, static_cast<std::int64_t>(bad));
+  const Counted found = route_tokens(p, shared, dst, ahead, counters, at, [&](const Routed& r, int row, int arrival) {
+    if (r.token >= 0 && arrival >= 0) pack_selection(p, messages + arrival * p.far_message.bytes, r, row);
+    int first = -1, count = 0;
+    for (int i = 0; i < of_step; ++i) {
+      const int number = __shfl_sync(kAllLanes, r.token >= 0 ? arrival : -1, i * p.num_topk);
+      if (number < 0) continue;
+      const int token = __shfl_sync(kAllLanes, r.token, i * p.num_topk);
+      std::byte* const message = messages + number * p.far_message.bytes;
+      pack_row<kRows>(p, message, token, at.lane);
+      pack_beside(p, message, token, at.lane);
+      if (count++ == 0) first = number;
+    }
+    __syncwarp();  // what the lanes wrote comes before lane 0's release in push()
+    if (at.lane != 0 || count == 0) return;
+    put_low_latency(now, dst, ticket, first_at + first * p.far_message.bytes, count * p.far_message.bytes);
+    atomicAdd(&puts, 1);
+  });
+  if (found.bad != kNoSelection) {
+    if (threadIdx.x == 0) refuse_selection(now, p, dst, mirror, static_cast<std::int64_t>(found.bad));
     return;
   }
   std::int32_t* const counted = announced_tokens_in(now, mirror, p.common.rank);
   for (int slot = static_cast<int>(threadIdx.x); slot < slots; slot += kLowLatencyThreads)
-    counted[p.common.num_ranks + slot] = counters.carry[slot];
-  if (threadIdx.x == 0) counted[0] = counters.carry[slots];
+    counted[p.common.num_ranks + slot] = counters.before(found.warps, slot);
+  const std::int32_t tokens = counters.before(found.warps, slots);
+  if (threadIdx.x == 0) counted[0] = tokens;
   __syncthreads();
   if (threadIdx.x != 0) return;
   count_puts(now, puts);
@@ -103,7 +103,7 @@ __device__ void send_far(const Now& now, const Params& p, const Shared& shared, 
       plan::WindowLayout::kAnnouncementHead + sizeof(std::int32_t) * (p.common.num_ranks + slots);
   publish_to(now, dst, net::Flag::kAnnounced, kSame, payload);
   publish_to(now, dst, net::Flag::kArrived, kSame, 0, puts);
-  count_sent(p.common, dst, static_cast<std::uint64_t>(counters.carry[slots]) * p.message_bytes);
+  count_sent(p.common, dst, static_cast<std::uint64_t>(tokens) * p.message_bytes);
 }
 
 // Receive
@@ -115,9 +115,8 @@ struct FarBeside {
   const std::byte* message;
   int lane;
 
-  __device__ bool weight(float& weight) const {
-    weight = __ldcg(reinterpret_cast<const float*>(message + p.far_message.weights_at) + lane);
-    return true;
+  __device__ float weight() const {
+    return __ldcg(reinterpret_cast<const float*>(message + p.far_message.weights_at) + lane);
   }
   template <class Write>
   __device__ bool side(int i, int words, const Write& write) const {

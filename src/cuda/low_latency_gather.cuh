@@ -32,14 +32,15 @@ __host__ __device__ std::size_t gathered_words(int ranks, int slots) {
          static_cast<std::size_t>(ranks) * slots;
 }
 
-// Every thread of a block takes lines of what the sources have counted. Numbers of a peer that makes another call may
-// be anything: they are bounded here, and what follows from them by whoever writes there.
+// Every thread of a block takes lines of what the sources have counted, the last ones first: the first warps have rows
+// to look for. Numbers of a peer that makes another call may be anything: they are bounded here, and what follows from
+// them by whoever writes there.
 __device__ bool take_counts(const Now& now, const Params& p, const Peers& peers, const Gathered& g) {
   const int ranks = p.common.num_ranks, slots = p.num_slots, lines = plan::count_lines(slots);
   const Messages messages(now, p, p.window);
   const auto most = static_cast<std::uint32_t>(p.max_tokens_per_rank);
-  for (int i = static_cast<int>(threadIdx.x); i < ranks * lines; i += kLowLatencyThreads) {
-    const int src = i / lines, line = i - src * lines;
+  for (int i = kLowLatencyThreads - 1 - static_cast<int>(threadIdx.x); i < ranks * lines; i += kLowLatencyThreads) {
+    const int src = p.per.count_lines.quotient(i), line = i - src * lines;
     if (peers.far(src) && peers.active(src)) continue;
     uint4 v{};
     if (peers.active(src) && !await_line(now, messages.counts(src) + plan::kLineBytes * line, v, src)) return false;
@@ -53,6 +54,11 @@ __device__ bool take_counts(const Now& now, const Params& p, const Peers& peers,
       rows[slot] = static_cast<std::int32_t>(min(word_of(v, w), most * p.num_topk));
   }
   return true;
+}
+
+// How many warps of a block take counts, from the last one on.
+__device__ int counting_warps(const Params& p) {
+  return min((p.common.num_ranks * plan::count_lines(p.num_slots) + 31) / 32, kLowLatencyWarps);
 }
 
 // A block, a warp for each far source: the same from its announcement. Its tokens are those alone that come.

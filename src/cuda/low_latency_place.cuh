@@ -44,13 +44,9 @@ struct LinesBeside {
   const std::byte* message;
   int src, lane;
 
-  __device__ bool weight(float& weight) const {
-    uint4 line;
-    const bool came =
-        await_line(now, message + p.lines.weights_at + lane / plan::kLineWords * plan::kLineBytes, line, src);
-    weight = __uint_as_float(word_of(line, lane % plan::kLineWords));
-    return came;
-  }
+  uint4 weights;  // the line with the lane's, which has come
+
+  __device__ float weight() const { return __uint_as_float(word_of(weights, lane % plan::kLineWords)); }
   // Every lane; each takes words of its own.
   template <class Write>
   __device__ bool side(int i, int words, const Write& write) const {
@@ -81,8 +77,7 @@ __device__ bool place_beside(const Params& p, const Arrived& a, const Beside& be
     if (stays) p.tables.own_row[own] = a.row;
     if (p.tables.row_token != nullptr && a.row >= 0) p.tables.row_token[a.row] = a.token;
     if (p.shape.topk_weights) {
-      float weight = 0;
-      good = beside.weight(weight);
+      const float weight = beside.weight();
       auto* const weights = reinterpret_cast<float*>(p.block + p.at.topk_weights_at);
       p.tables.arrival_weights[entry] = weight;
       if (stays) p.tables.own_weights[own] = weight;
@@ -170,24 +165,39 @@ struct Incoming {
   const std::byte* message = nullptr;
   int src = 0, token = 0, piece = 0;
   int count = 0;  // of the lane's vectors
-  bool scaled = false;
+  bool scaled = false, weighed = false;
   PieceLines row;
-  uint4 head{}, scales{};
+  uint4 head{}, scales{}, weights{};
 
   // Pieces in the order of token numbers, whoever sends them: which is which is known before anybody has counted.
   __device__ Incoming(const Params& p, const Messages& messages, int unit, int lane) {
-    const int ranks = p.common.num_ranks, message_number = unit / p.pieces;
+    const int ranks = p.common.num_ranks, message_number = p.per.pieces.quotient(unit);
     piece = unit - message_number * p.pieces;
-    token = message_number / ranks;
+    token = p.per.ranks.quotient(message_number);
     src = message_number - token * ranks;
     message = messages.of(src, token);
     count = vectors_of(p, piece, lane);
     scaled = p.quantize && writes_scales(p, count, lane);
+    weighed = piece == 0 && p.shape.topk_weights && lane < p.num_topk;
   }
   __device__ void look(const Params& p, int lane) {
     if (lane < p.num_topk) head = ptx::load_whole_system(message + plan::kLineBytes * lane);
     row.look(message + p.lines.row_at + piece * plan::kPieceLineBytes, count, lane);
     if (scaled) scales = ptx::load_whole_system(message + p.lines.scales_at + scale_line(piece, lane));
+    if (weighed)
+      weights = ptx::load_whole_system(message + p.lines.weights_at + lane / plan::kLineWords * plan::kLineBytes);
+  }
+  // A warp: looks until all is here, or until `enough`. A row that has begun to come is looked at whole.
+  template <class Enough>
+  __device__ void look_until(const Params& p, std::uint32_t number, const Enough& enough, int lane) {
+    for (;;) {
+      look(p, lane);
+      const bool here = (lane >= p.num_topk || head.w == number) && came(number);
+      if (__all_sync(kAllLanes, here) || enough()) return;
+    }
+  }
+  __device__ bool came(std::uint32_t number) const {
+    return row.came(count, number) && (!scaled || scales.w == number) && (!weighed || weights.w == number);
   }
 };
 
@@ -198,7 +208,7 @@ __device__ bool receive_piece(const Now& now, const Params& p, const Gathered& g
     const bool told = lane >= p.num_topk || in.head.w == number;
     const bool stays_away = __shfl_sync(kAllLanes, told && static_cast<std::int32_t>(in.head.z) < 0, 0);
     if (stays_away) return true;
-    const bool came = told && in.row.came(in.count, number) && (!in.scaled || in.scales.w == number);
+    const bool came = told && in.came(number);
     if (__all_sync(kAllLanes, came)) break;
     if (looks % kLooksBetweenClocks == 0 && gives_up(now, came, in.src)) return false;
     // Waiting looks at two lines, the head's first and, once that says that the token comes, the piece's last: at all
@@ -213,7 +223,7 @@ __device__ bool receive_piece(const Now& now, const Params& p, const Gathered& g
   const Arrived a = arrived(p, g, in.message, in.src, in.token, told, lane);
   if (a.arrival < 0) return true;
   place_piece(p, a, in.row, in.scales, in.piece, lane);
-  return in.piece != 0 || place_rest(p, a, LinesBeside{now, p, in.message, in.src, lane}, lane);
+  return in.piece != 0 || place_rest(p, a, LinesBeside{now, p, in.message, in.src, lane, in.weights}, lane);
 }
 
 // Rows that nobody writes: padding between experts is zero, ids behind the last arrival say "nobody".

@@ -19,6 +19,10 @@ __device__ __noinline__ Placement::Replica replica_of_turn(const Params& p, int 
 // Where a selection goes, masked ranks too; rank -1: nowhere.
 __device__ Placement::Replica replica_of(const Params& p, std::int64_t expert, int token) {
   if (expert < 0 || expert >= p.num_experts) return {-1, -1};
+  if (p.even > 0) {
+    const int rank = p.per.even.quotient(static_cast<int>(expert));
+    return {rank, static_cast<int>(expert) - rank * p.even};
+  }
   return p.one_copy_each ? p.placement.replicas[expert] : replica_of_turn(p, static_cast<int>(expert), token);
 }
 
@@ -29,7 +33,7 @@ struct Selection {
 };
 // Those of a step of a warp: whole tokens, as many as there are lanes for.
 __device__ Selection read_selection(const Params& p, int first, int lane) {
-  const int of_step = p.route.of_step, token = first + lane / p.num_topk;
+  const int of_step = p.route.of_step, token = first + p.per.topk.quotient(lane);
   Selection s;
   if (lane >= of_step * p.num_topk || token >= p.num_tokens) return s;
   s.expert = expert_of(p, std::int64_t{first} * p.num_topk + lane);
@@ -48,12 +52,12 @@ struct Routed {
 
 // One step of a warp. Lanes are matched by few values only: an instruction that matches takes a turn for each.
 __device__ Routed route_step(const Params& p, const Peers& peers, std::int32_t* counters, int dst, int first, int slots,
-                             const Selection& selection, int lane, unsigned long long* bad) {
-  const int of_step = p.route.of_step, of_lane = lane / p.num_topk, token = first + of_lane;
+                             const Selection& selection, int lane, std::uint32_t* bad) {
+  const int of_step = p.route.of_step, of_lane = p.per.topk.quotient(lane), token = first + of_lane;
   Routed r{-1, lane - of_lane * p.num_topk, -1, 0, -1, (kAllLanes >> (32 - p.num_topk)) << (of_lane * p.num_topk)};
   if (of_lane < of_step && token < p.num_tokens) {
-    const std::int64_t at = std::int64_t{first} * p.num_topk + lane;
-    if (selection.expert >= p.num_experts) atomicMin(bad, static_cast<unsigned long long>(at));
+    const int at = first * p.num_topk + lane;
+    if (selection.expert >= p.num_experts) atomicMin(bad, static_cast<std::uint32_t>(at));
     const int rank = selection.to.rank >= 0 && peers.active(selection.to.rank) ? selection.to.rank : -1;
     r.token = token;
     if (rank == dst) r.slot = selection.to.slot;
@@ -81,39 +85,48 @@ __device__ void write_head(const Params& p, std::byte* message, const Routed& r,
                            static_cast<std::uint32_t>(arrival), number});
 }
 
-// Counters of a block that routes: of all tokens so far, then of each warp's.
+constexpr std::uint32_t kNoSelection = ~0u;
+
+// What a block counts that routes: of all tokens before this batch, then of each warp's. Keys are slots, and behind
+// them the tokens that come.
 struct RouteCounters {
+  std::uint32_t* bad;  // lowest selection that does not exist
   std::int32_t *carry, *of_warps;
   int keys;
 
+  static __host__ __device__ std::size_t words(int warps, int slots) {
+    return 1 + (static_cast<std::size_t>(warps) + 1) * (slots + 1);
+  }
   __device__ RouteCounters(const Shared& shared, int slots)
-      : carry(shared.words), of_warps(shared.words + slots + 1), keys(slots + 1) {}
+      : bad(reinterpret_cast<std::uint32_t*>(shared.words)),
+        carry(shared.words + 1),
+        of_warps(carry + slots + 1),
+        keys(slots + 1) {}
   /// A block barrier must follow.
   __device__ void clear(int warps) const {
+    if (threadIdx.x == 0) *bad = kNoSelection;
     for (int i = static_cast<int>(threadIdx.x); i < keys * (warps + 1); i += kLowLatencyThreads) carry[i] = 0;
   }
-  __device__ void clear_warps(int warps) const {
-    for (int i = static_cast<int>(threadIdx.x); i < keys * warps; i += kLowLatencyThreads) of_warps[i] = 0;
-  }
   __device__ std::int32_t* of(int warp) const { return of_warps + warp * keys; }
-  /// Each warp's counts become what comes before it. Every thread; block barriers must stand before and after.
-  __device__ void add_up(int warps) const {
-    for (int key = static_cast<int>(threadIdx.x); key < keys; key += kLowLatencyThreads) {
-      std::int32_t sum = carry[key];
+  /// Of this batch's first `warps` and all batches before. Whoever asks adds up: that takes no block barrier.
+  __device__ std::int32_t before(int warp, int key) const {
+    std::int32_t sum = carry[key];
 #pragma unroll 4
-      for (int w = 0; w < warps; ++w) {
-        const std::int32_t count = of(w)[key];
-        of(w)[key] = sum;
-        sum += count;
-      }
-      carry[key] = sum;
+    for (int w = 0; w < warp; ++w) sum += of(w)[key];
+    return sum;
+  }
+  /// To the next batch. Every thread; block barriers must stand before and after.
+  __device__ void carry_on(int warps) const {
+    for (int key = static_cast<int>(threadIdx.x); key < keys; key += kLowLatencyThreads) {
+      carry[key] = before(warps, key);
+      for (int w = 0; w < warps; ++w) of(w)[key] = 0;
     }
   }
 };
 
-__device__ int slots_of(const Params& p, int rank) { return p.first_copy[rank + 1] - p.first_copy[rank]; }
-
-constexpr unsigned long long kNoSelection = ~0ull;
+__device__ int slots_of(const Params& p, int rank) {
+  return p.even > 0 ? p.even : p.first_copy[rank + 1] - p.first_copy[rank];
+}
 
 // How many tokens a batch of a block has, and how they are shared.
 struct Batch {
@@ -121,11 +134,11 @@ struct Batch {
   __device__ Batch() {}
   __device__ Batch(const Params& p, int left) {
     const int of_step = p.route.of_step, most_warps = p.route.most_warps;
-    const int wanted = (left + most_warps * of_step - 1) / (most_warps * of_step);
-    steps = max(min(wanted, kRouteSteps), 1);
+    static_assert(kRouteSteps == 2);
+    steps = left > most_warps * of_step ? 2 : 1;
     of_warp = of_step * steps;
     tokens = min(left, of_warp * most_warps);
-    warps = (tokens + of_warp - 1) / of_warp;
+    warps = (p.per.of_step.quotient(tokens + of_step - 1) + steps - 1) >> (steps - 1);
   }
 };
 
@@ -152,17 +165,21 @@ struct RouteAhead {
   }
 };
 
+// What route_tokens() has found.
+struct Counted {
+  std::uint32_t bad = kNoSelection;  // lowest selection that does not exist
+  int warps = 0;                     // of the last batch: RouteCounters::before(warps, key) is of all tokens
+};
+
 // A block: which of our tokens go to one destination, in token order; all of them, and each slot's, are counted in
 // `counters`, which are clear before. Each warp calls place(routed, row, arrival) for each of its steps, all lanes:
 // final numbers, among ours to that destination, of the lane's selection and its token, -1 where it does not go there.
-// Returns the lowest selection that does not exist; after one nothing is placed.
+// After a selection that does not exist nothing is placed.
 template <class Placing>
-__device__ unsigned long long route_tokens(const Params& p, const Shared& shared, int dst, const RouteAhead& ahead,
-                                           const RouteCounters& counters, const Place& at, const Placing& place) {
-  __shared__ unsigned long long bad;  // lowest selection that does not exist
+__device__ Counted route_tokens(const Params& p, const Shared& shared, int dst, const RouteAhead& ahead,
+                                const RouteCounters& counters, const Place& at, const Placing& place) {
   const int slots = ahead.slots, of_step = p.route.of_step;
-  if (threadIdx.x == 0) bad = kNoSelection;
-  __syncthreads();
+  Counted counted;
   for (int done = 0; done < p.num_tokens;) {
     const Batch batch = done == 0 ? ahead.batch : Batch(p, p.num_tokens - done);
     const int first = done + at.warp * batch.of_warp;
@@ -173,30 +190,31 @@ __device__ unsigned long long route_tokens(const Params& p, const Shared& shared
         if (i >= batch.steps) continue;
         const int begin = first + i * of_step;
         const Selection selection = done == 0 ? ahead.selection[i] : read_selection(p, begin, at.lane);
-        routed[i] = route_step(p, shared.peers, counters.of(at.warp), dst, begin, slots, selection, at.lane, &bad);
+        routed[i] =
+            route_step(p, shared.peers, counters.of(at.warp), dst, begin, slots, selection, at.lane, counters.bad);
       }
     }
     __syncthreads();
-    counters.add_up(batch.warps);
-    __syncthreads();
-    if (at.warp < batch.warps && bad == kNoSelection) {
+    counted = {*counters.bad, batch.warps};
+    if (at.warp < batch.warps && counted.bad == kNoSelection) {
+      const int arrivals = counters.before(at.warp, slots);
 #pragma unroll
       for (int i = 0; i < kRouteSteps; ++i) {
         if (i >= batch.steps) continue;
         const Routed& r = routed[i];
         const unsigned leader = __ballot_sync(kAllLanes, r.arrival >= 0) & r.lanes;
         const int arrival = __shfl_sync(kAllLanes, r.arrival, leader != 0 ? __ffs(leader) - 1 : at.lane);
-        const int row = r.slot >= 0 ? r.row + counters.of(at.warp)[r.slot] : 0;
-        place(r, row, leader != 0 ? arrival + counters.of(at.warp)[slots] : -1);
+        const int row = r.slot >= 0 ? r.row + counters.before(at.warp, r.slot) : 0;
+        place(r, row, leader != 0 ? arrival + arrivals : -1);
       }
     }
     done += batch.tokens;
     if (done == p.num_tokens) break;
     __syncthreads();
-    counters.clear_warps(batch.warps);
+    counters.carry_on(batch.warps);
     __syncthreads();
   }
-  return bad;
+  return counted;
 }
 
 // A block: tells one destination which of our tokens come, then how many.
@@ -207,20 +225,21 @@ __device__ void route_to(const Now& now, const Params& p, const Shared& shared, 
   const RouteCounters counters(shared, slots);
   std::byte* const window = shared.peers.window(dst);
   const Messages messages(now, p, window);
-  if (at.warp == kLowLatencyWarps - 1) write_signature(now, window, at.lane);
   const auto place = [&](const Routed& r, int row, int arrival) {
     if (r.token >= 0) write_head(p, messages.of(me, r.token), r, row, arrival, number);
   };
-  const unsigned long long bad = route_tokens(p, shared, dst, ahead, counters, at, place);
-  if (bad != kNoSelection) {
-    if (threadIdx.x == 0) refuse_selection(now, p, dst, window, static_cast<std::int64_t>(bad));
+  const Counted counted = route_tokens(p, shared, dst, ahead, counters, at, place);
+  if (counted.bad != kNoSelection) {
+    if (threadIdx.x == 0) refuse_selection(now, p, dst, window, static_cast<std::int64_t>(counted.bad));
     return;
   }
-  for (int line = static_cast<int>(threadIdx.x); line < plan::count_lines(slots); line += kLowLatencyThreads) {
-    const auto count = [&](int slot) { return slot < slots ? static_cast<std::uint32_t>(counters.carry[slot]) : 0; };
+  const auto all_of = [&](int key) { return static_cast<std::uint32_t>(counters.before(counted.warps, key)); };
+  // The last threads: where there are few tokens, the first write heads meanwhile.
+  for (int line = kLowLatencyThreads - 1 - static_cast<int>(threadIdx.x); line < plan::count_lines(slots);
+       line += kLowLatencyThreads) {
+    const auto count = [&](int slot) { return slot < slots ? all_of(slot) : 0; };
     const int slot = plan::kLineWords * (line - 1);
-    const uint4 words = line == 0 ? uint4{static_cast<std::uint32_t>(p.num_tokens),
-                                          static_cast<std::uint32_t>(counters.carry[slots]), 0, number}
+    const uint4 words = line == 0 ? uint4{static_cast<std::uint32_t>(p.num_tokens), all_of(slots), 0, number}
                                   : uint4{count(slot), count(slot + 1), count(slot + 2), number};
     ptx::store_whole_system(messages.counts(me) + plan::kLineBytes * line, words);
   }
@@ -230,7 +249,7 @@ __device__ void route_to(const Now& now, const Params& p, const Shared& shared, 
   __syncwarp();
   if (at.lane != 0) return;
   publish(now, &words_in(now, window, me).announced, kSame);
-  count_sent(p.common, dst, static_cast<std::uint64_t>(counters.carry[slots]) * p.message_bytes);
+  count_sent(p.common, dst, std::uint64_t{all_of(slots)} * p.message_bytes);
 }
 
 }  // namespace

@@ -159,9 +159,9 @@ struct PieceOf<Rows::kFp32> {
   using Type = FloatPiece<Fp32>;
 };
 
-// A warp: what goes beside a token's row, with its first piece. One destination; `rank`: of the lane's selection.
-__device__ __noinline__ void send_beside(const Params& p, std::byte* message, int dst, int rank, int token,
-                                         std::uint32_t number, int lane) {
+// A warp: what the caller gave beside a token's row, weights apart, with its first piece.
+__device__ __noinline__ void send_beside(const Params& p, std::byte* message, int token, std::uint32_t number,
+                                         int lane) {
   if (p.scales != nullptr) {
     for (int line = lane; line * plan::kLineWords < p.shape.num_scales; line += 32) {
       const auto word = [&](int i) {
@@ -179,32 +179,54 @@ __device__ __noinline__ void send_beside(const Params& p, std::byte* message, in
     send_array(message + p.lines.side_at[i],
                reinterpret_cast<const std::int32_t*>(p.side[i]) + std::int64_t{token} * words, words, number, lane);
   }
-  if (!p.shape.topk_weights) return;
-  const bool given = lane < p.num_topk && (rank == dst || !p.mask_topk_weights);
-  const float weight = given ? p.topk_weights[std::int64_t{token} * p.num_topk + lane] : 0;
-  send_words(message + p.lines.weights_at, p.num_topk, __float_as_uint(weight), number, lane);
 }
+
+// A piece of a token that a warp sends, as it reads it: before it may be written to anybody.
+template <Rows kRows>
+struct Leaving {
+  typename PieceOf<kRows>::Type row;
+  int token = 0, piece = 0;
+  int rank = -1;     // of the lane's selection
+  float weight = 0;  // likewise
+
+  __device__ Leaving() {}
+  __device__ Leaving(const Params& p, int unit, int lane)
+      : token(p.per.pieces.quotient(unit)), piece(unit - token * p.pieces) {
+    row.load(p, token, piece, lane);
+    if (lane >= p.num_topk) return;
+    const std::int64_t at = std::int64_t{token} * p.num_topk + lane;
+    const std::int64_t expert = expert_of(p, at);
+    if (piece == 0 && p.shape.topk_weights) weight = p.topk_weights[at];
+    rank = replica_of(p, expert, token).rank;
+  }
+};
 
 // A warp: one piece of one token to all its ranks but the far ones.
 template <Rows kRows>
-__device__ void send_piece(const Now& now, const Params& p, const Shared& shared,
-                           const typename PieceOf<kRows>::Type& loaded, int rank, int token, int piece, int lane) {
-  if (rank >= 0 && !shared.peers.near(rank)) rank = -1;
-  const Outgoing out = loaded.outgoing(p, token, piece, lane);
+__device__ void send_piece(const Now& now, const Params& p, const Shared& shared, const Leaving<kRows>& leaving,
+                           int lane) {
+  const int token = leaving.token, piece = leaving.piece;
+  const int rank = leaving.rank >= 0 && shared.peers.near(leaving.rank) ? leaving.rank : -1;
+  const Outgoing out = leaving.row.outgoing(p, token, piece, lane);
   const unsigned same = __match_any_sync(kAllLanes, rank);
   const unsigned leaders = __ballot_sync(kAllLanes, rank >= 0 && (same & ((1u << lane) - 1)) == 0);
   // Each lane says where that of its selection lies.
   std::byte* const of_lane = rank >= 0 ? Messages(now, p, shared.peers.window(rank)).of(p.common.rank, token) : nullptr;
   const int count = vectors_of(p, piece, lane);
   const std::uint32_t number = number_of(now);
-  const bool beside = piece == 0 && (p.shape.topk_weights || p.scales != nullptr || p.shape.num_side > 0);
+  const bool weighs = piece == 0 && p.shape.topk_weights;
+  const bool beside = piece == 0 && (p.scales != nullptr || p.shape.num_side > 0);
   for (unsigned rest = leaders; rest != 0; rest &= rest - 1) {
     std::byte* const message = from_lane(of_lane, __ffs(rest) - 1);
     out.row.send(message + p.lines.row_at + piece * plan::kPieceLineBytes, count, number, lane);
     if (kRows != Rows::kAsTheyAre && writes_scales(p, count, lane))
       ptx::store_whole_system(message + p.lines.scales_at + scale_line(piece, lane),
                               {out.scales[0], out.scales[1], out.scales[2], number});
-    if (beside) send_beside(p, message, __shfl_sync(kAllLanes, rank, __ffs(rest) - 1), rank, token, number, lane);
+    if (weighs) {
+      const bool given = !p.mask_topk_weights || rank == __shfl_sync(kAllLanes, rank, __ffs(rest) - 1);
+      send_words(message + p.lines.weights_at, p.num_topk, given ? __float_as_uint(leaving.weight) : 0, number, lane);
+    }
+    if (beside) send_beside(p, message, token, number, lane);
   }
 }
 
