@@ -111,9 +111,9 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
   extern __shared__ __align__(128) std::byte shared[];
   __shared__ std::uint64_t full[kWarps][MyFeed::kBarriers];
   auto* const sources = reinterpret_cast<Source*>(shared + kWarps * MyFeed::kBytes);
-  const Now now(p.common);
-  const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   const bool forwarded = p.forwarded.asked != nullptr;
+  const Now now(p.common, forwarded ? Now::Kernel::kLater : Now::Kernel::kFirst);
+  const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   if (!forwarded && blockIdx.x == 0) {
     announce(now, p);
     __syncthreads();  // before the block writes terms, for which the announcement's release would wait

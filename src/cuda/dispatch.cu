@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(crew_of(kRows != Rows::kAsTheyAre).threads(), 
   constexpr int kBarriers = crew.movers * stages_of(kQuantize);
   __shared__ std::uint64_t barriers[kBarriers];
   ptx::await_kernel_before();
-  const Now now(p.common);
+  const Now now(p.common, p.cached ? Now::Kernel::kFirst : Now::Kernel::kLater);
+  if (p.cached) now.keep_deadline();
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   const Parts parts(p.common.num_ranks, p.mover_warps);
   auto* const to = reinterpret_cast<Destination*>(shared);

@@ -96,6 +96,7 @@ struct State {
   std::uint64_t ended[plan::kOperationsInFlight];
   std::uint64_t abandoned[plan::kOperationsInFlight];
   std::uint64_t released;      // as Progress says
+  std::uint64_t deadline;      // of an operation of several kernels: the first one leaves it to the others
   std::uint32_t blocks_begun;  // low latency: the last block to have read `epoch` advances it
   std::uint64_t fault_epoch;   // the last operation that reported a fault: one record per operation
   std::uint32_t failed;        // the last operation that failed, its low bits

@@ -102,7 +102,8 @@ template <class Number>
 __global__ void __launch_bounds__(kThreads, 1) forward_combine(const __grid_constant__ ForwardCombineParams p) {
   extern __shared__ __align__(128) std::byte shared[];
   __shared__ std::uint64_t full[kWarps][JoinFeed::kBarriers];
-  const Now now(p.combine.common);
+  const Now now(p.combine.common, Now::Kernel::kFirst);
+  now.keep_deadline();
   const int num_ranks = p.combine.common.num_ranks;
   const Kept kept(shared + kWarps * JoinFeed::kBytes, num_ranks);
   const int warp = static_cast<int>(threadIdx.x / 32);

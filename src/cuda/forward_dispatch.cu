@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
   extern __shared__ __align__(16) std::byte shared[];
   __shared__ Packing packing;
   const DispatchParams& p = f.dispatch;
-  const Now now(p.common);
+  const Now now(p.common, Now::Kernel::kLater);
   auto* const to = reinterpret_cast<Destination*>(shared);
   const Incoming incoming(p);
   bool good = __syncthreads_and(!has_failed(now));

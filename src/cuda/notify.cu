@@ -304,7 +304,8 @@ __device__ void plan_rows(const Now& now, const NotifyParams& p) {
 
 __global__ void __launch_bounds__(kThreads) notify(const __grid_constant__ NotifyParams p) {
   extern __shared__ std::int32_t shared_counters[];
-  const Now now(p.common);
+  const Now now(p.common, Now::Kernel::kFirst);
+  now.keep_deadline();
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   const int number = static_cast<int>(blockIdx.x) * kNotifyWarps + warp;
   const int keys = p.common.num_ranks + p.num_copies;

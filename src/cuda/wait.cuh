@@ -19,6 +19,15 @@ struct Now {
   __device__ explicit Now(const Common& given) : Now(given, given.state->epoch + 1) {}
   __device__ Now(const Common& given, std::uint64_t number)
       : common(given), epoch(number), deadline(ptx::nanoseconds() + given.timeout_ns) {}
+  /// In one of several kernels of an operation: all have the deadline of the first, which keeps it for them.
+  enum class Kernel { kFirst, kLater };
+  __device__ Now(const Common& given, Kernel kernel)
+      : common(given),
+        epoch(given.state->epoch + 1),
+        deadline(kernel == Kernel::kLater ? given.state->deadline : ptx::nanoseconds() + given.timeout_ns) {}
+  __device__ void keep_deadline() const {
+    if (blockIdx.x == 0 && threadIdx.x == 0) common.state->deadline = deadline;
+  }
 
   __device__ std::byte* window(int of) const { return common.peers[of].window; }
   __device__ bool active(int peer) const { return common.peers[peer].active != 0; }
