@@ -147,6 +147,7 @@ Context::Context(const BackendInput& input)
   piece_of(local_, 1), piece_of(tables_, 1);  // the first slabs
   graph_memory_ = std::make_shared<GraphMemory>();
   prepare_kernels();
+  sweep_graphs();  // memory of graphs that are gone: the first call finds none to free
   statistics_.peers.resize(num_ranks);
   open_windows(*input.group);
   if (needs_network_) open_link(*input.group);
@@ -267,9 +268,11 @@ void Context::open_link(Bootstrap& group) {
   group.all_gather({}, config.open_timeout);  // nobody calls before all know their peers
 }
 
-// Loads every kernel now: a load while another rank's kernel spins would wait for it.
+// Loads every kernel now: a load while another rank's kernel spins would wait for it. So would the first launch of one
+// that needs more local memory for each thread than CUDA has set aside.
 void Context::prepare_kernels() {
   int most = 0;
+  std::size_t local = 0, set_aside = 0;
   cuda::check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
   shared_limit_ = most - 4096;  // what kernels declare themselves, and what CUDA keeps
   const auto prepare = [&](const void* kernel) {
@@ -278,6 +281,7 @@ void Context::prepare_kernels() {
     cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                      most - static_cast<int>(attributes.sharedSizeBytes)),
                 "cudaFuncSetAttribute");
+    local = std::max(local, attributes.localSizeBytes);
   };
   prepare(layout_kernel());
   prepare(notify_kernel());
@@ -302,6 +306,8 @@ void Context::prepare_kernels() {
       for (WireFormat wire : {WireFormat::kLogFmt10, WireFormat::kFp8})
         prepare(low_latency_combine_encoded_kernel(dtype, levels, wire));
   }
+  cuda::check(cudaDeviceGetLimit(&set_aside, cudaLimitStackSize), "cudaDeviceGetLimit");
+  if (local > set_aside) cuda::check(cudaDeviceSetLimit(cudaLimitStackSize, local), "cudaDeviceSetLimit");
 }
 
 Context::~Context() {
