@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """V1's low-latency calls. `send` waits for nobody; the hook, or the call itself without one, waits and places the rows."""
 
+import weakref
 from typing import Any, Callable, Dict, Optional, Set, Tuple
 
 import torch
@@ -201,7 +202,9 @@ class LowLatencyMode(Session):
                 count(made[2])
             event, hook = call.finished(x, topk_idx, count_stats), None
         data, scales, counted, src_info, layout_range = made
-        self.__dict__.setdefault("_routed_by", {})[layout_range.data_ptr()] = _state_of(topk_idx)
+        # Weak: while the ids live, nothing else can lie where they do.
+        routed_by = weakref.ref(topk_idx), _state_of(topk_idx)
+        self.__dict__.setdefault("_routed_by", {})[layout_range.data_ptr()] = routed_by
         handle = (src_info, layout_range, keywords["max_tokens_per_rank"], x.size(1), keywords["num_experts"])
         return (data if scales is None else (data, scales)), counted, handle, event, hook
 
@@ -229,7 +232,8 @@ class LowLatencyMode(Session):
 
     def _without(self, core_handle: Any, topk_idx: torch.Tensor) -> Any:
         """The routes without the selections that the caller has taken back since the dispatch."""
-        if self.__dict__["_routed_by"].get(core_handle.source_range_ptr) == _state_of(topk_idx):
+        ids, state = self.__dict__["_routed_by"].get(core_handle.source_range_ptr, (lambda: None, None))
+        if ids() is not None and state == _state_of(topk_idx):
             return core_handle
         return core_handle.with_dst_rank(torch.where(topk_idx < 0, -1, core_handle.dst_rank))
 

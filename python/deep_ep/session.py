@@ -170,8 +170,13 @@ class Session:
     def __enter__(self) -> Any:
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, *exception: Any) -> None:
+        """Closes; where nothing was raised yet, raises what enqueued calls found out and nobody has asked for."""
+        try:
+            for core in self._cores.values() if kind is None else ():
+                core.check()
+        finally:
+            self.close()
 
     def __del__(self) -> None:
         self.close()

@@ -109,9 +109,21 @@ def test_1_11_out_zero_copy_and_selections_taken_back():
             fewer = tokens.topk_idx.clone()
             fewer[:, 0] = -1
             again = buffer.low_latency_combine(y, fewer, tokens.topk_weights, handle)[0]
-            return first, again
+            # Other ids where those of a dispatch lay.
+            ids = tokens.topk_idx.clone()
+            _, _, handle, _, _ = buffer.low_latency_dispatch(tokens.x, ids, MAX_TOKENS, EXPERTS, use_fp8=False)
+            if device == "cuda":
+                settled()
+            at = ids.data_ptr()
+            del ids
+            others = [fewer.clone() for _ in range(1000)]
+            other = next((each for each in others if device == "cpu" or each.data_ptr() == at), None)
+            assert other is not None, "torch took this memory for nothing else: the test tests nothing"
+            last = buffer.low_latency_combine(y, other, tokens.topk_weights, handle)[0]
+            return first, again, last
 
-    on_both(RANKS, run)
+    for first, again, last in on_both(RANKS, run):
+        assert same(again, last) and not same(first, last)
 
 
 def test_1_10_asynchronous_and_mixed_with_high_throughput():
