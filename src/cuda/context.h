@@ -166,11 +166,13 @@ class Context {
   std::vector<Peer> peers() const;
   std::uint64_t completed() const;
   std::size_t counters_bytes() const;
+  bool fault_waits() const;
   bool take_fault(Fault& fault);
   [[noreturn]] void raise(const Fault& fault);
   [[noreturn]] void raise_timeout(const Fault& fault);
   void raise_fault();
   void sweep();
+  void quarantine_doubts();
   void sweep_quarantine(std::uint64_t done);
   std::shared_ptr<void> piece_of(Slabs& slabs, std::size_t bytes);
   std::shared_ptr<void> kept(std::shared_ptr<void> owner);

@@ -167,15 +167,16 @@ void Context::check() {
   raise_fault();
 }
 
+// Acquire: the kernel wrote the record, fenced, then set the kind.
+bool Context::fault_waits() const {
+  return std::atomic_ref<std::uint32_t>(mailbox_->fault.kind).load(std::memory_order_acquire) != Fault::kNone;
+}
+
 bool Context::take_fault(Fault& fault) {
-  const std::atomic_ref<std::uint32_t> kind(mailbox_->fault.kind);
-  // Acquire: the kernel wrote the record, fenced, then set the kind.
-  if (kind.load(std::memory_order_acquire) == Fault::kNone) return false;
+  if (!fault_waits()) return false;
   fault = mailbox_->fault;
-  // A peer may still write where we offered room, in that operation or in one that was enqueued behind it.
-  for (Doubt& doubt : in_doubt_) quarantine_.push_back({std::move(doubt), std::nullopt});
-  in_doubt_.clear();
-  kind.store(Fault::kNone, std::memory_order_release);
+  quarantine_doubts();
+  std::atomic_ref<std::uint32_t>(mailbox_->fault.kind).store(Fault::kNone, std::memory_order_release);
   return true;
 }
 

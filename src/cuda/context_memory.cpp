@@ -21,8 +21,15 @@ std::uint64_t Context::completed() const {
 // Blocks whose call ended well go; quarantined ones once every peer has left their operation.
 void Context::sweep() {
   const std::uint64_t done = completed();
+  if (fault_waits()) quarantine_doubts();  // seen, where a call that has ended left one: it did before it ended
   while (!in_doubt_.empty() && in_doubt_.front().serial <= done) in_doubt_.pop_front();
   if (!quarantine_.empty()) sweep_quarantine(done);
+}
+
+// A peer may still write where we offered room, in the operation that failed or in one that was enqueued behind it.
+void Context::quarantine_doubts() {
+  for (Doubt& doubt : in_doubt_) quarantine_.push_back({std::move(doubt), std::nullopt});
+  in_doubt_.clear();
 }
 
 // Epochs are counted on the device, where graphs replay: what the device has counted once a call has ended is that
