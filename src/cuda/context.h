@@ -28,6 +28,7 @@ namespace deep_ep::cuda {
 struct DevicePlacement {
   std::shared_ptr<const Placement> placement;  // the key, kept so that its address is not reused
   std::shared_ptr<void> memory;
+  std::shared_ptr<std::byte> source;  // pinned: what is copied there
   plan::PlacementView view;
   const std::int32_t* first_copy = nullptr;  // [num_ranks + 1]
   int num_copies = 0;
@@ -112,7 +113,8 @@ class Context {
   /// goes to other captured calls alone when it is dropped: its graph may write there again.
   std::shared_ptr<void> output_memory(std::size_t bytes, const Call& call);
 
-  const DevicePlacement& on_device(const std::shared_ptr<const Placement>& placement);
+  /// Before the kernels of a call, in the order of its stream.
+  const DevicePlacement& on_device(const std::shared_ptr<const Placement>& placement, const Call& call);
   const std::int32_t* node_of_rank() const { return nodes_; }
   std::int64_t counted_rows() const { return mailbox_->rows; }
   std::int64_t counted_arrivals() const { return mailbox_->arrivals; }

@@ -154,7 +154,7 @@ int experts_of_each(const Placement& placement, int num_ranks) {
 
 }  // namespace
 
-const DevicePlacement& Context::on_device(const std::shared_ptr<const Placement>& placement) {
+const DevicePlacement& Context::on_device(const std::shared_ptr<const Placement>& placement, const Call& call) {
   DevicePlacement& entry = placements_[placement.get()];
   if (entry.placement) return entry;
   const auto first = placement->first_replica();
@@ -164,10 +164,18 @@ const DevicePlacement& Context::on_device(const std::shared_ptr<const Placement>
   const std::size_t copies_at = words.size();
   words.push_back(0);
   for (int r = 0; r < num_ranks; ++r) words.push_back(words.back() + placement->num_slots(r));
-  // Not of local(): calls that are enqueued may use pieces of it that are free here, and this copy waits for none of
-  // them.
-  entry.memory = piece_of(tables_, words.size() * sizeof(std::int32_t));
-  copy(entry.memory.get(), words.data(), words.size() * sizeof(std::int32_t), cudaMemcpyHostToDevice);
+  const std::size_t bytes = words.size() * sizeof(std::int32_t);
+  entry.source = own_pinned_memory(bytes);
+  std::memcpy(entry.source.get(), words.data(), bytes);
+  // Not of local(): calls that are enqueued may use pieces of it that are free here.
+  entry.memory = piece_of(tables_, bytes);
+  // With the call's kernels, in whose queue nothing of others stands: from another stream this copy could stand behind
+  // kernels of a rank that waits for us. A graph may never run, or later than calls that need the tables too.
+  if (call.capturing)
+    copy(entry.memory.get(), entry.source.get(), bytes, cudaMemcpyHostToDevice);
+  else
+    cuda::check(cudaMemcpyAsync(entry.memory.get(), entry.source.get(), bytes, cudaMemcpyHostToDevice, call.stream),
+                "cudaMemcpyAsync");
   const auto* at = static_cast<const std::int32_t*>(entry.memory.get());
   entry.view = {at, reinterpret_cast<const Placement::Replica*>(at + first.size()), nodes_, placement->policy()};
   entry.first_copy = at + copies_at;

@@ -183,7 +183,7 @@ class Dispatch {
   void fill_source() {
     LowLatencyDispatchParams& p = sent_.params;
     const DispatchInput& in = call_.in;
-    const DevicePlacement& placement = context_.on_device(call_.placement);
+    const DevicePlacement& placement = context_.on_device(call_.placement, sent_.call);
     p.common = context_.common(sent_.call, call_.signature);
     p.window = context_.window();
     p.shape = call_.shape;

@@ -75,7 +75,7 @@ class Dispatch {
   }
 
   void notify() {
-    const DevicePlacement& placement = context_.on_device(call_.placement);
+    const DevicePlacement& placement = context_.on_device(call_.placement, now_);
     constexpr int kTokensPerWarp = 16;
     const int blocks = std::clamp(call_.num_tokens / (kNotifyWarps * kTokensPerWarp), 1, now_.blocks);
     const int segments = blocks * kNotifyWarps;
@@ -399,7 +399,7 @@ DispatchLayout dispatch_layout(Context& context, const LayoutCall& asked) {
   p.topk_idx_64 = asked.topk_idx.dtype == DType::kI64;
   p.num_tokens = static_cast<int>(tokens), p.num_topk = static_cast<int>(topk), p.num_experts = asked.num_experts;
   p.num_ranks = context.num_ranks, p.num_nodes = context.topology.num_nodes, p.rank = context.rank;
-  p.placement = context.on_device(asked.placement).view;
+  p.placement = context.on_device(asked.placement, now).view;
   p.counters = counters.as<std::int32_t>();
   p.is_token_in_rank = member.as<std::uint8_t>();
   p.bad_selection = bad.as<unsigned long long>();

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: MIT
 #include "cuda/own_stream.h"
 
+#include <map>
+#include <memory>
+#include <mutex>
 #include <utility>
 
 #include "cuda/pool.h"
@@ -34,11 +37,29 @@ cudaStream_t make(StreamUse use) {
   return made;
 }
 
+// One for all who want it at a time; afterwards it goes to the pool.
+std::shared_ptr<CUstream_st> shared(Kind kind) {
+  static auto* const mutex = new std::mutex;
+  static auto* const streams = new std::map<Kind, std::weak_ptr<CUstream_st>>;
+  const std::lock_guard lock(*mutex);
+  std::weak_ptr<CUstream_st>& known = (*streams)[kind];
+  if (auto stream = known.lock()) return stream;
+  cudaStream_t stream = take(kind);
+  if (stream == nullptr) stream = make(kind.second);
+  std::shared_ptr<CUstream_st> made(stream, [kind](cudaStream_t s) { pool().give(kind, s); });
+  known = made;
+  return made;
+}
+
 }  // namespace
 
 OwnStream::OwnStream(StreamUse use) {
   Kind kind{0, use};
   check(cudaGetDevice(&kind.first), "cudaGetDevice");
+  if (use == StreamUse::kShort) {
+    stream_ = shared(kind);
+    return;
+  }
   cudaStream_t stream = take(kind);
   if (stream == nullptr) stream = make(use);
   stream_ = {stream, [kind](cudaStream_t s) { pool().give(kind, s); }};

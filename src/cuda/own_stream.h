@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
 // Streams of our own, used again and again. Where every buffer made new ones, ranks of a process that share a GPU stood
 // still now and then in the first dispatch of a new buffer: one rank's first kernel did not begin while the others'
-// waited for it (4 of 222 tests on an H200; none of 456 since). Why is not known; it is not that two streams share a
-// queue: with CUDA_DEVICE_MAX_CONNECTIONS=32 none of 80 streams held up another.
+// waited for it (4 of 222 tests on an H200; none of 456 since). What was measured since: of two streams that share one
+// of the GPU's 32 queues the second stands still as soon as the first has two operations there, of which the first one
+// waits, as notify and dispatch do. So a process has few streams of ours: one for each rank, and one for all copies.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,7 +16,7 @@ namespace deep_ep::cuda {
 
 enum class StreamUse {
   kExchange,  // kernels that wait for other ranks
-  kShort,     // what waits for nobody: of higher priority, and so in other queues
+  kShort,     // what waits for nobody: one stream for all, since a GPU has few queues
 };
 
 /// A stream of the calling thread's GPU; unlike the default stream it waits for no other. Whoever drops it knows that
