@@ -60,6 +60,14 @@ __device__ __forceinline__ void fetch_parameters(const Params& p) {
   for (unsigned i = 0; i < kOfWarp; ++i) asm volatile("" ::"r"(static_cast<unsigned>(byte[i])));
 }
 
+/// A thread's turn at what any may do: the first warps have rows to move, the last three words to say; first come
+/// those before these, from the last one on.
+inline constexpr int kSpeakingWarps = 3;
+__device__ inline int idle_turn() {
+  constexpr int kFirst = kLowLatencyThreads - 32 * kSpeakingWarps - 1;
+  return (kFirst + kLowLatencyThreads - static_cast<int>(threadIdx.x)) % kLowLatencyThreads;
+}
+
 /// The peers as a block keeps them in shared memory: looked up for every row.
 struct Peers {
   Peer* of;
@@ -69,11 +77,10 @@ struct Peers {
   __device__ bool far(int rank) const { return of[rank].far != 0; }
   /// Takes part, and shares memory with us.
   __device__ bool near(int rank) const { return of[rank].active != 0 && of[rank].far == 0; }
-  /// Every thread of the block; a barrier must follow.
+  /// Every thread of the block, first those of the warps that have least to do; a barrier must follow.
   __device__ void load(const Common& common) const {
 #pragma unroll 1
-    for (int peer = static_cast<int>(threadIdx.x); peer < common.num_ranks; peer += kLowLatencyThreads)
-      of[peer] = common.peers[peer];
+    for (int peer = idle_turn(); peer < common.num_ranks; peer += kLowLatencyThreads) of[peer] = common.peers[peer];
   }
 };
 
@@ -145,21 +152,25 @@ __device__ inline bool has_room(const Now& now, std::byte* window, int peer, std
   return there || !active || await_room(now, peer, slots_depth(now.common));
 }
 
-/// Every thread of a kernel that sends, before it writes to any peer: false where a peer has no room for us in time.
-/// Includes a block barrier. count_on() must follow.
-__device__ inline bool open_operation(const Now& now, std::byte* window, const Place& at, bool receives) {
-  const Common& common = now.common;
-  const std::uint64_t needed = place_before(now, slots_depth(common));
+/// One warp of each block of a kernel that sends: every peer has room for us. False where one has not in time; true in
+/// other warps.
+__device__ inline bool have_room(const Now& now, std::byte* window, const Place& at) {
+  if (at.warp != kLowLatencyWarps - 1) return true;
+  const std::uint64_t needed = place_before(now, slots_depth(now.common));
   bool room = true;
+  for (int peer = at.lane; peer < now.common.num_ranks; peer += 32) room = has_room(now, window, peer, needed) && room;
+  if (now.common.far.end != nullptr && at.lane == 0) room = await_left(now, needed) && room;
+  return room;
+}
+
+/// Every thread of a kernel that sends, before it writes to any peer; `room`: of have_room(). False where a peer has
+/// none for us. Includes a block barrier. count_on() must follow.
+__device__ inline bool open_operation(const Now& now, bool room, const Place& at, bool receives) {
   if (at.tells() && at.warp == kLowLatencyWarps - 2) {
-    tell_peers(now, now.epoch - 1, needed, at.lane);
+    tell_peers(now, now.epoch - 1, place_before(now, slots_depth(now.common)), at.lane);
     // Known to later kernels only, and they begin when this one has ended.
-    if (receives && at.lane == 0) common.state->ended[now.epoch % plan::kOperationsInFlight] = now.epoch;
+    if (receives && at.lane == 0) now.common.state->ended[now.epoch % plan::kOperationsInFlight] = now.epoch;
   }
-  if (at.warp == kLowLatencyWarps - 1)
-    for (int peer = at.lane; peer < common.num_ranks; peer += 32) room = has_room(now, window, peer, needed) && room;
-  if (at.warp == kLowLatencyWarps - 1 && common.far.end != nullptr && at.lane == 0)
-    room = await_left(now, needed) && room;
   return __syncthreads_and(room) != 0;
 }
 

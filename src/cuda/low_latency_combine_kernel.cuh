@@ -34,7 +34,7 @@ __device__ Sent send(const Now& now, const Params& p, const Peers& peers, std::i
     first_arrival[i] = p.first_arrival[i];
   peers.load(p.common);
   const auto open = [&] {
-    const bool is_open = open_operation(now, p.window, at, (p.phases & kReceive) != 0);
+    const bool is_open = open_operation(now, have_room(now, p.window, at), at, (p.phases & kReceive) != 0);
     if (threadIdx.x == kLowLatencyThreads - 1) count_on(now, p.ticket);
     for (int peer = at.warp; is_open && at.speaks() && peer < ranks; peer += kLowLatencyWarps) {
       if (!peers.near(peer)) continue;

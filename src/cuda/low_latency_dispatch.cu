@@ -7,6 +7,7 @@
 // send ... hear, gather, place.
 #include <algorithm>
 
+#include "cuda/early_launch.h"
 #include "cuda/low_latency_dispatch_far.cuh"
 
 namespace deep_ep::cuda {
@@ -18,7 +19,8 @@ template <Rows kRows, bool kFar>
 __device__ bool send(const Now& now, const Params& p, const Shared& shared, const Place& at) {
   const int ranks = p.common.num_ranks;
   const int units = p.num_tokens * p.pieces;
-  int unit = at.number(ranks);  // blocks that route take rows last
+  const bool room = have_room(now, p.window, at);  // first, by a warp that has rows last
+  int unit = at.number(ranks);                     // blocks that route take rows last
   Leaving<kRows> leaving;
   if (unit < units) leaving = Leaving<kRows>(p, unit, at.lane);
   // All that can be read is read before anybody may be written to.
@@ -28,24 +30,23 @@ __device__ bool send(const Now& now, const Params& p, const Shared& shared, cons
     RouteCounters(shared, ahead.slots).clear(ahead.batch.warps);
   }
   shared.peers.load(p.common);
-  const bool open = open_operation(now, p.window, at, (p.phases & kReceive) != 0);
-  const auto route = [&](int dst, const RouteAhead& first) {
-    if (!shared.peers.active(dst)) return;
-    if constexpr (kFar)
-      if (shared.peers.far(dst)) return send_far<kRows>(now, p, shared, dst, first, at);
-    route_to(now, p, shared, dst, first, at);
-  };
-  if (open && at.block < ranks) route(at.block, ahead);
+  const bool open = open_operation(now, room, at, (p.phases & kReceive) != 0);
+  for (int dst = at.block; open && dst < ranks; dst += at.blocks) {
+    if (dst != at.block) {  // fewer blocks than ranks
+      __syncthreads();
+      ahead = RouteAhead(p, dst, at);
+      RouteCounters(shared, ahead.slots).clear(ahead.batch.warps);
+      __syncthreads();
+    }
+    if (!shared.peers.active(dst)) continue;
+    if (kFar && shared.peers.far(dst))
+      send_far<kRows>(now, p, shared, dst, ahead, at);
+    else
+      route_to(now, p, shared, dst, ahead, at);
+  }
   // Behind the barriers of those that route, and by a warp that has neither rows, most times, nor words to say.
   if (threadIdx.x == 32 * (kLowLatencyWarps - 3)) count_on(now, p.ticket);
   if (!open) return false;
-  for (int dst = at.block + at.blocks; dst < ranks; dst += at.blocks) {  // fewer blocks than ranks
-    __syncthreads();
-    const RouteAhead next(p, dst, at);
-    RouteCounters(shared, next.slots).clear(next.batch.warps);
-    __syncthreads();
-    route(dst, next);
-  }
   while (unit < units) {
     send_piece(now, p, shared, leaving, at.lane);
     unit += at.warps();
@@ -65,24 +66,24 @@ __device__ bool receive(const Now& now, const Params& p, const Shared& shared, i
   const int most = ranks * p.max_tokens_per_rank * p.pieces;  // fits: all of them have lines, and these are memory
   // Blocks that have routed come late.
   int unit = at.number((p.phases & kSend) != 0 ? ranks : 0), heard = -1;
-  // So few that whoever looks for a row while the counts come holds nobody up.
+  // So few that looking for rows before it is known which come holds nobody up.
   const bool few = !kFar && most <= at.blocks * kFewLooks && unit < most;
   Incoming in(p, messages, min(unit, most - 1), at.lane);
   bool good = !at.speaks() || hear(now, p.window, shared.peers, at);
   good = take_counts(now, p, shared.peers, g) && good;
   if constexpr (kFar) good = take_far_counts(now, p, shared.peers, g, at) && good;
+  bool looked = false;
   const int counting = counting_warps(p);
-  if (at.warp >= kLowLatencyWarps - counting) {
+  if (idle_turn() < 32 * counting) {
     __syncwarp();
     if (at.lane == 0) atomicAdd(counted, 1);
-  } else if (few) {
-    // Its own row, meanwhile.
-    in.look_until(
-        p, number_of(now), [&] { return *static_cast<volatile int*>(counted) == counting; }, at.lane);
+  } else if (few) {  // the others, meanwhile
+    const auto enough = [&] { return *static_cast<volatile int*>(counted) == counting; };
+    in.look_until(p, number_of(now), enough, at.lane);
+    looked = true;
   }
   if (!__syncthreads_and(good)) return false;
-  // When the counts are here, so are most rows.
-  if (unit < most && (!few || at.warp >= kLowLatencyWarps - counting)) in.look(p, at.lane);
+  if (unit < most && !looked) in.look(p, at.lane);  // when the counts are here, so are most rows
   if (!gather(now, p, g, at)) return false;
   if (at.speaks()) write_tables(p, g);
   int tokens = 0;
@@ -110,7 +111,7 @@ namespace low_latency {
 template <Rows kRows, bool kFar>
 __global__ void __launch_bounds__(kLowLatencyThreads, 1) dispatch(const __grid_constant__ Params p) {
   extern __shared__ __align__(16) std::byte memory[];
-  __shared__ int counted;  // warps that have taken counts
+  __shared__ int counted;  // warps that have taken counts: a hint for those that do other things meanwhile
   if (threadIdx.x == 0) counted = 0;
   fetch_parameters(p);
   ptx::await_kernel_before();
@@ -124,9 +125,9 @@ __global__ void __launch_bounds__(kLowLatencyThreads, 1) dispatch(const __grid_c
   } else {
     open_receiving(now, at);
     shared.peers.load(p.common);
+    __syncthreads();
   }
   if ((p.phases & kReceive) != 0) {
-    __syncthreads();
     good = receive<kFar>(now, p, shared, &counted, at) && good;
   }
   if (!good) abandon_operation(now);
@@ -163,14 +164,13 @@ const void* low_latency_dispatch_kernel(bool quantize, DType dtype, bool far) {
 const void* abandon_kernel() { return reinterpret_cast<const void*>(&abandon); }
 
 RouteShape route_shape(int num_topk, int max_slots) {
-  constexpr int kMostWords = 40 << 10;
+  constexpr int kMostWords = 12 << 10;
   return {32 / num_topk, std::clamp(kMostWords / (max_slots + 1) - 1, 1, kLowLatencyWarps)};
 }
 
 std::size_t low_latency_shared_bytes(const Params& p) {
-  const std::size_t routing = RouteCounters::words(p.route.most_warps, p.max_slots);
-  const std::size_t gathering = gathered_words(p.common.num_ranks, p.num_slots);
-  return sizeof(Peer) * p.common.num_ranks + 4 * (routing > gathering ? routing : gathering);
+  return sizeof(Peer) * p.common.num_ranks +
+         4 * (route_words(p.route.most_warps, p.max_slots) + gathered_words(p.common.num_ranks, p.num_slots));
 }
 
 void launch_low_latency_dispatch(const Params& params, int blocks, cudaStream_t stream) {
@@ -180,33 +180,8 @@ void launch_low_latency_dispatch(const Params& params, int blocks, cudaStream_t 
                      blocks, arguments, low_latency_shared_bytes(params), stream);
 }
 
-namespace {
-
-// Whether these kernels are compiled for GPUs that have ptx::await_kernel_before().
-bool begins_early(const void* kernel) {
-  static const bool early = [&] {
-    cudaFuncAttributes attributes{};
-    return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.binaryVersion >= 90 &&
-           attributes.ptxVersion >= 90;
-  }();
-  return early;
-}
-
-}  // namespace
-
 void launch_low_latency(const void* kernel, int blocks, void** arguments, std::size_t shared, cudaStream_t stream) {
-  // It may begin while the kernel before it ends, and waits for that end itself.
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(kLowLatencyThreads);
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = begins_early(kernel) ? 1 : 0;
-  cudaLaunchKernelExC(&config, kernel, arguments);
+  launch_early(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kLowLatencyThreads), arguments, shared, stream);
 }
 
 void launch_abandon(const AbandonParams& params, cudaStream_t stream) { abandon<<<1, 32, 0, stream>>>(params); }

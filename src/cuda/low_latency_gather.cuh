@@ -19,7 +19,7 @@ struct Gathered {
 __device__ Gathered gathered_of(const Params& p, const Shared& shared) {
   const int ranks = p.common.num_ranks;
   Gathered g;
-  g.tokens = shared.words;
+  g.tokens = shared.of_gather;
   g.first_arrival = g.tokens + ranks;
   g.slot_first = g.first_arrival + ranks + 1;
   g.slot_rows = g.slot_first + p.num_slots + 1;
@@ -32,14 +32,13 @@ __host__ __device__ std::size_t gathered_words(int ranks, int slots) {
          static_cast<std::size_t>(ranks) * slots;
 }
 
-// Every thread of a block takes lines of what the sources have counted, the last ones first: the first warps have rows
-// to look for. Numbers of a peer that makes another call may be anything: they are bounded here, and what follows from
-// them by whoever writes there.
+// Every thread of a block takes lines of what the sources have counted. Numbers of a peer that makes another call may
+// be anything: they are bounded here, and what follows from them by whoever writes there.
 __device__ bool take_counts(const Now& now, const Params& p, const Peers& peers, const Gathered& g) {
   const int ranks = p.common.num_ranks, slots = p.num_slots, lines = plan::count_lines(slots);
   const Messages messages(now, p, p.window);
   const auto most = static_cast<std::uint32_t>(p.max_tokens_per_rank);
-  for (int i = kLowLatencyThreads - 1 - static_cast<int>(threadIdx.x); i < ranks * lines; i += kLowLatencyThreads) {
+  for (int i = idle_turn(); i < ranks * lines; i += kLowLatencyThreads) {
     const int src = p.per.count_lines.quotient(i), line = i - src * lines;
     if (peers.far(src) && peers.active(src)) continue;
     uint4 v{};
@@ -56,7 +55,7 @@ __device__ bool take_counts(const Now& now, const Params& p, const Peers& peers,
   return true;
 }
 
-// How many warps of a block take counts, from the last one on.
+// How many warps of a block take counts, in the order of their turns.
 __device__ int counting_warps(const Params& p) {
   return min((p.common.num_ranks * plan::count_lines(p.num_slots) + 31) / 32, kLowLatencyWarps);
 }

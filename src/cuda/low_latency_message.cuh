@@ -42,15 +42,20 @@ __device__ int scale_line(int piece, int lane) {
   return (piece * plan::LineMessage::kScaleLines + lane / 8) * plan::kLineBytes;
 }
 
-// Shared memory of a block: the peers, then what route or gather need.
+// Shared memory of a block: the peers, what route needs, what gather needs. Nothing is used twice, so that no barrier
+// stands between sending and receiving.
 struct Shared {
   Peers peers;
-  std::int32_t* words;
+  std::int32_t *of_route, *of_gather;
 };
 
+__host__ __device__ std::size_t route_words(int warps, int slots) {
+  return 1 + (static_cast<std::size_t>(warps) + 1) * (slots + 1);
+}
+
 __device__ Shared shared_of(const Params& p, std::byte* memory) {
-  return {{reinterpret_cast<Peer*>(memory)},
-          reinterpret_cast<std::int32_t*>(memory + sizeof(Peer) * p.common.num_ranks)};
+  auto* const words = reinterpret_cast<std::int32_t*>(memory + sizeof(Peer) * p.common.num_ranks);
+  return {{reinterpret_cast<Peer*>(memory)}, words, words + route_words(p.route.most_warps, p.max_slots)};
 }
 
 }  // namespace

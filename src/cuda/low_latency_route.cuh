@@ -94,12 +94,9 @@ struct RouteCounters {
   std::int32_t *carry, *of_warps;
   int keys;
 
-  static __host__ __device__ std::size_t words(int warps, int slots) {
-    return 1 + (static_cast<std::size_t>(warps) + 1) * (slots + 1);
-  }
   __device__ RouteCounters(const Shared& shared, int slots)
-      : bad(reinterpret_cast<std::uint32_t*>(shared.words)),
-        carry(shared.words + 1),
+      : bad(reinterpret_cast<std::uint32_t*>(shared.of_route)),
+        carry(shared.of_route + 1),
         of_warps(carry + slots + 1),
         keys(slots + 1) {}
   /// A block barrier must follow.
@@ -234,9 +231,7 @@ __device__ void route_to(const Now& now, const Params& p, const Shared& shared, 
     return;
   }
   const auto all_of = [&](int key) { return static_cast<std::uint32_t>(counters.before(counted.warps, key)); };
-  // The last threads: where there are few tokens, the first write heads meanwhile.
-  for (int line = kLowLatencyThreads - 1 - static_cast<int>(threadIdx.x); line < plan::count_lines(slots);
-       line += kLowLatencyThreads) {
+  for (int line = idle_turn(); line < plan::count_lines(slots); line += kLowLatencyThreads) {
     const auto count = [&](int slot) { return slot < slots ? all_of(slot) : 0; };
     const int slot = plan::kLineWords * (line - 1);
     const uint4 words = line == 0 ? uint4{static_cast<std::uint32_t>(p.num_tokens), all_of(slots), 0, number}
