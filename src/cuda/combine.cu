@@ -82,22 +82,28 @@ __device__ Source fetched_from(const Now& now, const CombineParams& p, int peer)
   if (!now.active(peer)) return {};
   const std::int64_t first = p.forwarded.asked[p.node_of_rank[peer]].first;
   return {p.forwarded.x + first * static_cast<std::int64_t>(p.row_bytes),
-          p.forwarded.weights + first * p.forwarded.weights_of_unit};
+          p.forwarded.weights + first * p.forwarded.weights_of_unit, nullptr};
 }
 
 // Phase part: nobody leaves while another still reads its rows. Far ranks read none of them themselves.
-__device__ void part(const Now& now, const CombineParams& p) {
+__device__ void part(const Now& now, const CombineParams& p, const Source* sources) {
   const int me = p.common.rank;
+  bool failed = has_failed_relaxed(now);  // last_block() has acquired what other blocks reported
+  const auto reads_ours = [&](int peer) { return !failed && sources[peer].finished != nullptr; };
   for (int peer = static_cast<int>(threadIdx.x); peer < p.common.num_ranks; peer += kThreads) {
-    if (!now.active(peer) || now.far(peer) || peer == me) continue;
+    const std::uint64_t sent =
+        reads_ours(peer) && peer != me ? ptx::load_relaxed_system(&now.progress(me, peer).sent) : 0;
+    // An acquire of what was read, and a release of our reads of rows: they end before the peer may leave.
+    ptx::fence_system();
     // A rank that has left already gave up on us; what we read of it since may be something else.
-    if (ptx::load_acquire_system(&now.progress(me, peer).sent) >= now.epoch) report(now, Fault::kGaveUp, peer, 1, 0);
+    if (sent < now.epoch) continue;
+    report(now, Fault::kGaveUp, peer, 1, 0);
+    failed = true;
   }
-  __syncthreads();
-  if (has_failed(now)) return;
+  if (__syncthreads_or(failed)) return;
   for (int peer = static_cast<int>(threadIdx.x); peer < p.common.num_ranks; peer += kThreads) {
-    if (!now.active(peer) || now.far(peer)) continue;
-    publish(now, &now.words(peer, me).finished, 1);
+    if (!reads_ours(peer)) continue;
+    publish_fenced(now, sources[peer].finished, 1);
     std::uint32_t value = 0;
     if (!await(now, &now.words(me, peer).finished, value, peer)) report(now, Fault::kTimeout, peer, 1, 0);
   }
@@ -145,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
     if (p.weights_out != nullptr) bring_weights_home(p, sources);
   }
   if (!last_block(now)) return;
-  part(now, p);
+  part(now, p, sources);
   finish(now);
 }
 

@@ -39,7 +39,8 @@ __device__ bool await_source(const Now& now, int peer, Source& source) {
   if (!await_same_call(now, peer)) return false;
   if (now.far(peer)) return true;
   const Announcement& theirs = now.announcement(now.common.rank, peer);
-  source = {now.window(peer) + theirs.x_at, reinterpret_cast<const float*>(now.window(peer) + theirs.weights_at)};
+  source = {now.window(peer) + theirs.x_at, reinterpret_cast<const float*>(now.window(peer) + theirs.weights_at),
+            &now.words(peer, now.common.rank).finished};
   return true;
 }
 

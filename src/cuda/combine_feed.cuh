@@ -17,6 +17,7 @@ constexpr int kRingBytes = 12288;  // of one warp, at most
 struct Source {
   const std::byte* x;  // null: takes no part
   const float* weights;
+  std::uint64_t* finished;  // the word there by which it hears that we read no more; null: takes no part, or far
 };
 
 /// Which tokens a warp sums, and how their rows are cut: all pieces but the last are whole.

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(crew_of(kRows != Rows::kAsTheyAre).threads(), 
     if (threadIdx.x == 0) p.common.state->barrier = p.common.state->blocks_done = 0;
     return;
   }
-  receive(now, p);
+  receive(now, p, to);
   finish(now);
 }
 

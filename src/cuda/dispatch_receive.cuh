@@ -19,20 +19,15 @@ __device__ void count_exchange(const Now& now, const DispatchParams& p) {
     count_received(p.common, slot, p.slot_rows[slot]);
 }
 
-// The word in our own window by which we hear that all rows of a rank are here. Those of far ranks are passed on by a
-// rank of our node, which stores it.
-__device__ std::uint64_t* arrived_of(const Now& now, int owner, int source) {
-  return &reinterpret_cast<plan::Words*>(now.window(owner) + now.common.layout.words(now.epoch, source))->arrived;
-}
-
-// Phase receive: the last block tells the peers that all is sent, and waits for theirs.
-__device__ void receive(const Now& now, const DispatchParams& p) {
+// Phase receive: the last block tells the peers that all is sent, and waits for theirs. `to` names the words there:
+// what was acquired since has emptied the caches, and a look at a peer's address would be a trip to memory.
+__device__ void receive(const Now& now, const DispatchParams& p, const Destination* to) {
   const int me = p.common.rank;
-  const bool failed = has_failed(now);
-  for (int peer = static_cast<int>(threadIdx.x); !failed && peer < p.common.num_ranks;
-       peer += static_cast<int>(blockDim.x)) {
-    if (!now.active(peer)) continue;
-    if (!now.far(peer)) publish(now, arrived_of(now, peer, me), 1);
+  const bool failed = has_failed_relaxed(now);  // last_block() has acquired what other blocks reported
+  for (int peer = static_cast<int>(threadIdx.x); peer < p.common.num_ranks; peer += static_cast<int>(blockDim.x)) {
+    ptx::fence_system();  // release, as last_block() says; whether it failed is read meanwhile
+    if (failed || !to[peer].active) continue;
+    if (to[peer].arrived != nullptr) publish_fenced(now, to[peer].arrived, 1);
     std::uint32_t value = 0;
     if (!await(now, arrived_of(now, me, peer), value, peer)) report(now, Fault::kTimeout, peer, 1, 0);
   }

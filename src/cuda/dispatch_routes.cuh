@@ -23,8 +23,9 @@ constexpr int kPassesOf = Number::kBytes == 4 ? 3 : 7;
 
 // One receiver's output, seen from here.
 struct Destination {
-  bool active;       // takes part
-  std::byte* block;  // null: not ours to write
+  bool active;             // takes part
+  std::uint64_t* arrived;  // the word by which it hears that our rows are there; null: far
+  std::byte* block;        // null: not ours to write
   plan::OutputBlock at;
   std::int64_t rows, arrivals;     // that the block has room for
   std::int64_t first_arrival;      // of ours
@@ -40,6 +41,12 @@ struct Incoming {
       : rows(p.rows >= 0 ? p.rows : p.common.state->rows),
         arrivals(p.arrivals >= 0 ? p.arrivals : p.common.state->arrivals) {}
 };
+
+// The word in our own window by which we hear that all rows of a rank are here. Those of far ranks are passed on by a
+// rank of our node, which stores it.
+__device__ std::uint64_t* arrived_of(const Now& now, int owner, int source) {
+  return &reinterpret_cast<plan::Words*>(now.window(owner) + now.common.layout.words(now.epoch, source))->arrived;
+}
 
 // Phase reply: a thread per source says where its rows begin. With a cached handle the call is announced here too.
 __device__ void reply(const Now& now, const DispatchParams& p, const Incoming& incoming) {
@@ -110,6 +117,7 @@ __device__ bool await_both(const Now& now, int dst) {
 __device__ bool await_reply(const Now& now, const DispatchParams& p, int dst, Destination& to) {
   const int me = p.common.rank;
   to.active = now.active(dst);
+  to.arrived = now.far(dst) ? nullptr : arrived_of(now, dst, me);
   to.block = nullptr;
   to.rows_counted = 0;
   if (!now.active(dst)) return true;

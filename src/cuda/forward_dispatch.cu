@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
   if (__syncthreads_and(good)) exchange<kRows>(now, f, {p.common, f.node_of_rank}, to, packing);
   if (!last_block(now)) return;
   clear_counts(p.common);
-  receive(now, p);
+  receive(now, p, to);
   finish(now);
 }
 

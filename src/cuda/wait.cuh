@@ -92,6 +92,11 @@ __device__ inline bool has_failed(const Now& now) {
   return ptx::load_acquire(&now.common.state->failed) == static_cast<std::uint32_t>(now.epoch);
 }
 
+/// The same where an acquire has come before, and a fence comes next: nobody waits for it alone.
+__device__ inline bool has_failed_relaxed(const Now& now) {
+  return ptx::load_relaxed_system(&now.common.state->failed) == static_cast<std::uint32_t>(now.epoch);
+}
+
 /// Between nodes: a rank that takes part is known to have ended. Everybody may wait for it, through whomever.
 __device__ __noinline__ inline bool somebody_died(Now now) {
   net::KernelEnd& end = *now.common.far.end;
@@ -131,12 +136,17 @@ __device__ inline void publish(const Now& now, std::uint64_t* word, std::uint32_
   ptx::store_release_system(word, now.epoch << 32 | value);
 }
 
+/// The same behind a fence of the whole system that this thread has made.
+__device__ inline void publish_fenced(const Now& now, std::uint64_t* word, std::uint32_t value) {
+  ptx::store_relaxed_system(word, now.epoch << 32 | value);
+}
+
 /// The same for two words at once: the fence before them makes both stores releases, and is waited for once.
 __device__ inline void publish(const Now& now, std::uint64_t* first, std::uint32_t value, std::uint64_t* second,
                                std::uint32_t second_value) {
   ptx::fence_system();
-  ptx::store_relaxed_system(first, now.epoch << 32 | value);
-  ptx::store_relaxed_system(second, now.epoch << 32 | second_value);
+  publish_fenced(now, first, value);
+  publish_fenced(now, second, second_value);
 }
 
 /// The operation that used our places in the peers' windows last, `depth` operations ago; 0: none.
