@@ -7,26 +7,161 @@
 namespace deep_ep::cuda {
 namespace {  // a part of one kernel, included by its file alone
 
-// The rows of a mover warp: tokens first, first + step, ...; a token again for each 32 of its selections, in pieces.
-struct Job {
-  int token, chunk, piece;
+// A mover warp among those that write to the same ranks.
+struct Place {
+  int number;  // where it moves no rows: p.num_tokens
+  int warps;
+  bool far;
 };
-struct Jobs {
-  const DispatchParams& p;
-  int first, step;
-  __device__ Job begin() const { return {first, 0, 0}; }
-  __device__ bool has(const Job& job) const { return job.token < p.num_tokens; }
+__device__ Place place_of(const DispatchParams& p, int warp) {
+  const int block = static_cast<int>(blockIdx.x);
+  const bool far = block < p.roles.far;
+  const int blocks = far ? p.roles.far : p.roles.moving - p.roles.far, in_role = far ? block : block - p.roles.far;
+  return {in_role < blocks ? in_role + warp * blocks : p.num_tokens, blocks * p.mover_warps, far};
+}
+// So many tokens of a warp have a lane for each of their selections, or for 32 of those.
+__device__ int tokens_at_once(const DispatchParams& p) { return p.chunks > 1 ? 1 : 32 / min(p.num_topk, 32); }
+
+// The order in which a mover warp takes tokens is one of two classes. A job is one piece of one row, a token comes
+// again for each 32 of its selections, and targets are found for a list of tokens at once:
+//   begin()                    the first job
+//   reach(job)                 goes on to the job that comes next; whether there is one. All lanes
+//   has(job)                   it is known already, and there
+//   token(job, i)              the i-th token of its list, counted from the job's own
+//   list_size(job, most)       so many tokens; `most`: tokens_at_once()
+//   advance(job)               to the next piece
+//   advance_list(job, most)    to the next list
+
+// Each warp has the same share of the tokens: number, number + warps, ...
+class Shares {
+ public:
+  struct Job {
+    int token, chunk, piece;
+  };
+  __device__ Shares(const DispatchParams& p, const Place& place) : p_(p), first_(place.number), step_(place.warps) {}
+  __device__ Job begin() const { return {first_, 0, 0}; }
+  __device__ bool reach(const Job& job) const { return has(job); }
+  __device__ bool has(const Job& job) const { return job.token < p_.num_tokens; }
+  __device__ int token(const Job& job, int i = 0) const { return job.token + i * step_; }
+  __device__ int list_size(const Job&, int most) const { return most; }
   // Step by step: a division for each job costs more than moving a short row.
   __device__ void advance(Job& job) const {
-    if (++job.piece < p.pieces) return;
+    if (++job.piece < p_.pieces) return;
     job.piece = 0;
     skip_pieces(job);
   }
-  __device__ void skip_pieces(Job& job) const {
-    if (++job.chunk < p.chunks) return;
-    job.chunk = 0;
-    job.token += step;
+  __device__ void advance_list(Job& job, int most) const {
+    if (p_.chunks > 1) {
+      skip_pieces(job);
+    } else {
+      job.token += most * step_;
+    }
   }
+
+ private:
+  __device__ void skip_pieces(Job& job) const {
+    if (++job.chunk < p_.chunks) return;
+    job.chunk = 0;
+    job.token += step_;
+  }
+
+  const DispatchParams& p_;
+  const int first_, step_;
+};
+
+// The first half of the tokens is shared out by number, a few neighbours at a time; the others are taken one by one,
+// with tickets. Neither memory nor a link serves all SMs alike: of 24 that copy the same number of rows to two H200 in
+// a bare loop the first is done after 65 us, the last after 110. Warps that quantise keep to shares: what is known of
+// two lists takes registers that they need for their batch.
+//
+// Known are the list at work and the next one; the ticket of the one behind is on its way, so that nobody waits for it.
+// The additions are relaxed: a ticket says nothing but its number. Each dispatch finds the counters at zero. finish()
+// sets them back, in the last block of the operation's last kernel, however the call went: blocks that add are ordered
+// before it by last_block(), and the next kernel that adds begins after its end. Nobody takes a ticket in a dispatch
+// that leaves without it because its room was guessed too small.
+class Tickets {
+ public:
+  struct Job {
+    int list, token_here, chunk, piece;
+  };
+  __device__ Tickets(const DispatchParams& p, const Place& place, int lane)
+      : p_(p),
+        lane_(lane),
+        counter_(&p.common.state->tickets[place.far ? 1 : 0]),
+        number_(place.number),
+        warps_(place.warps),
+        largest_(min(kLargestList, tokens_at_once(p))),
+        large_rounds_(moves_rows() ? p.num_tokens / (2 * warps_ * largest_) : 0),
+        first_ticket_((large_rounds_ * largest_ + kSingleRounds) * warps_),
+        at_work_(by_number(0)),
+        next_(by_number(1)) {
+    ask_for_ticket(2);
+  }
+  __device__ Job begin() const { return {0, 0, 0, 0}; }
+  __device__ bool reach(const Job& job) {
+    if (job.list > list_at_work_) step();
+    return has(job);
+  }
+  __device__ bool has(const Job& job) const { return job.list <= list_at_work_ + 1 && token(job) < p_.num_tokens; }
+  __device__ int token(const Job& job, int i = 0) const { return list(job).first + job.token_here + i; }
+  __device__ int list_size(const Job& job, int) const { return list(job).size; }
+  __device__ void advance(Job& job) const {
+    if (++job.piece < p_.pieces) return;
+    job.piece = 0;
+    if (++job.chunk < p_.chunks) return;
+    job.chunk = 0;
+    if (++job.token_here < list(job).size) return;
+    job.token_here = 0;
+    ++job.list;
+  }
+  __device__ void advance_list(Job& job, int) const {
+    if (++job.chunk < p_.chunks) return;
+    job.chunk = 0;
+    ++job.list;
+  }
+
+ private:
+  static constexpr int kLargestList = 4;
+  static constexpr int kSingleRounds = 2;  // by number too, while the first ticket is on its way
+  // Neighbours. Without any where `first` is the number of tokens, or more.
+  struct List {
+    int first, size;
+  };
+
+  __device__ bool moves_rows() const { return number_ < p_.num_tokens; }
+  __device__ List nothing() const { return {p_.num_tokens, 1}; }
+  // Of a job whose list is known.
+  __device__ const List& list(const Job& job) const { return job.list == list_at_work_ ? at_work_ : next_; }
+  __device__ bool is_by_number(int round) const { return round < large_rounds_ + kSingleRounds; }
+  __device__ List by_number(int round) const {
+    if (!moves_rows()) return nothing();
+    if (round < large_rounds_) return {(round * warps_ + number_) * largest_, largest_};
+    return {(large_rounds_ * largest_ + round - large_rounds_) * warps_ + number_, 1};
+  }
+  // Tickets grow: behind a list without tokens comes no other.
+  __device__ void ask_for_ticket(int round) {
+    if (!is_by_number(round) && next_.first < p_.num_tokens && lane_ == 0) ticket_ = atomicAdd(counter_, 1u);
+  }
+  __device__ void step() {
+    const int round = ++list_at_work_ + 1;
+    at_work_ = next_;
+    if (at_work_.first >= p_.num_tokens) {
+      next_ = nothing();
+    } else if (is_by_number(round)) {
+      next_ = by_number(round);
+    } else {
+      next_ = {first_ticket_ + static_cast<int>(__shfl_sync(kAllLanes, ticket_, 0)), 1};
+    }
+    ask_for_ticket(round + 1);
+  }
+
+  const DispatchParams& p_;
+  const int lane_;
+  std::uint32_t* const counter_;
+  const int number_, warps_, largest_, large_rounds_, first_ticket_;
+  int list_at_work_ = 0;
+  List at_work_, next_;
+  std::uint32_t ticket_ = 0;
 };
 
 // Position in a ring, and how often it went round.
@@ -49,29 +184,23 @@ struct Stages {
   std::byte* codes;     // of one batch on its way out; quantising warps only
 };
 
-__device__ Jobs jobs_of(const DispatchParams& p, int warp) {
-  const int block = static_cast<int>(blockIdx.x);
-  const bool far = block < p.roles.far;
-  const int blocks = far ? p.roles.far : p.roles.moving - p.roles.far, in_role = far ? block : block - p.roles.far;
-  const int first = in_role < blocks ? in_role + warp * blocks : p.num_tokens;
-  return {p, first, blocks * p.mover_warps};
-}
-
-// A mover warp's targets in the order of its jobs: lists in shared memory, for as many tokens at once as the warp has
-// lanes for their selections. The routes of the next tokens are read while the rows of these move. All lanes.
+// A mover warp's targets in the order of its jobs: lists in shared memory, for a list of tokens at once. The routes of
+// the next list are read while the rows of this one move. All lanes.
+template <class Order>
 class Targets {
  public:
   // `entries`: room for 32.
-  __device__ Targets(const DispatchParams& p, const Destination* to, const Jobs& jobs, Target* entries, int lane)
+  __device__ Targets(const DispatchParams& p, const Destination* to, const Order& order, Target* entries, int lane)
       : p_(p),
         to_(to),
-        jobs_(jobs),
+        order_(order),
         entries_(entries),
         lane_(lane),
         lanes_(min(p.num_topk, 32)),
-        tokens_(p.chunks > 1 ? 1 : 32 / lanes_),
-        listed_(tokens_),
-        ahead_(jobs.begin()) {
+        most_(tokens_at_once(p)),
+        tokens_(most_),
+        listed_(most_),
+        ahead_(order.begin()) {
     read_routes();
   }
 
@@ -89,26 +218,24 @@ class Targets {
 
  private:
   __device__ int token_here() const { return lane_ / lanes_; }
-  __device__ int token() const { return ahead_.token + token_here() * jobs_.step; }
+  __device__ int token() const { return order_.token(ahead_, token_here()); }
   __device__ unsigned lanes_of(int token_here) const {
     return (lanes_ == 32 ? kAllLanes : (1u << lanes_) - 1) << (token_here * lanes_);
   }
   __device__ void read_routes() {
     route_ = {-1, 0, 0};
-    if (token_here() < tokens_) route_ = read_route(p_, token(), ahead_.chunk * 32 + lane_ % lanes_);
+    if (token_here() < order_.list_size(ahead_, most_))
+      route_ = read_route(p_, token(), ahead_.chunk * 32 + lane_ % lanes_);
   }
   __device__ void list_tokens() {
     const Target target = resolve();
+    tokens_ = order_.list_size(ahead_, most_);
     given_ = __ballot_sync(kAllLanes, target.row != nullptr);
     __syncwarp();  // the last tokens' have been read
     if (target.row != nullptr)
       entries_[token_here() * lanes_ + __popc(given_ & lanes_of(token_here()) & ((1u << lane_) - 1))] = target;
     __syncwarp();
-    if (p_.chunks > 1) {
-      jobs_.skip_pieces(ahead_);
-    } else {
-      ahead_.token += tokens_ * jobs_.step;
-    }
+    order_.advance_list(ahead_, most_);
     read_routes();
   }
   __device__ Target resolve() const {
@@ -126,11 +253,11 @@ class Targets {
 
   const DispatchParams& p_;
   const Destination* to_;
-  const Jobs jobs_;
+  const Order& order_;
   Target* const entries_;
-  const int lane_, lanes_, tokens_;  // of a token; at once
-  int listed_;                       // the present one, among those
-  Job ahead_;
+  const int lane_, lanes_, most_;  // of a token; tokens at once
+  int tokens_, listed_;            // of the list; the present one, among those
+  typename Order::Job ahead_;
   Route route_;
   unsigned given_ = 0;
   const Target* list_ = nullptr;
@@ -149,23 +276,24 @@ struct Cut {
 
 #if EP_BULK_COPY
 // The pieces of a mover warp's jobs on their way in: a ring of stages in shared memory, each filled by one bulk load.
-template <int kStages>
+template <class Order, int kStages>
 class Intake {
  public:
-  __device__ Intake(const DispatchParams& p, const Jobs& jobs, const Cut& cut, const Stages& stages, int lane)
-      : p_(p), jobs_(jobs), cut_(cut), stages_(stages), lane_(lane), ahead_(jobs.begin()) {}
-  // The next job's piece, once a stage is free for it.
-  __device__ void load() {
-    if (!jobs_.has(ahead_)) return;
+  __device__ Intake(const DispatchParams& p, const Order& order, const Cut& cut, const Stages& stages, int lane)
+      : p_(p), order_(order), cut_(cut), stages_(stages), lane_(lane), ahead_(order.begin()) {}
+  // The next job's piece, once a stage is free for it; false where there is no such job, or none known yet.
+  __device__ bool load() {
+    if (!order_.has(ahead_)) return false;
     if (lane_ == 0)
       ptx::bulk_load(stages_.ring + filling_.at * p_.stage_bytes,
-                     p_.x + ahead_.token * cut_.row_bytes + std::int64_t{ahead_.piece} * cut_.piece_bytes,
+                     p_.x + order_.token(ahead_) * cut_.row_bytes + std::int64_t{ahead_.piece} * cut_.piece_bytes,
                      static_cast<std::uint32_t>(cut_.bytes(ahead_.piece)), stages_.full + filling_.at);
-    jobs_.advance(ahead_);
+    order_.advance(ahead_);
     filling_.advance();
+    return true;
   }
   // The oldest piece, once it is there.
-  __device__ const std::byte* await(const Job&) const {
+  __device__ const std::byte* await(const typename Order::Job&) const {
     ptx::barrier_wait(stages_.full + emptying_.at, emptying_.parity);
     return stages_.ring + emptying_.at * p_.stage_bytes;
   }
@@ -173,43 +301,47 @@ class Intake {
 
  private:
   const DispatchParams& p_;
-  const Jobs jobs_;
+  const Order& order_;
   const Cut cut_;
   const Stages stages_;
   const int lane_;
-  Job ahead_;
+  typename Order::Job ahead_;
   Ring<kStages> filling_, emptying_;
 };
 #else
 // Without bulk copies pieces are read where they lie.
-template <int kStages>
+template <class Order, int kStages>
 class Intake {
  public:
-  __device__ Intake(const DispatchParams& p, const Jobs&, const Cut& cut, const Stages&, int) : p_(p), cut_(cut) {}
-  __device__ void load() {}
-  __device__ const std::byte* await(const Job& job) const {
-    return p_.x + job.token * cut_.row_bytes + std::int64_t{job.piece} * cut_.piece_bytes;
+  __device__ Intake(const DispatchParams& p, const Order& order, const Cut& cut, const Stages&, int)
+      : p_(p), order_(order), cut_(cut) {}
+  __device__ bool load() { return false; }
+  __device__ const std::byte* await(const typename Order::Job& job) const {
+    return p_.x + order_.token(job) * cut_.row_bytes + std::int64_t{job.piece} * cut_.piece_bytes;
   }
   __device__ void drop() {}
 
  private:
   const DispatchParams& p_;
+  const Order& order_;
   const Cut cut_;
 };
 #endif
 
 // Movers of rows as they are.
 __device__ void move_rows(const DispatchParams& p, const Destination* to, const Stages& stages, int warp, int lane) {
-  const Jobs jobs = jobs_of(p, warp);
+  Tickets order(p, place_of(p, warp), lane);
   const Cut cut{static_cast<std::int64_t>(p.shape.row_bytes), p.piece_bytes};
-  Intake<kMoveStages> intake(p, jobs, cut, stages, lane);
+  Intake<Tickets, kMoveStages> intake(p, order, cut, stages, lane);
 #if EP_BULK_COPY
   // Each lane with a destination empties a stage by one bulk store. A stage is filled again once the stores of the job
   // before the last have read it.
-  for (int i = 0; i < kMoveStages - 1; ++i) intake.load();
-  Targets targets(p, to, jobs, stages.targets, lane);
+  int free = kMoveStages - 1;
+  while (free > 0 && intake.load()) --free;
+  Targets targets(p, to, order, stages.targets, lane);
   std::byte* dst = nullptr;
-  for (Job job = jobs.begin(); jobs.has(job); jobs.advance(job)) {
+  for (Tickets::Job job = order.begin(); order.reach(job); order.advance(job)) {
+    while (free > 0 && intake.load()) --free;  // of a list that is known since it was reached for
     if (job.piece == 0) {
       targets.next();
       dst = lane < targets.size() ? targets.list()[lane].row : nullptr;
@@ -221,14 +353,15 @@ __device__ void move_rows(const DispatchParams& p, const Destination* to, const 
     ptx::bulk_commit();
     ptx::bulk_wait_read<1>();
     intake.drop();
+    ++free;
     __syncwarp();
-    intake.load();
+    while (free > 0 && intake.load()) --free;
   }
   ptx::bulk_wait_all();
 #else
   constexpr int kAhead = 4;
-  Targets targets(p, to, jobs, stages.targets, lane);
-  for (Job job = jobs.begin(); jobs.has(job); jobs.advance(job)) {
+  Targets targets(p, to, order, stages.targets, lane);
+  for (Tickets::Job job = order.begin(); order.reach(job); order.advance(job)) {
     if (job.piece == 0) targets.next();
     const std::byte* const src = intake.await(job);
     const std::int64_t piece_at = std::int64_t{job.piece} * p.piece_bytes;
@@ -252,8 +385,8 @@ __device__ void move_rows(const DispatchParams& p, const Destination* to, const 
 // The codes of a batch leave for all targets. Through shared memory, where a bulk store each takes them: a warp's own
 // stores would pass each byte once per target through the pipe by which it also loads.
 template <class MyBatch>
-__device__ void send_codes(const MyBatch& batch, const Stages& stages, const Targets& targets, int first, int bytes,
-                           int lane) {
+__device__ void send_codes(const MyBatch& batch, const Stages& stages, const Targets<Shares>& targets, int first,
+                           int bytes, int lane) {
 #if EP_BULK_COPY
   ptx::bulk_wait_read<0>();  // the stores of the batch before have read theirs
   __syncwarp();
@@ -274,11 +407,12 @@ template <class Number>
 __device__ void quantize_rows(const DispatchParams& p, const Destination* to, const Stages& stages, int warp,
                               int lane) {
   using MyBatch = Batch<Number, kPassesOf<Number>>;
-  const Jobs jobs = jobs_of(p, warp);
-  Intake<kQuantizeStages> intake(p, jobs, {p.hidden * Number::kBytes, p.piece_bytes * Number::kBytes}, stages, lane);
+  const Shares order(p, place_of(p, warp));
+  Intake<Shares, kQuantizeStages> intake(p, order, {p.hidden * Number::kBytes, p.piece_bytes * Number::kBytes}, stages,
+                                         lane);
   for (int i = 0; i < kQuantizeStages; ++i) intake.load();
-  Targets targets(p, to, jobs, stages.targets, lane);
-  for (Job job = jobs.begin(); jobs.has(job); jobs.advance(job)) {
+  Targets targets(p, to, order, stages.targets, lane);
+  for (Shares::Job job = order.begin(); order.reach(job); order.advance(job)) {
     if (job.piece == 0) targets.next();
     const int first = job.piece * p.piece_bytes, left = min(static_cast<int>(p.hidden) - first, p.piece_bytes);
     const std::byte* const piece = intake.await(job);

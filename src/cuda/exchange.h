@@ -102,6 +102,7 @@ struct State {
   std::uint32_t failed;        // the last operation that failed, its low bits
   std::uint32_t barrier;
   std::uint32_t blocks_done;
+  std::uint32_t tickets[2];     // dispatch: taken by warps that write nearby or everywhere; by those that write far
   std::uint64_t bad_selection;  // 0: none, else 1 + lowest index in topk_idx
   std::int64_t rows, arrivals;  // notify -> dispatch
   std::int32_t full_slot_rows;  // kPadded: rows of a slot that would get more than it has room for; 0: none

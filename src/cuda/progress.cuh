@@ -84,6 +84,7 @@ __device__ inline void finish(const Now& now) {
     tell_progress(now, peer, released, now.epoch);
   if (threadIdx.x != 0) return;
   state.barrier = state.blocks_done = 0;
+  state.tickets[0] = state.tickets[1] = 0;
   state.bad_selection = 0;
   state.epoch = now.epoch;
   ptx::fence_system();
