@@ -115,8 +115,9 @@ struct Blackboard {
 
   /// A group over this memory, through the public callback_group().
   std::shared_ptr<Bootstrap> group(int rank);
-  /// Waits until `word` holds at least `value`; false after the limit.
-  static bool wait_for(const std::atomic<int>& word, int value, std::chrono::milliseconds limit = 10s);
+  /// Waits until `word` holds at least `value`; false after the limit, which leaves room for processes that take turns
+  /// on one GPU.
+  static bool wait_for(const std::atomic<int>& word, int value, std::chrono::milliseconds limit = 60s);
 };
 
 /// A TCP port that was free a moment ago.

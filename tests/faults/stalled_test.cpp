@@ -99,11 +99,11 @@ TEST_P(StalledAfter, harms_no_output_of_the_others_when_it_continues) {
     go_on(*buffer, scene, board);
   });
   Blackboard& board = processes.board();
-  ASSERT_TRUE(Blackboard::wait_for(board.progress[kStalled], GetParam(), 40s));
+  ASSERT_TRUE(Blackboard::wait_for(board.progress[kStalled], GetParam()));
   ::kill(processes.pid(kStalled), SIGSTOP);
   for (int rank = 0; rank < kRanks; ++rank) {
     if (rank == kStalled) continue;
-    ASSERT_TRUE(Blackboard::wait_for(board.progress[rank], kDone, 40s));
+    ASSERT_TRUE(Blackboard::wait_for(board.progress[rank], kDone));
   }
   ::kill(processes.pid(kStalled), SIGCONT);
   board.go = 1;

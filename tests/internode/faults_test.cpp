@@ -160,7 +160,7 @@ TEST_P(InternodeDeath, of_a_process_is_named_and_the_others_open_again) {
     survive(rank, death, std::move(group), board, scene);
   });
   // Processes that share a GPU take turns on it.
-  ASSERT_TRUE(Blackboard::wait_for(processes.board().progress[death.victim], on_cuda() ? 1 : 3, on_cuda() ? 40s : 10s));
+  ASSERT_TRUE(Blackboard::wait_for(processes.board().progress[death.victim], on_cuda() ? 1 : 3));
   processes.kill_rank(death.victim);
   std::vector<int> expected(death.ranks(), 0);
   expected[death.victim] = 128 + SIGKILL;
