@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""Tables and plots from the reports of the GPU benchmarks. As a program: writes them into docs/performance.md, between its markers.
+"""Tables and plots from the reports of the GPU benchmarks. As a program: writes them into docs/performance.md, and a few lines of them into README.md, between markers.
 
 Reports are bench/results/cuda_exchange_*.json (bench/cuda_exchange.cpp), cuda_low_latency_*.json (bench/cuda_low_latency.cpp) and nccl_exchange_*.json
 (bench/nccl_exchange.py). Plots, with --plots, need matplotlib and go to docs/pictures.
@@ -14,6 +14,7 @@ from tables import ROOT, markdown, update_page
 
 PICTURES = ROOT / "docs" / "pictures"
 BEGIN, END = "<!-- gpu tables: begin -->", "<!-- gpu tables: end -->"
+SUMMARY_BEGIN, SUMMARY_END = "<!-- gpu summary: begin -->", "<!-- gpu summary: end -->"
 OPERATIONS = {
     "dispatch_bf16": "dispatch BF16",
     "dispatch_fp8": "dispatch FP8",
@@ -147,6 +148,19 @@ def as_markdown(results, pictures):
     return "\n".join(lines)
 
 
+def summary(results):
+    """What README.md tells of two GPUs joined by NVLink: the first setting of either report."""
+    throughput, latency = (json.loads((results / f"{kind}_2xh200.json").read_text()) for kind in ("cuda_exchange", "cuda_low_latency"))
+    runs = {run["sms"]: run["operations"] for run in throughput["runs"] if setting(run) == setting(throughput["runs"][0])}
+    sms, names = (8, 16, 24), ("dispatch_bf16", "dispatch_fp8", "combine_bf16")
+    times = [[OPERATIONS[name], *(f"{runs[n][name]['time']['median_us']:.0f}" for n in sms)] for name in names]
+    calls = {run["tokens"]: run for run in latency["runs"] if latency_shape(run) == latency_shape(latency["runs"][0])}
+    tokens, forms = (4, 32, 128), {"dispatch": "dispatch FP8", "combine": "combine BF16", "pre_reduced": "combine BF16, joined by rank first"}
+    low = [[title, *(f"{calls[n][name]['us']:.1f}" for n in tokens)] for name, title in forms.items()]
+    return "\n".join([*markdown([f"{throughput['runs'][0]['tokens']} tokens, cached handle", *(f"{n} SMs" for n in sms)], times), "",
+                      *markdown(["low latency, in a graph", *(f"{n} tokens" for n in tokens)], low), ""])
+
+
 def measured_and_limit(axes, x, name, measured, limit, colour):
     axes.plot(x, measured, "o-", color=colour, label=name)
     axes.plot(x, limit, "--", color=colour, label="its limit")
@@ -204,13 +218,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder with the reports")
     parser.add_argument("--plots", action="store_true", help="draw the plots anew (needs matplotlib)")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page does not match the reports")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a page does not match the reports")
     args = parser.parse_args()
     if args.plots:
         for kind, draw in PLOTS.items():
             for stem, report in reports(args.results, kind):
                 plot(stem, report, draw, PICTURES)
-    return 0 if update_page(BEGIN, END, as_markdown(args.results, PICTURES), args.check) else 1
+    same = update_page(BEGIN, END, as_markdown(args.results, PICTURES), args.check)
+    same &= update_page(SUMMARY_BEGIN, SUMMARY_END, summary(args.results), args.check, ROOT / "README.md")
+    return 0 if same else 1
 
 
 if __name__ == "__main__":

@@ -142,13 +142,13 @@ def as_markdown(file, report):
     return "\n".join(lines)
 
 
-def update_page(begin, end, body, check=False):
-    """Puts `body` between two markers of the page. With `check` nothing is written; False where the page says something else."""
-    text = PAGE.read_text()
+def update_page(begin, end, body, check=False, page=PAGE):
+    """Puts `body` between two markers of a page. With `check` nothing is written; False where the page says something else."""
+    text = page.read_text()
     head, rest = text.split(begin, 1)
     wanted = f"{head}{begin}\n{body}{end}{rest.split(end, 1)[1]}"
     if not check:
-        PAGE.write_text(wanted)
+        page.write_text(wanted)
     return not check or wanted == text
 
 
