@@ -32,16 +32,6 @@ std::unique_ptr<Inputs> inputs_of(int rank, int seed = 1) {
   return in;
 }
 
-ErrorCode code_of(const std::function<void()>& call, std::string* text = nullptr) {
-  try {
-    call();
-  } catch (const Error& error) {
-    if (text != nullptr) *text = error.what();
-    return error.code();
-  }
-  return ErrorCode{};
-}
-
 TEST(CudaFailure, a_rank_that_does_not_come_is_a_timeout_and_the_next_call_works) {
   EP_NEEDS_GPU();
   run_ranks(3, small_config(), on_gpu(), [](Buffer& buffer) {

@@ -85,4 +85,15 @@ inline void run_pairs(int num_ranks, const Config& config, const Options& option
   });
 }
 
+/// What a call throws, and its text; ErrorCode{} where it throws nothing.
+inline ErrorCode code_of(const std::function<void()>& call, std::string* text = nullptr) {
+  try {
+    call();
+  } catch (const Error& error) {
+    if (text != nullptr) *text = error.what();
+    return error.code();
+  }
+  return ErrorCode{};
+}
+
 }  // namespace deep_ep::test

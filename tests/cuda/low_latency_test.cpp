@@ -1,57 +1,16 @@
 // SPDX-License-Identifier: MIT
 // Low latency on one GPU: every byte compared with the host backend's; split and at once, several tickets, graphs,
-// masks, deadlines.
+// masks.
 #include <atomic>
 #include <barrier>
 #include <numeric>
 
-#include "cases.h"
+#include "low_latency_cases.h"
 
 namespace deep_ep::test {
 namespace {
 
 constexpr OutputLayout kLayouts[] = {OutputLayout::kByRank, OutputLayout::kByExpert, OutputLayout::kPadded};
-
-Config config_of(const Case& c) {
-  Config config = small_config();
-  config.max_experts = 4096;
-  config.ranks_per_node = c.nodes;
-  config.network.provider = c.network;
-  config.low_latency.max_tokens_per_rank = std::max(c.tokens, 1);
-  config.low_latency.row_bytes = static_cast<std::size_t>(c.hidden) * item_bytes(c.dtype);
-  config.low_latency.num_topk = c.topk;
-  config.low_latency.side_bytes = 4096;
-  return config;
-}
-
-// Where one rank's inputs lie while its calls run. Freeing device memory waits for the whole GPU, also for a peer's
-// kernel that waits for our next call: a test makes all it needs first and keeps it to the end.
-struct Placed {
-  Placed(const Case& c, const Inputs& in, bool device) {
-    const auto there = [&](const Tensor& tensor) { return device ? to_gpu(tensor) : tensor; };
-    x = there(in.x), idx = there(in.idx), weights = there(in.weights), scales = there(in.scales), side = there(in.side);
-    home = there(in.home_weights), bias = there(in.bias);
-    call.x = x;
-    call.topk_idx = idx;
-    call.topk_weights = weights;
-    call.num_experts = c.experts;
-    if (c.replicas) call.placement = placement_of(c);
-    call.layout = c.layout;
-    call.expert_alignment = c.alignment;
-    call.max_tokens_per_rank = std::max(c.tokens, 1);
-    call.mask_topk_weights = c.mask_weights;
-  }
-  DispatchInput quantised(const Case& c) const {
-    DispatchInput in = call;
-    in.scales = scales;
-    if (c.side > 0) in.side = {side};
-    if (c.fp8) in.fp8 = Fp8Options{c.round_scale, c.ue8m0};
-    if (c.column_major) in.scale_order = ScaleOrder::kColumnMajor;
-    return in;
-  }
-  Tensor x, idx, weights, scales, side, home, bias;
-  DispatchInput call;  // rows as they are
-};
 
 std::int32_t last_of(const TensorView& tensor) {
   const auto bytes = bytes_of(tensor);
@@ -218,24 +177,6 @@ TEST(CudaLowLatency, follows_placements_and_nodes) {
 
 // Tickets, threads, high throughput between
 // ---------------------------------------------------------------------------------------------------------------------
-
-struct Series {
-  explicit Series(const Case& shape) : c(shape) {}
-  Case c;
-  // Inputs that differ from round to round.
-  Inputs inputs(int rank, int round) const {
-    Inputs in = inputs_of(c, rank);
-    std::mt19937 random(static_cast<unsigned>(rank + 131 * round));
-    in.x = random_numbers(random, c.dtype, {in.x.shape[0], c.hidden});
-    for (std::int64_t i = 0; i < in.idx.numel(); ++i)
-      in.idx.as<std::int64_t>()[i] = random() % 8 == 0 ? -1 : static_cast<std::int64_t>(random() % c.experts);
-    // Fewer tokens: the rest of them select nothing.
-    const std::int64_t tokens = round % 3 == 2 ? in.idx.shape[0] / 2 : in.idx.shape[0];
-    for (std::int64_t i = tokens * c.topk; i < in.idx.numel(); ++i) in.idx.as<std::int64_t>()[i] = -1;
-    in.home_weights = random_numbers(random, DType::kFp32, {in.x.shape[0], c.topk});
-    return in;
-  }
-};
 
 CombineInput back_of(const Placed& in, const DispatchOutput& sent) {
   CombineInput combine;
@@ -505,86 +446,6 @@ TEST(CudaLowLatency, gives_equal_hashes_over_repeats_of_random_shapes) {
       }
     });
   }
-}
-
-// Failure
-// ---------------------------------------------------------------------------------------------------------------------
-
-ErrorCode code_of(const std::function<void()>& call, std::string* text = nullptr) {
-  try {
-    call();
-  } catch (const Error& error) {
-    if (text != nullptr) *text = error.what();
-    return error.code();
-  }
-  return ErrorCode{};
-}
-
-TEST(CudaLowLatencyFailure, a_rank_that_does_not_come_is_a_timeout_and_later_calls_work) {
-  EP_NEEDS_GPU();
-  const Series series({.ranks = 3, .tokens = 8, .layout = OutputLayout::kPadded});
-  for (bool at_once : {false, true})
-    run_ranks(3, config_of(series.c), on_gpu(), [&](Buffer& b) {
-      const Placed in(series.c, series.inputs(b.rank(), 0), true);
-      DispatchInput hasty = in.call;
-      hasty.timeout = std::chrono::milliseconds(50);
-      hasty.at_once = at_once;
-      if (b.rank() == 2) {
-        std::this_thread::sleep_for(std::chrono::milliseconds(300));
-        EXPECT_EQ(code_of([&] { b.low_latency_dispatch(hasty).receive(); }), ErrorCode{});  // the others had sent
-      } else {
-        try {
-          b.low_latency_dispatch(hasty).receive();
-          ADD_FAILURE() << "no timeout";
-        } catch (const Error& error) {
-          ASSERT_TRUE(error.wait().has_value()) << error.what();
-          EXPECT_EQ(error.wait()->peer, 2);
-          EXPECT_EQ(error.wait()->phase, "low_latency_dispatch");
-        }
-      }
-      for (int i = 0; i < 20; ++i) EXPECT_GT(b.low_latency_dispatch(in.call).receive().x.shape[0], 0);
-    });
-}
-
-TEST(CudaLowLatencyFailure, calls_that_differ_wrong_ids_and_wrong_arguments_are_heard_by_everybody) {
-  EP_NEEDS_GPU();
-  const Series series({.ranks = 2, .tokens = 8, .layout = OutputLayout::kPadded});
-  run_ranks(2, config_of(series.c), on_gpu(), [&](Buffer& b) {
-    const Placed in(series.c, series.inputs(b.rank(), 0), true);
-    Placed wrong(series.c, series.inputs(b.rank(), 0), true);
-    std::string text;
-    DispatchInput other = in.call;
-    if (b.rank() == 1) other.expert_alignment = 4;
-    EXPECT_EQ(code_of([&] { b.low_latency_dispatch(other).receive(); }, &text), ErrorCode::kInvalidArgument);
-    EXPECT_NE(text.find("ranks differ in expert_alignment"), std::string::npos) << text;
-    const std::int64_t id = series.c.experts + 5;
-    if (b.rank() == 1) device::copy(wrong.idx.as<std::int64_t>() + 7, &id, 8);
-    EXPECT_EQ(code_of([&] { b.low_latency_dispatch(wrong.call).receive(); }, &text), ErrorCode::kInvalidArgument);
-    EXPECT_NE(text.find("topk_idx[1, 3]: expert 21"), std::string::npos) << text;
-    other = in.call;
-    if (b.rank() == 1) other.max_tokens_per_rank = 1;
-    EXPECT_EQ(code_of([&] { b.low_latency_dispatch(other).receive(); }, &text), ErrorCode::kInvalidArgument);
-    EXPECT_NE(text.find("max_tokens_per_rank"), std::string::npos) << text;
-    // One rank calls low latency, the other does not: both hear it.
-    const ErrorCode code = b.rank() == 0 ? code_of([&] { b.low_latency_dispatch(in.call).receive(); }, &text)
-                                         : code_of([&] { b.dispatch(in.call); }, &text);
-    EXPECT_EQ(code, ErrorCode::kInvalidArgument) << text;
-    EXPECT_NE(text.find("ranks differ in operation"), std::string::npos) << text;
-    for (int i = 0; i < 10; ++i) EXPECT_GT(b.low_latency_dispatch(in.call).receive().x.shape[0], 0);
-  });
-}
-
-TEST(CudaLowLatencyFailure, a_slot_that_duplicate_ids_would_overfill_is_named) {
-  EP_NEEDS_GPU();
-  const Series series({.ranks = 2, .tokens = 8, .layout = OutputLayout::kPadded});
-  run_ranks(2, config_of(series.c), on_gpu(), [&](Buffer& b) {
-    const Placed in(series.c, series.inputs(b.rank(), 0), true);
-    const std::vector<std::int64_t> same(in.idx.numel(), 3);
-    device::copy(in.idx.data, same.data(), in.idx.bytes());
-    std::string text;
-    const ErrorCode code = code_of([&] { b.low_latency_dispatch(in.call).receive(); }, &text);
-    EXPECT_EQ(code, b.rank() == 0 ? ErrorCode::kInvalidArgument : ErrorCode{}) << text;
-  });
 }
 
 TEST(CudaLowLatency, is_supported_where_its_slots_fit) {
