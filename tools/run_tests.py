@@ -29,12 +29,19 @@ def run(*command, **more):
         return False
 
 
+def last_words(case, lines=40):
+    """The end of what a failed test said: pytest tells why in the failure's text, ctest in what the program printed."""
+    said = [(case.find(tag).text or "") for tag in ("failure", "error", "system-out") if case.find(tag) is not None]
+    return "\n".join("\n".join(said).strip().splitlines()[-lines:])
+
+
 class Tally:
     """Tests counted from JUnit files, and the steps that failed by themselves."""
 
     def __init__(self):
         self.passed = self.failed = self.skipped = 0
         self.broken = []
+        self.failures = []  # (step, name of the test, end of what it printed)
 
     def add(self, junit, step):
         """Counts a file's tests; a file that is not there or names no test is a broken step."""
@@ -44,19 +51,19 @@ class Tally:
             cases = []
         if not cases:
             self.broken.append(f"{step}: no tests ran")
-        failures = 0
+        before = self.failed
         for case in cases:
             skip = case.find("skipped")
             # ctest calls a test that it could not start "notrun" and skipped; a test that skips itself says SKIP_....
             absent = case.get("status") == "notrun" and not (skip is not None and skip.get("message", "").startswith("SKIP_"))
             if absent or any(case.find(tag) is not None for tag in ("failure", "error")):
-                failures += 1
+                self.failed += 1
+                self.failures.append((step, case.get("name"), last_words(case)))
             elif skip is not None or case.get("status") == "disabled":
                 self.skipped += 1
             else:
                 self.passed += 1
-        self.failed += failures
-        return failures
+        return self.failed - before
 
 
 def wrapper_for(preset):
@@ -124,6 +131,14 @@ def good(tally, lint_says):
     return not tally.failed and not tally.broken and lint_says in ("", "clean")
 
 
+def tell_failures(tally, most=10):
+    """Prints failed tests once more, since whoever reads only the end of a log must find them there."""
+    for step, name, words in tally.failures[:most]:
+        print(f"\nFAILED in {step}: {name}\n{words}", flush=True)
+    if len(tally.failures) > most:
+        print(f"\nand {len(tally.failures) - most} more: out/test/*.xml", flush=True)
+
+
 def summary(tally, parts, lint_says, seconds):
     counts = f"{tally.passed} tests passed, {tally.failed} failed, {tally.skipped} skipped ({', '.join(parts)})"
     notes = ([f"lint {lint_says}"] if lint_says else []) + tally.broken
@@ -153,6 +168,7 @@ def main():
         tally.broken.append("interrupted")
     line = summary(tally, parts, lint_says, time.monotonic() - start)
     (OUT / "summary.txt").write_text(line + "\n")
+    tell_failures(tally)
     print(line, flush=True)
     return 0 if good(tally, lint_says) else 1
 
