@@ -19,7 +19,7 @@ import tables
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--tokens", "256", "--ll-tokens", "16", "--hidden", "1024", "--reps", "10", "--ll-reps", "20"]
 # Open MPI over its shared memory. Its defaults otherwise: the single-copy path (CMA) is on where the kernel allows it, and what else was
-# tried is in docs/performance.md.
+# tried is in docs/performance.md, under "Method".
 MPI = ["--oversubscribe", "--mca", "pml", "ob1", "--mca", "btl", "self,vader"]
 
 
