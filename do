@@ -56,15 +56,15 @@ missing() {
   done
 }
 
-# Prints the first name of each a|b that apt knows.
+# Prints the first name of each a|b that apt knows. What this release does not have is left out: the build does without most
+# packages, and says which one it needs.
 available() {
   for choice in "$@"; do
+    found=""
     for package in $(echo "$choice" | tr '|' ' '); do
-      if [ -n "$(apt-cache madison "$package" 2>/dev/null)" ] || [ "$package" = "${choice##*|}" ]; then
-        echo "$package"
-        break
-      fi
+      if [ -z "$found" ] && [ -n "$(apt-cache madison "$package" 2>/dev/null)" ]; then found=$package; fi
     done
+    if [ -n "$found" ]; then echo "$found"; else echo "do: apt knows no $choice, going on without it" >&2; fi
   done
 }
 
@@ -90,7 +90,9 @@ install_packages() {
   echo "do: installing $*" >&2
   as_root env DEBIAN_FRONTEND=noninteractive apt-get -q update || echo "do: apt-get update failed, trying what it knows" >&2
   # shellcheck disable=SC2046
-  as_root env DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends $(available "$@")
+  set -- $(available "$@")
+  [ $# -gt 0 ] || return 0
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends "$@"
 }
 
 case ${1:-} in

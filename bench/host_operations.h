@@ -2,6 +2,7 @@
 // The operations of the library that are measured, each with the bytes that it must move.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <functional>

@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include <bit>
+#include <cstdint>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <vector>

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The C API on device pointers: dispatch and combine, streams, the limit of multiprocessors, the short calls.
+#include <algorithm>
 #include <cmath>
 #include <thread>
 

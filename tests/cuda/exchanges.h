@@ -3,6 +3,7 @@
 // compared.
 #pragma once
 
+#include <algorithm>
 #include <map>
 
 #include "cuda/gpu.h"

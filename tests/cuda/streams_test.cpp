@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Calls on the caller's streams, what they find out late, the grids that they take, counters, and an arena whose pages
 // come as they are needed.
+#include <algorithm>
 #include <atomic>
 #include <thread>
 
