@@ -45,12 +45,12 @@ enum class ScaleOrder : std::uint8_t {
                  // of a slot)
 };
 
-/// Quantise BF16, FP16 or FP32 rows to FP8 E4M3 while they are sent: one scale per 128 channels, scale = max(1e-4,
-/// max|x|)/448.
+/// Quantise BF16, FP16 or FP32 rows to FP8 E4M3 while they are sent: one scale per 128 channels, scale =
+/// max(1e-4, max|x|) / 448. hidden is a multiple of 16.
 struct Fp8Options {
   bool round_scale = false;  // round scales up to powers of two
-  bool ue8m0 =
-      false;  // store scales as biased exponents, four to an int32, the first in the lowest byte; needs round_scale
+  bool ue8m0 = false;        // store scales as biased exponents, four to an int32, the first in the lowest byte; needs
+                             // round_scale
 };
 
 /// What one dispatch made that later calls need: to combine, to dispatch again along the same routes, to go backward.
@@ -96,15 +96,21 @@ struct Handle {
   Tensor own_weights;   // f32 [num_tokens, num_topk]: arrival_weights, likewise
 };
 
-/// Arguments of dispatch() and low_latency_dispatch(). Every tensor is read until the call returns.
+/// Arguments of dispatch() and low_latency_dispatch(). Every tensor is read until the call returns; with a stream,
+/// until that stream is done with the call.
+///
+/// All ranks bring rows (as they travel), scales and side tensors of the same dtypes and widths, ids of one dtype,
+/// weights or none, a handle or none, and the same num_topk, num_experts, placement, layout, expert_alignment,
+/// max_tokens_per_rank and scale_order; the call is refused otherwise. All else, and the number of tokens, is each
+/// rank's own.
 struct DispatchInput {
   TensorView x;       // [num_tokens, hidden], contiguous, any dtype; a row is a multiple of 16 bytes
   TensorView scales;  // [num_tokens, num_scales] fp32 or i32, any strides; for rows that the caller quantised; optional
   TensorView topk_idx;      // [num_tokens, num_topk] i32 or i64, contiguous; expert numbers, negative: no selection;
-                            // duplicates allowed
+                            // duplicates allowed. num_topk is 1 .. 1024, in low latency on CUDA buffers 1 .. 32
   TensorView topk_weights;  // [num_tokens, num_topk] fp32, contiguous; optional
-  std::vector<TensorView>
-      side;  // more tensors to travel with each token: [num_tokens, n], contiguous, rows a multiple of 4 bytes
+  std::vector<TensorView> side;  // at most 8 more tensors to travel with each token: [num_tokens, n], contiguous, rows
+                                 // a multiple of 4 bytes
 
   int num_experts = 0;
   std::shared_ptr<const Placement> placement;  // none: Placement::even(num_experts, num_ranks)
@@ -116,7 +122,8 @@ struct DispatchInput {
   bool mask_topk_weights = true;  // kByRank: received weights of selections that live elsewhere are 0, else as sent
 
   /// 0: output tensors have exactly the rows that came. Otherwise they have this many, valid rows first, and the counts
-  /// are only in the handle's tensors; this rank refuses the exchange if more would come. High throughput only.
+  /// are only in the handle's tensors; this rank refuses the exchange if more would come. High throughput only, and
+  /// not for kPadded.
   std::int64_t max_rows = 0;
 
   /// Route as this earlier dispatch did: then topk_idx, num_experts, placement, layout and alignment must be left out,
@@ -194,7 +201,10 @@ enum class WireFormat : std::uint8_t {
 const char* name(WireFormat format) noexcept;
 
 /// Arguments of combine() and low_latency_combine(). Every tensor is read until the call returns; for low latency,
-/// weights, bias and out are used until receive() returns.
+/// weights, bias and out are used until receive() returns. With a stream: until that stream is done with the call.
+///
+/// All ranks bring rows of the same dtype and width, and topk_weights or none; the call is refused otherwise. order,
+/// weights, bias and out are those of each token's home.
 struct CombineInput {
   /// Rows in the arrangement that the dispatch gave: [num_rows, hidden], kPadded three dimensions. bf16, fp16 or fp32,
   /// contiguous. High throughput: memory of Buffer::allocate, and dispatch outputs themselves, are read in place; other
@@ -313,8 +323,8 @@ struct Support {
 };
 
 /// One rank's end of a group that exchanges tokens. All ranks make the same sequence of dispatch, combine and
-/// low-latency calls
-/// ("collective"); calls on one Buffer come from one thread at a time. Any number of Buffers may be open in a process.
+/// low-latency calls ("collective"); calls on one Buffer come from one thread at a time. Any number of Buffers may be
+/// open in a process.
 ///
 /// A wrong argument throws kInvalidArgument before anything is sent, and the peers' same call throws too, naming the
 /// rank that refused; afterwards the buffer works on. A peer that does not come within the timeout raises kTimeout; the

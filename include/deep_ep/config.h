@@ -126,8 +126,8 @@ struct Config {
   /// rank, 16 GiB at most.
   /// The last quarter is kept for landing: results that do not fit before it are copied out to ordinary memory.
   std::size_t arena_bytes = 0;
-  int num_tickets =
-      4;  // sets of low-latency slots: a ticket may stay open while this many - 1 more operations are called
+  int num_tickets = 4;  // sets of low-latency slots: a ticket may stay open while this many - 1 more operations are
+                        // called
   std::chrono::milliseconds timeout{30000};       // deadline of every wait for a peer, unless a call brings its own
   std::chrono::milliseconds open_timeout{60000};  // until all ranks have opened the buffer
   NetworkConfig network;                          // used only where ranks_per_node says that there are several nodes
@@ -150,11 +150,11 @@ enum class BackendKind : std::uint8_t {
 
 /// What one rank may choose for itself. The backend is the same on all ranks.
 struct Options {
-  int num_workers =
-      0;  // threads for one operation, the caller's included; 0: cores / ranks of this machine, less one for a network
+  int num_workers = 0;  // threads for one operation, the caller's included (kCuda: SMs of a kernel); 0: cores / ranks
+                        // of this machine, less one for a network
   bool pin_workers = false;  // bind worker threads to cores, and the network's where there are cores for all
   BackendKind backend = BackendKind::kHost;
-  int cuda_device = -1;  // kCuda: the GPU of this rank; -1: the calling thread's current one. num_workers counts SMs
+  int cuda_device = -1;  // kCuda: the GPU of this rank; -1: the calling thread's current one
 };
 
 /// One high-throughput exchange, for sizing an arena.
