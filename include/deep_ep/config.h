@@ -150,8 +150,8 @@ enum class BackendKind : std::uint8_t {
 
 /// What one rank may choose for itself. The backend is the same on all ranks.
 struct Options {
-  int num_workers = 0;  // threads for one operation, the caller's included (kCuda: SMs of a kernel); 0: cores / ranks
-                        // of this machine, less one for a network
+  int num_workers = 0;  // threads for one operation, the caller's included; 0: cores / ranks of this machine, less one
+                        // for a network. kCuda: SMs of a kernel; 0: chosen for each call
   bool pin_workers = false;  // bind worker threads to cores, and the network's where there are cores for all
   BackendKind backend = BackendKind::kHost;
   int cuda_device = -1;  // kCuda: the GPU of this rank; -1: the calling thread's current one
