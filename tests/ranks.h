@@ -89,7 +89,7 @@ class Processes {
   pid_t pid(int rank) const { return pids_[rank]; }
   void kill_rank(int rank);
   /// Exit codes; 128 + signal for a killed one, -1 for one that did not end in time (it is killed then).
-  std::vector<int> wait(std::chrono::milliseconds limit = 60s);
+  std::vector<int> wait(std::chrono::milliseconds limit = kSanitized ? 240s : 120s);
 
  private:
   Blackboard* board_;

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
 // Ranks as processes, one of them killed: the survivors hear of it, open again without it, and nothing stays behind.
-#include <dirent.h>
 #include <gtest/gtest.h>
 
 #include <csignal>
@@ -9,21 +8,13 @@
 #include <thread>
 
 #include "exchange.h"
+#include "left_behind.h"
 
 namespace deep_ep::test {
 namespace {
 
 constexpr int kRanks = 4;
 constexpr int kVictim = 2;
-
-std::set<std::string> shared_memory() {
-  std::set<std::string> names;
-  if (DIR* dir = ::opendir("/dev/shm")) {
-    while (const dirent* entry = ::readdir(dir)) names.insert(entry->d_name);
-    ::closedir(dir);
-  }
-  return names;
-}
 
 Shape of(int ranks, bool low_latency) {
   Shape s;
@@ -76,7 +67,7 @@ class KilledAfter : public testing::TestWithParam<int> {};
 INSTANTIATE_TEST_SUITE_P(Exchanges, KilledAfter, testing::Values(1, 5, 23));
 
 TEST_P(KilledAfter, is_noticed_by_the_survivors_who_open_again_without_it) {
-  const auto before = shared_memory();
+  const auto before = shared_memory_files();
   const Scene scene;
   Processes processes(kRanks, [&](int rank, std::shared_ptr<Bootstrap> group, Blackboard& board) {
     survive(rank, std::move(group), board, scene);
@@ -84,7 +75,7 @@ TEST_P(KilledAfter, is_noticed_by_the_survivors_who_open_again_without_it) {
   ASSERT_TRUE(Blackboard::wait_for(processes.board().progress[kVictim], GetParam()));
   processes.kill_rank(kVictim);
   EXPECT_EQ(processes.wait(), (std::vector<int>{0, 0, 128 + SIGKILL, 0}));
-  EXPECT_EQ(shared_memory(), before);
+  EXPECT_EQ(left_in_shared_memory(before), std::set<std::string>());
 }
 
 // One exchange, after which the victim is killed; then every survivor does `then(buffer, rank)`.
@@ -145,7 +136,7 @@ TEST(KilledRank, is_left_out_within_a_low_latency_call_that_masks_silent_ranks) 
 }
 
 TEST(KilledRank, all_of_them_at_once_leave_no_shared_memory) {
-  const auto before = shared_memory();
+  const auto before = shared_memory_files();
   {
     const Scene scene;
     Processes processes(kRanks, [&](int rank, std::shared_ptr<Bootstrap> group, Blackboard& board) {
@@ -156,7 +147,7 @@ TEST(KilledRank, all_of_them_at_once_leave_no_shared_memory) {
     for (int rank = 0; rank < kRanks; ++rank) processes.kill_rank(rank);
     EXPECT_EQ(processes.wait(), std::vector<int>(kRanks, 128 + SIGKILL));
   }
-  EXPECT_EQ(shared_memory(), before);
+  EXPECT_EQ(left_in_shared_memory(before), std::set<std::string>());
 }
 
 }  // namespace

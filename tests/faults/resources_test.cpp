@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Memory and descriptors: arenas that fill up or are too small, what is left behind, several buffers at once, the
 // counters.
-#include <dirent.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -12,18 +11,10 @@
 #include <thread>
 
 #include "exchange.h"
+#include "left_behind.h"
 
 namespace deep_ep::test {
 namespace {
-
-std::set<std::string> entries(const char* folder) {
-  std::set<std::string> names;
-  DIR* dir = ::opendir(folder);
-  if (dir == nullptr) return names;
-  while (const dirent* entry = ::readdir(dir)) names.insert(entry->d_name);
-  ::closedir(dir);
-  return names;
-}
 
 bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
@@ -36,11 +27,11 @@ TEST(Resources, fifty_buffers_one_after_another_leave_nothing_behind) {
     run_ranks(s.ranks, world.config(), [&](AnyBuffer& buffer) { buffer.dispatch(world.input(buffer.rank())); });
   };
   cycle();  // what a first use keeps, it keeps once
-  const auto shared_memory = entries("/dev/shm");
-  const std::size_t descriptors = entries("/proc/self/fd").size();
+  const auto before = shared_memory_files();
+  const std::size_t descriptors = names_in("/proc/self/fd").size();
   for (int i = 0; i < 50; ++i) cycle();
-  EXPECT_EQ(entries("/proc/self/fd").size(), descriptors);
-  EXPECT_EQ(entries("/dev/shm"), shared_memory);
+  EXPECT_EQ(names_in("/proc/self/fd").size(), descriptors);
+  EXPECT_EQ(left_in_shared_memory(before), std::set<std::string>());
 }
 
 TEST(Resources, several_buffers_of_one_process_work_side_by_side) {
