@@ -134,7 +134,7 @@ Handle handle_for(const DispatchCall& call, int num_ranks);
 /// What every backend needs to open.
 struct BackendInput {
   std::shared_ptr<Bootstrap> group;
-  Config config;
+  Config config;  // its network with what the environment adds
   Options options;
   plan::Topology topology;
 };

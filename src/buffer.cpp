@@ -100,7 +100,9 @@ std::unique_ptr<Buffer> Buffer::open(std::shared_ptr<Bootstrap> group, const Con
   state->layout =
       plan::WindowLayout::place(config, num_ranks, plan::arena_bytes_of(config, num_ranks, plan::machine_bytes()));
   state->on_device = options.backend == BackendKind::kCuda;
-  state->backend = open_backend({std::move(group), config, options, state->topology});
+  Config complete = config;
+  complete.network = config.network.with_environment();
+  state->backend = open_backend({std::move(group), complete, options, state->topology});
   return std::unique_ptr<Buffer>(new Buffer(std::move(state)));
 }
 

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
-#include <sstream>
+#include <optional>
 #include <thread>
 
 #include "check.h"
@@ -16,13 +16,12 @@
 #include "cuda/graph_memory.h"
 #include "cuda/low_latency.h"
 #include "cuda/own_memory.h"
+#include "introduction.h"
 #include "plan/align.h"
 
 namespace deep_ep::cuda {
 
 namespace {
-
-using Bytes = Bootstrap::Blob;
 
 constexpr std::size_t kFirstArenaPages = std::size_t{64} << 20;
 constexpr std::size_t kMaxDefaultArena = std::size_t{16} << 30;
@@ -78,11 +77,6 @@ Neighbours meet_neighbours(const BackendInput& input, const cudaDeviceProp& info
   return neighbours;
 }
 
-Config with_environment(Config config) {
-  config.network = config.network.with_environment();
-  return config;
-}
-
 // For the link. Kernels and the network know it by one address.
 std::shared_ptr<std::byte> pinned_pages(std::size_t bytes) {
   auto pages = own_pinned_memory(bytes);
@@ -91,25 +85,6 @@ std::shared_ptr<std::byte> pinned_pages(std::size_t bytes) {
   if (seen_by_kernels != pages.get())
     throw Error(ErrorCode::kUnsupported, "a network between GPUs needs unified addresses for pinned memory");
   return pages;
-}
-
-Bytes pack(const WindowAddress& address, const std::string& config) {
-  Bytes blob(sizeof address + config.size());
-  std::memcpy(blob.data(), &address, sizeof address);
-  std::memcpy(blob.data() + sizeof address, config.data(), config.size());
-  return blob;
-}
-
-void require_same_config(const std::string& ours, const Bytes& blob, int our_rank, int their_rank) {
-  require(blob.size() >= sizeof(WindowAddress),
-          "rank {} sent {} bytes of introduction, {} are needed: do all ranks "
-          "open a CUDA buffer?",
-          their_rank, blob.size(), sizeof(WindowAddress));
-  std::istringstream a(ours);
-  std::istringstream b(std::string(reinterpret_cast<const char*>(blob.data()) + sizeof(WindowAddress),
-                                   blob.size() - sizeof(WindowAddress)));
-  for (std::string line_a, line_b; std::getline(a, line_a) && std::getline(b, line_b);)
-    require(line_a == line_b, "config differs: rank {} has {}, rank {} has {}", our_rank, line_a, their_rank, line_b);
 }
 
 }  // namespace
@@ -122,7 +97,7 @@ Context::Context(const BackendInput& input)
       num_ranks(input.group->num_ranks()),
       device(device_of(input.options)),
       topology(input.topology),
-      config(with_environment(input.config)),
+      config(input.config),
       peers_(num_ranks) {
   cudaDeviceProp info;
   cuda::check(cudaGetDeviceProperties(&info, device), "cudaGetDeviceProperties");
@@ -195,16 +170,13 @@ void Context::open_windows(Bootstrap& group) {
   cuda::check(cudaMemset(own->base(), 0, layout_.arena_at), "cudaMemset of a window");
   cuda::check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   own->offer();
-  const std::string text = config.to_string();
-  const auto blobs = group.all_gather(pack(own->address(), text), config.open_timeout);
+  const auto addresses = exchange_addresses(group, own->address(), config);
   windows_.resize(num_ranks);
-  std::string failure;
+  std::optional<Error> failure;
   try {
     for (int peer = 0; peer < num_ranks; ++peer) {
-      require_same_config(text, blobs[peer], rank, peer);
       if (is_far(peer)) continue;
-      WindowAddress address;
-      std::memcpy(&address, blobs[peer].data(), sizeof address);
+      const WindowAddress& address = addresses[peer];
       windows_[peer] = peer == rank ? own : Window::open(address, {device, rank, config.open_timeout});
       const bool same = std::memcmp(address.device_uuid, own->address().device_uuid, sizeof address.device_uuid) == 0;
       peers_[peer] = {.window = windows_[peer]->base(),
@@ -217,17 +189,11 @@ void Context::open_windows(Bootstrap& group) {
     }
     upload_peers();  // before the others may call: a copy could stand behind kernels that wait for us
   } catch (const Error& error) {
-    if (error.code() == ErrorCode::kInvalidArgument) throw;
-    failure = error.what();
+    failure = error;
   }
-  const auto failures =
-      group.all_gather({reinterpret_cast<const std::byte*>(failure.data()), failure.size()}, config.open_timeout);
+  failure = first_failure(group, failure, config.open_timeout);
   own->seal();
-  for (int peer = 0; peer < num_ranks; ++peer)
-    if (!failures[peer].empty())
-      throw Error(ErrorCode::kSystem, fmt::format("rank {} could not open the buffer: {}", peer,
-                                                  std::string(reinterpret_cast<const char*>(failures[peer].data()),
-                                                              failures[peer].size())));
+  if (failure) throw *failure;
   arena_ = std::make_shared<plan::Arena>(own, own->base(), layout_.arena_at, layout_.arena_bytes);
 }
 

@@ -7,39 +7,17 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <sstream>
+#include <optional>
 #include <thread>
 
 #include "check.h"
+#include "introduction.h"
 
 namespace deep_ep::host {
 
 namespace {
 
 using Bytes = Bootstrap::Blob;
-
-Bytes pack(const WindowAddress& address, const std::string& config) {
-  Bytes blob(sizeof address + config.size());
-  std::memcpy(blob.data(), &address, sizeof address);
-  std::memcpy(blob.data() + sizeof address, config.data(), config.size());
-  return blob;
-}
-
-std::string config_text(const Bytes& blob) {
-  return {reinterpret_cast<const char*>(blob.data()) + sizeof(WindowAddress), blob.size() - sizeof(WindowAddress)};
-}
-
-// Names the first line in which two printed configurations differ.
-void require_same_config(const std::string& ours, const std::string& theirs, int our_rank, int their_rank) {
-  std::istringstream a(ours), b(theirs);
-  for (std::string line_a, line_b; std::getline(a, line_a) && std::getline(b, line_b);)
-    require(line_a == line_b, "config differs: rank {} has {}, rank {} has {}", our_rank, line_a, their_rank, line_b);
-}
-
-Config with_environment(Config config) {
-  config.network = config.network.with_environment();
-  return config;
-}
 
 Surroundings look_around(const BackendInput& input, const Config& config) {
   const int rank = input.group->rank();
@@ -70,36 +48,20 @@ std::vector<std::shared_ptr<Window>> open_windows(const BackendInput& input, std
   Bootstrap& group = *input.group;
   const int rank = group.rank(), num_ranks = group.num_ranks();
   auto own = Window::create(bytes);
-  const std::string config = input.config.to_string();
-  const auto blobs = group.all_gather(pack(own->address(), config), input.config.open_timeout);
+  const auto addresses = exchange_addresses(group, own->address(), input.config);
   std::vector<std::shared_ptr<Window>> windows(num_ranks);
-  std::string failure;
+  std::optional<Error> failure;
   try {
-    for (int peer = 0; peer < num_ranks; ++peer) {
-      require(blobs[peer].size() >= sizeof(WindowAddress), "rank {} sent {} bytes of introduction, {} are needed", peer,
-              blobs[peer].size(), sizeof(WindowAddress));
-      require_same_config(config, config_text(blobs[peer]), rank, peer);
-    }
-    // Only now: a rank that saw a difference is gone already, its window with it, and that must not be what we report.
-    for (int peer = 0; peer < num_ranks; ++peer) {
-      if (network && !input.topology.same_node(rank, peer)) continue;
-      WindowAddress address;
-      std::memcpy(&address, blobs[peer].data(), sizeof address);
-      windows[peer] = peer == rank ? own : Window::open(address);
-    }
+    for (int peer = 0; peer < num_ranks; ++peer)
+      if (!network || input.topology.same_node(rank, peer))
+        windows[peer] = peer == rank ? own : Window::open(addresses[peer]);
   } catch (const Error& error) {
-    if (error.code() == ErrorCode::kInvalidArgument) throw;  // every rank sees the difference: nobody waits for us
-    failure = error.what();
+    failure = error;
   }
-  // The second meeting: nobody seals its window before all have it, and a failure here is everybody's.
-  const auto* text = reinterpret_cast<const std::byte*>(failure.data());
-  const auto failures = group.all_gather({text, failure.size()}, input.config.open_timeout);
+  // Nobody seals its window before all have opened it.
+  failure = first_failure(group, failure, input.config.open_timeout);
   own->seal();
-  for (int peer = 0; peer < num_ranks; ++peer)
-    if (!failures[peer].empty())
-      throw Error(ErrorCode::kSystem, fmt::format("rank {} could not open the buffer: {}", peer,
-                                                  std::string(reinterpret_cast<const char*>(failures[peer].data()),
-                                                              failures[peer].size())));
+  if (failure) throw *failure;
   return windows;
 }
 
@@ -133,7 +95,7 @@ Context::Context(const BackendInput& input)
     : rank(input.group->rank()),
       num_ranks(input.group->num_ranks()),
       topology(input.topology),
-      config(with_environment(input.config)),
+      config(input.config),
       layout_(
           plan::WindowLayout::place(config, num_ranks, plan::arena_bytes_of(config, num_ranks, plan::machine_bytes()))),
       around_(look_around(input, config)),
