@@ -31,7 +31,7 @@ extern "C" {
 //            is zero.
 // Results    a function that can fail returns deep_ep_status and writes through a pointer; on failure an object
 //            pointer is NULL. Objects are freed by the function of their name, which takes NULL too, never fails and
-//            never communicates.
+//            waits for no peer; only closing a buffer says goodbye to other nodes, within two seconds.
 // Tensors    of the caller are borrowed for the call. Tensors of a result, handle or allocation point into it and are
 //            valid until it is freed, also after the buffer is closed.
 // Ranks      "collective" calls are made by all ranks of the group in the same order. A refused argument is refused
@@ -171,8 +171,7 @@ DEEP_EP_API int deep_ep_group_rank(const deep_ep_group* group);
 DEEP_EP_API int deep_ep_group_num_ranks(const deep_ep_group* group);
 DEEP_EP_API void deep_ep_group_free(deep_ep_group* group);
 
-// --------------------------------------------------------------------------------------------------------
-// configuration
+// ------------------------------------------------------------------------------------------------------- configuration
 
 /// What all ranks of a buffer agree on; compared when it opens. See deep_ep::Config.
 typedef struct deep_ep_config {
@@ -182,7 +181,7 @@ typedef struct deep_ep_config {
   const int* ranks_per_node;            // logical nodes: none = one; {4} = nodes of four; {4, 3} = these two
   int low_latency_max_tokens_per_rank;  // 0: no low-latency calls
   int low_latency_num_topk;             // 0: 8
-  size_t low_latency_row_bytes;         // one token on the wire, the larger of dispatch and combine
+  size_t low_latency_row_bytes;         // one token on the wire, the larger of dispatch and combine: BF16 hidden * 2
   size_t low_latency_side_bytes;        // scales and side tensors of one token; 0: 1024
   size_t arena_bytes;                   // budget for outputs; 0: an eighth of the memory, 16 GiB at most
   int num_tickets;                      // low-latency operations whose slots exist at once; 0: 4
@@ -296,8 +295,9 @@ typedef struct deep_ep_buffer deep_ep_buffer;
 DEEP_EP_API deep_ep_status deep_ep_buffer_open(const deep_ep_group* group, const deep_ep_config* config,
                                                const deep_ep_options* options, deep_ep_buffer** buffer);
 
-/// Unmaps everything, ends the worker threads and frees the buffer. Takes NULL. Never communicates. Its tickets are to
-/// be received or freed first; results, handles and allocations stay valid.
+/// Unmaps everything, ends the worker threads and frees the buffer. Takes NULL. Never waits for a peer's calls; where
+/// there is a network between nodes, for at most two seconds until the peers know that we leave. Its tickets are to be
+/// received or freed first; results, handles and allocations stay valid.
 DEEP_EP_API void deep_ep_buffer_close(deep_ep_buffer* buffer);
 
 /// -1 for NULL, and for a rank that does not exist.
@@ -421,7 +421,7 @@ typedef DEEP_EP_ENUM(deep_ep_handle_field){
     DEEP_EP_HANDLE_DST_ROW = 1,         // i32 [num_tokens, num_topk]: row on that rank
     DEEP_EP_HANDLE_FIRST_ARRIVAL = 2,   // i32 [num_ranks + 1]
     DEEP_EP_HANDLE_SRC_TOKEN = 3,       // i32 [num_arrivals]
-    DEEP_EP_HANDLE_ARRIVAL_ROW = 4,     // i32 [num_arrivals, num_topk]; not given for DEEP_EP_BY_RANK
+    DEEP_EP_HANDLE_ARRIVAL_ROW = 4,     // i32 [num_arrivals, num_topk]; not given by rank in high throughput
     DEEP_EP_HANDLE_SLOT_ROWS = 5,       // i32 [slots]
     DEEP_EP_HANDLE_SLOT_FIRST_ROW = 6,  // i32 [slots + 1]
     DEEP_EP_HANDLE_TOKENS_BETWEEN = 7,  // i32 [num_ranks, num_ranks]; low latency: only column `rank` is filled
@@ -573,8 +573,7 @@ DEEP_EP_API deep_ep_status deep_ep_combine_result_tensor(const deep_ep_combine_r
                                                          deep_ep_combine_field field, deep_ep_tensor* tensor);
 DEEP_EP_API void deep_ep_combine_result_free(deep_ep_combine_result* result);
 
-// ----------------------------------------------------------------------------------------------------------- low
-// latency
+// --------------------------------------------------------------------------------------------------------- low latency
 
 /// An operation whose data is on its way. Received once, on any thread, in any order; then, or instead, freed. One
 /// that is freed without being received keeps its slots until its data has come; the result is lost, nothing else.
@@ -598,8 +597,7 @@ DEEP_EP_API deep_ep_status deep_ep_low_latency_combine_receive(deep_ep_combine_t
                                                                deep_ep_combine_result** result);
 DEEP_EP_API void deep_ep_combine_ticket_free(deep_ep_combine_ticket* ticket);
 
-// ----------------------------------------------------------------------------------------------------------- short
-// calls
+// --------------------------------------------------------------------------------------------------------- short calls
 
 /// The default communicator's shape. Equal on all ranks except for group, num_workers, per_thread and cuda_device.
 typedef struct deep_ep_init_config {
@@ -622,8 +620,8 @@ typedef struct deep_ep_init_config {
 /// DEEP_EP_INVALID_ARGUMENT where one is open.
 DEEP_EP_API deep_ep_status deep_ep_init(const deep_ep_init_config* config);
 
-/// Closes what deep_ep_init opened; the calling thread's where it has one. DEEP_EP_OK also where none is open. No
-/// communication.
+/// Closes what deep_ep_init opened, as deep_ep_buffer_close does; the calling thread's where it has one. DEEP_EP_OK
+/// also where none is open.
 DEEP_EP_API deep_ep_status deep_ep_finalize(void);
 
 /// The buffer of the default communicator, for the calls above; NULL where none is open. Not to be closed by the

@@ -273,6 +273,48 @@ void check_home(const CombineCall& call) {
   if (in.out.given()) require_shape(in.out, "out", call.dtype, {handle.num_tokens, call.hidden});
 }
 
+// How rows cross: joined before, in a wire format, and into which slots.
+void check_way_home(CombineCall& call, const CallScope& scope) {
+  const CombineInput& in = call.in;
+  const bool low_latency = is_low_latency(call.operation);
+  require(!in.pre_reduce || (low_latency && in.order.round_per_rank),
+          "pre_reduce: low latency only, and needs order.round_per_rank");
+  if (in.wire != WireFormat::kAsIs) {
+    require(low_latency, "wire: {} is for low latency, here rows cross as they are", name(in.wire));
+    require(!in.pre_reduce, "wire and pre_reduce exclude each other: {} is wanted", name(in.wire));
+    require(!in.x.given() || call.dtype == DType::kBf16 || call.dtype == DType::kFp16,
+            "wire: {} is for rows of bf16 and fp16: x is {}", name(in.wire), describe(in.x));
+  }
+  call.wire_bytes = plan::wire_row_bytes(in.wire, call.hidden, call.row_bytes);
+  if (!low_latency) return;
+  const Handle& handle = *in.handle;
+  const std::size_t needed = plan::combine_slot_bytes(handle.max_tokens_per_rank, handle.num_topk, call.wire_bytes);
+  require(needed <= scope.layout.low_latency_ticket_bytes,
+          "low latency: {} tokens x top-{} of {} bytes need {} bytes of slots, the buffer has {}: raise "
+          "Config::low_latency",
+          handle.max_tokens_per_rank, handle.num_topk, call.wire_bytes, needed, scope.layout.low_latency_ticket_bytes);
+}
+
+Signature signature_of(const CombineCall& call) {
+  const CombineInput& in = call.in;
+  const Handle& handle = *in.handle;
+  Signature signature;
+  auto& f = signature.fields;
+  f[Signature::kOperation] = static_cast<std::int64_t>(call.operation);
+  f[Signature::kLayout] = static_cast<std::int64_t>(handle.layout);
+  f[Signature::kRowDType] = static_cast<std::int64_t>(call.dtype);
+  f[Signature::kRowBytes] = static_cast<std::int64_t>(call.row_bytes);
+  f[Signature::kTopk] = handle.num_topk;
+  f[Signature::kExperts] = handle.num_experts;
+  f[Signature::kPlacement] = static_cast<std::int64_t>(handle.placement->fingerprint());
+  f[Signature::kAlignment] = handle.expert_alignment;
+  f[Signature::kMaxTokens] = handle.max_tokens_per_rank;
+  f[Signature::kTopkWeights] = in.topk_weights.given();
+  f[Signature::kWireFormat] = static_cast<std::int64_t>(in.wire);
+  f[Signature::kPreReduced] = !in.pre_reduce ? 0 : in.weights.given() ? 2 : 1;
+  return signature;
+}
+
 }  // namespace
 
 void check_topk_idx(const TensorView& topk_idx, int num_experts, bool on_device) {
@@ -334,36 +376,8 @@ CombineCall check_combine(Operation operation, const CombineInput& in, const Cal
   check_options(call, in, scope);
   check_returning_rows(call, scope);
   check_home(call);
-  require(!in.pre_reduce || (is_low_latency(operation) && in.order.round_per_rank),
-          "pre_reduce: low latency only, and needs order.round_per_rank");
-  if (in.wire != WireFormat::kAsIs) {
-    require(is_low_latency(operation), "wire: {} is for low latency, here rows cross as they are", name(in.wire));
-    require(!in.pre_reduce, "wire and pre_reduce exclude each other: {} is wanted", name(in.wire));
-    require(!in.x.given() || call.dtype == DType::kBf16 || call.dtype == DType::kFp16,
-            "wire: {} is for rows of bf16 and fp16: x is {}", name(in.wire), describe(in.x));
-  }
-  call.wire_bytes = plan::wire_row_bytes(in.wire, call.hidden, call.row_bytes);
-  if (is_low_latency(operation)) {
-    const std::size_t needed = plan::combine_slot_bytes(handle.max_tokens_per_rank, handle.num_topk, call.wire_bytes);
-    require(needed <= scope.layout.low_latency_ticket_bytes,
-            "low latency: {} tokens x top-{} of {} bytes need {} bytes of slots, the buffer has {}: raise "
-            "Config::low_latency",
-            handle.max_tokens_per_rank, handle.num_topk, call.wire_bytes, needed,
-            scope.layout.low_latency_ticket_bytes);
-  }
-  auto& f = call.signature.fields;
-  f[Signature::kOperation] = static_cast<std::int64_t>(operation);
-  f[Signature::kLayout] = static_cast<std::int64_t>(handle.layout);
-  f[Signature::kRowDType] = static_cast<std::int64_t>(call.dtype);
-  f[Signature::kRowBytes] = static_cast<std::int64_t>(call.row_bytes);
-  f[Signature::kTopk] = handle.num_topk;
-  f[Signature::kExperts] = handle.num_experts;
-  f[Signature::kPlacement] = static_cast<std::int64_t>(handle.placement->fingerprint());
-  f[Signature::kAlignment] = handle.expert_alignment;
-  f[Signature::kMaxTokens] = handle.max_tokens_per_rank;
-  f[Signature::kTopkWeights] = in.topk_weights.given();
-  f[Signature::kWireFormat] = static_cast<std::int64_t>(in.wire);
-  f[Signature::kPreReduced] = !in.pre_reduce ? 0 : in.weights.given() ? 2 : 1;
+  check_way_home(call, scope);
+  call.signature = signature_of(call);
   return call;
 }
 

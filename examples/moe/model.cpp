@@ -12,8 +12,8 @@ constexpr std::uint64_t kEmbeddingStream = 1;
 constexpr std::uint64_t kRouterStream = 2;
 constexpr std::uint64_t kExpertStream = 16;
 
-constexpr float kPositionShare =
-    0.3F;  // small, so that what a token is matters more to the router than where it stands
+// Small, so that what a token is matters more to the router than where it stands.
+constexpr float kPositionShare = 0.3F;
 
 std::vector<Bf16> noise_matrix(std::uint64_t stream, int inputs, int outputs) {
   const float scale = 1.0F / std::sqrt(static_cast<float>(inputs));

@@ -111,8 +111,8 @@ Context::Context(const BackendInput& input)
   layout_ = plan::WindowLayout::place(config, num_ranks, arena_bytes(config, ranks_here));
 
   stream_.emplace(StreamUse::kExchange);
-  copies_.emplace(
-      StreamUse::kShort);  // a copy must not stand behind kernels of a rank of this process that wait for us
+  // A copy must not stand behind kernels of a rank of this process that wait for us.
+  copies_.emplace(StreamUse::kShort);
   cuda::check(cudaEventCreateWithFlags(&last_done_, cudaEventDisableTiming), "cudaEventCreate");
   returns_ = std::make_shared<Returns>(device);
   needs_network_ =

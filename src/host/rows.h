@@ -73,8 +73,8 @@ struct SumRows {
   DType dtype = DType::kBf16;
   std::int64_t n = 0;
   void* dst = nullptr;  // [n], same type
-  bool stream =
-      false;  // write past the caches where it pays: for results that are not read at once. flush() as after copy()
+  bool stream = false;  // write past the caches where it pays: for results that are not read at once. flush() as after
+                        // copy()
 };
 
 struct RowOps {

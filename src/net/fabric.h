@@ -77,11 +77,11 @@ class Receiver {
 
 /// How a network that we were given works.
 struct Capabilities {
-  std::string provider;  // "loopback", "tcp;ofi_rxm", "verbs;ofi_rxm", ...
-  std::size_t immediate_bytes =
-      0;                       // that a put carries to its target in the same operation: 8, 4; 0: a message follows
-  bool device_memory = false;  // GPU memory can be registered
-  bool random_keys = false;    // region keys are ours to choose, and random
+  std::string provider;             // "loopback", "tcp;ofi_rxm", "verbs;ofi_rxm", ...
+  std::size_t immediate_bytes = 0;  // that a put carries to its target in the same operation: 8, 4; 0: a message
+                                    // follows
+  bool device_memory = false;       // GPU memory can be registered
+  bool random_keys = false;         // region keys are ours to choose, and random
 };
 
 /// One setting and what became of it: "applied" or "not applied: <provider>: why".

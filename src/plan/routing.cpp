@@ -20,8 +20,8 @@ Routes make_routes(const TensorView& topk_idx, const PlacementView& placement, i
   routes.tokens_to.assign(num_ranks, 0);
   routes.rows_to.assign(static_cast<std::size_t>(num_ranks) * max_slots, 0);
 
-  std::vector<int> last_token(num_ranks,
-                              -1);  // the latest token that went to a rank: tells a first selection from a further one
+  // The latest token that went to a rank: tells a first selection from a further one.
+  std::vector<int> last_token(num_ranks, -1);
   std::size_t at = 0;
   for (int token = 0; token < routes.num_tokens; ++token) {
     for (int k = 0; k < routes.num_topk; ++k, ++at) {

@@ -16,8 +16,8 @@ struct RowPlan {
   std::vector<std::int32_t> first_arrival;   // [num_ranks + 1]
   std::vector<std::int32_t> slot_rows;       // [slots] real rows (kByRank: selections)
   std::vector<std::int32_t> slot_first_row;  // [slots + 1]
-  std::vector<std::int32_t>
-      first_row;  // [num_ranks][slots]: where each source's rows of each slot begin; not for kByRank
+  std::vector<std::int32_t> first_row;       // [num_ranks][slots]: where each source's rows of each slot begin; not for
+                                             // kByRank
 };
 
 struct RowCounts {

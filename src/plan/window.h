@@ -52,9 +52,8 @@ struct WindowLayout {
   std::size_t line_bytes_of_ticket = 0;
   std::size_t arena_bytes = 0;
 
-  static constexpr std::size_t kLine = 64;  // one cache line per word that one peer writes
-  static constexpr std::size_t kAnnouncementHead =
-      512;  // fixed part: the call's signature, offsets, the text of a refusal
+  static constexpr std::size_t kLine = 64;               // one cache line per word that one peer writes
+  static constexpr std::size_t kAnnouncementHead = 512;  // fixed part: signature, offsets, the text of a refusal
   static constexpr std::size_t kReplyHead = 64;
   static constexpr std::size_t kPage = 4096;
 

@@ -5,8 +5,8 @@
 #include "capi/input.h"
 
 static float sent(int from, int to, int i) {
-  const unsigned mixed =
-      (unsigned)(i + 1) * 2654435761u + (unsigned)from * 40503u;  // no pattern that padding could repeat
+  // No pattern that padding could repeat.
+  const unsigned mixed = (unsigned)(i + 1) * 2654435761u + (unsigned)from * 40503u;
   return ((float)(mixed >> 8) * power2(-23) - 1.0f) * (float)(1 + to) * 3.0f;
 }
 
