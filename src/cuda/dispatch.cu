@@ -13,8 +13,6 @@ namespace deep_ep::cuda {
 
 namespace {
 
-enum class Rows { kAsTheyAre, kBf16, kFp16, kFp32 };
-
 // A block's shared memory: destinations; of each mover warp, targets; of each mover warp, stages and codes.
 struct Parts {
   std::size_t targets_at, warps_at;
@@ -124,10 +122,8 @@ void share(DispatchParams& p, bool quantize, std::size_t room) {
 }
 
 const void* kernel_of(bool quantize, DType dtype) {
-  if (!quantize) return reinterpret_cast<const void*>(&dispatch<Rows::kAsTheyAre>);
-  if (dtype == DType::kBf16) return reinterpret_cast<const void*>(&dispatch<Rows::kBf16>);
-  if (dtype == DType::kFp16) return reinterpret_cast<const void*>(&dispatch<Rows::kFp16>);
-  return reinterpret_cast<const void*>(&dispatch<Rows::kFp32>);
+  return for_rows(quantize, dtype,
+                  [](auto rows) { return reinterpret_cast<const void*>(&dispatch<decltype(rows)::value>); });
 }
 
 }  // namespace

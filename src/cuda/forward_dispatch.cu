@@ -80,10 +80,8 @@ __global__ void __launch_bounds__(kForwardThreads, 1)
 namespace {
 
 const void* kernel_of(bool quantize, DType dtype) {
-  if (!quantize) return reinterpret_cast<const void*>(&forward_dispatch<Rows::kAsTheyAre>);
-  if (dtype == DType::kBf16) return reinterpret_cast<const void*>(&forward_dispatch<Rows::kBf16>);
-  if (dtype == DType::kFp16) return reinterpret_cast<const void*>(&forward_dispatch<Rows::kFp16>);
-  return reinterpret_cast<const void*>(&forward_dispatch<Rows::kFp32>);
+  return for_rows(quantize, dtype,
+                  [](auto rows) { return reinterpret_cast<const void*>(&forward_dispatch<decltype(rows)::value>); });
 }
 
 }  // namespace

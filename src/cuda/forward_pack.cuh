@@ -14,8 +14,6 @@ namespace {  // a part of one kernel, included by its file alone
 constexpr int kForwardWarps = 16;
 constexpr int kForwardThreads = kForwardWarps * 32;
 
-enum class Rows { kAsTheyAre, kBf16, kFp16, kFp32 };
-
 // A node as a destination: which of a token's selections it has.
 struct FarNode {
   int node, rail, first_rank;

@@ -143,22 +143,12 @@ __global__ void abandon(const __grid_constant__ AbandonParams p) {
   p.common.state->ended[now.epoch % plan::kOperationsInFlight] = now.epoch;
 }
 
-namespace {
-
 // A kernel of its own where there are far ranks: what it does for them costs one that has none its registers.
-template <Rows kRows>
-const void* kernel_of(bool far) {
-  return far ? reinterpret_cast<const void*>(&low_latency::dispatch<kRows, true>)
-             : reinterpret_cast<const void*>(&low_latency::dispatch<kRows, false>);
-}
-
-}  // namespace
-
 const void* low_latency_dispatch_kernel(bool quantize, DType dtype, bool far) {
-  if (!quantize) return kernel_of<Rows::kAsTheyAre>(far);
-  if (dtype == DType::kBf16) return kernel_of<Rows::kBf16>(far);
-  if (dtype == DType::kFp16) return kernel_of<Rows::kFp16>(far);
-  return kernel_of<Rows::kFp32>(far);
+  return for_rows(quantize, dtype, [far](auto rows) {
+    return far ? reinterpret_cast<const void*>(&low_latency::dispatch<decltype(rows)::value, true>)
+               : reinterpret_cast<const void*>(&low_latency::dispatch<decltype(rows)::value, false>);
+  });
 }
 
 const void* abandon_kernel() { return reinterpret_cast<const void*>(&abandon); }

@@ -9,8 +9,6 @@
 namespace deep_ep::cuda {
 namespace {  // a part of one kernel, included by its file alone
 
-enum class Rows { kAsTheyAre, kBf16, kFp16, kFp32 };
-
 // What a lane sends of a piece: its vectors, and for quantised rows the line of scales that it writes, if any.
 struct Outgoing {
   PieceOfRow row;

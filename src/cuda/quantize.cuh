@@ -3,9 +3,30 @@
 // channels: eight lanes share a group of 128, and a lane has sixteen of them in a row, whose codes it stores at once.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/encode.cuh"
 
 namespace deep_ep::cuda {
+
+namespace {  // for each kernel file its own, as the kernels that it compiles for them
+
+/// Rows as a kernel is compiled for them: they travel as they are, or are quantised from this type.
+enum class Rows { kAsTheyAre, kBf16, kFp16, kFp32 };
+
+template <Rows kRows>
+using RowsConstant = std::integral_constant<Rows, kRows>;
+
+/// kernel_of(RowsConstant<the rows of a call>()).
+template <typename KernelOf>
+const void* for_rows(bool quantize, DType dtype, const KernelOf& kernel_of) {
+  if (!quantize) return kernel_of(RowsConstant<Rows::kAsTheyAre>());
+  if (dtype == DType::kBf16) return kernel_of(RowsConstant<Rows::kBf16>());
+  if (dtype == DType::kFp16) return kernel_of(RowsConstant<Rows::kFp16>());
+  return kernel_of(RowsConstant<Rows::kFp32>());
+}
+
+}  // namespace
 
 inline constexpr int kPassChannels = 512;
 inline constexpr int kGroupsOfPass = kPassChannels / plan::kFp8Group;
