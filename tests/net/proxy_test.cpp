@@ -173,7 +173,9 @@ TEST(proxy, has_a_core_from_the_last_one_down_where_each_worker_and_each_proxy_h
   EXPECT_EQ(proxy_core(0, 1, cores), -1);  // all are the workers'
   EXPECT_EQ(proxy_core(0, cores, 1), -1);
   EXPECT_EQ(proxy_core(0, 1, cores - 1), cores - 1);
-  if (cores >= 4) EXPECT_EQ(proxy_core(1, 2, 1), cores - 2);
+  if (cores >= 4) {
+    EXPECT_EQ(proxy_core(1, 2, 1), cores - 2);
+  }
 }
 
 TEST(proxy, a_queue_that_nobody_rings_for_is_polled) {
