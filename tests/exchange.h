@@ -2,6 +2,7 @@
 // Whole exchanges against the oracle, in one call each.
 #pragma once
 
+#include "difference.h"
 #include "world.h"
 
 namespace deep_ep::test {

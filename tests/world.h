@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Random exchanges: a Shape says what kind, a World holds every rank's inputs, what the oracle expects of them, and the
-// comparison.
+// Random exchanges: a Shape says what kind, a World holds every rank's inputs and what the oracle expects of them.
 #pragma once
 
 #include <cstdint>
@@ -96,20 +95,6 @@ struct World {
   static Shape over_network(Shape shape);
 };
 
-/// In ordinary memory, and no longer than what came: low-latency outputs of a GPU have room for the most that can come,
-/// the valid rows first, ids behind them -1.
-DispatchOutput what_came(const DispatchOutput& output);
-
-/// Compares what a rank got with what the oracle says, bit for bit, in every documented field. Returns the first
-/// difference or "".
-std::string difference(const World& world, int rank, const DispatchOutput& got, bool cached = false);
-
-/// The same for a bounded call: tensors have max_rows rows, the valid ones first, ids beyond them -1.
-std::string difference_bounded(const World& world, int rank, const DispatchOutput& got, std::int64_t max_rows);
-
-/// Compares two tensors; `what` begins the message.
-std::string difference(const char* what, const TensorView& got, const oracle::Array& expected);
-
 /// Combine input for every rank of a dispatched world: rows of `dtype`, weights and biases as asked.
 struct Homeward {
   std::vector<oracle::CombineRank> ranks;
@@ -129,7 +114,6 @@ struct HomewardShape {
 Homeward homeward(const World& world, const HomewardShape& shape);
 CombineInput combine_input(const Homeward& homeward, int rank, std::shared_ptr<const Handle> handle,
                            const SumOrder& order);
-std::string difference(const oracle::Combined& expected, const CombineOutput& got);
 
 /// All the orders that a SumOrder can say.
 std::vector<SumOrder> all_orders();

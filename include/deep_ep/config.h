@@ -132,8 +132,9 @@ struct Config {
   std::chrono::milliseconds open_timeout{60000};  // until all ranks have opened the buffer
   NetworkConfig network;                          // used only where ranks_per_node says that there are several nodes
   /// Between nodes: what a high-throughput call sends at once to the rank that passes it on inside its node. A row of
-  /// any call, with what travels beside it, must fit. Each rank keeps eight such slots for each rank of other nodes,
-  /// and as many to send from; pages are taken from the system as they are first used.
+  /// any call, with what travels beside it, must fit, and all rows of one token of a combine into six. Each rank keeps
+  /// eight such slots for each rank of other nodes, and as many to send from; pages are taken from the system as they
+  /// are first used.
   std::size_t forward_slot_bytes = std::size_t{128} << 10;
 
   /// The regions of each rank's window in a group of so many. Throws kInvalidArgument where a field makes no sense.
