@@ -3,11 +3,20 @@
 
 namespace deep_ep::host {
 
+namespace {
+
+// Results that are as large together are written past the caches, smaller ones stay in them for their reader. 128 rows
+// of 14 KiB take 1.5 ms of low-latency combine past the caches and 1.2 through them; 4096 take 37 and 42.
+constexpr std::int64_t kStreamResultsFrom = 4 << 20;
+
+}  // namespace
+
 RowSum::RowSum(const CombineCall& call, const plan::Topology& topology, const RowOps& ops)
     : call_(call),
       topology_(topology),
       ops_(ops),
       one_row_per_rank_(call.in.handle->layout == OutputLayout::kByRank),
+      stream_(call.in.handle->num_tokens * static_cast<std::int64_t>(call.row_bytes) >= kStreamResultsFrom),
       steps_(call.in.handle->num_topk),
       lowest_(call.in.order.round_per_rank   ? of_rank_
               : call.in.order.round_per_node ? of_node_
@@ -72,7 +81,7 @@ void RowSum::sum_level(const Level& level, void* dst, bool stream) const {
 
 void RowSum::finish(void* out) {
   if (!call_.in.order.bias_first) add_bias();
-  sum_level(of_all_, out, true);
+  sum_level(of_all_, out, stream_);
 }
 
 }  // namespace deep_ep::host

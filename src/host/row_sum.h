@@ -12,7 +12,7 @@
 
 namespace deep_ep::host {
 
-/// One worker's adder. Results are streamed: RowOps::flush() before anybody else is told of them.
+/// One worker's adder. Many results are streamed: RowOps::flush() before anybody else is told of them.
 class RowSum {
  public:
   RowSum(const CombineCall& call, const plan::Topology& topology, const RowOps& ops);
@@ -69,6 +69,7 @@ class RowSum {
   const plan::Topology& topology_;
   const RowOps& ops_;
   const bool one_row_per_rank_;
+  const bool stream_;  // results go past the caches
   std::int64_t token_ = 0;
   std::vector<plan::SumStep> steps_;
   Level of_rank_, of_node_, of_all_;

@@ -157,9 +157,7 @@ void copy_twice(char* past, char* through, const char* from, std::size_t bytes) 
 }
 
 #ifdef __AVX2__
-bool can_stream(const void* dst, std::size_t bytes) {
-  return bytes >= kStreamFrom && reinterpret_cast<std::uintptr_t>(dst) % 32 == 0;
-}
+bool can_stream(std::size_t bytes) { return bytes >= kStreamFrom; }
 
 // Both aligned to 32 bytes, which divides `bytes`.
 EP_ALWAYS_INLINE void stream_aligned(void* dst, const void* src, std::size_t bytes) {
@@ -188,7 +186,7 @@ void copy_twice(char* past, char* through, const char* from, std::size_t bytes) 
 }
 
 #ifdef __AVX2__
-bool can_stream(const void*, std::size_t) { return false; }
+bool can_stream(std::size_t) { return false; }
 EP_ALWAYS_INLINE void stream_aligned(void* dst, const void* src, std::size_t bytes) { std::memcpy(dst, src, bytes); }
 #endif
 
@@ -241,75 +239,66 @@ void turn(const TurnRows& rows) {
 // the registers. Across rows far apart in memory that is worth a factor of two over adding one row after the other.
 constexpr std::size_t kPrefetchBytes = 1024;
 
+#ifdef __AVX2__
 #ifdef __AVX512F__
-// The sum of as many channels as are added at a time.
+constexpr int kLanes = kWide;
+using Lanes = __m512;
 template <class Number>
-struct Pieces {
-  static constexpr int kNum = 4, kChannels = kNum * kWide;
-  __m512 sum[kNum] = {};
-  EP_ALWAYS_INLINE void add(const typename Number::Code* from) {
-    for (int i = 0; i < kNum; ++i) sum[i] = _mm512_add_ps(sum[i], Number::load_wide(from + i * kWide));
-  }
-  EP_ALWAYS_INLINE void add(const typename Number::Code* from, float weight) {
-    const __m512 weights = _mm512_set1_ps(weight);
-    for (int i = 0; i < kNum; ++i) sum[i] = _mm512_fmadd_ps(weights, Number::load_wide(from + i * kWide), sum[i]);
-  }
-  EP_ALWAYS_INLINE void store(typename Number::Code* to) const {
-    for (int i = 0; i < kNum; ++i) {
-      const auto rounded = Number::round_wide(sum[i]);
-      __builtin_memcpy(to + i * kWide, &rounded, sizeof rounded);
-    }
-  }
-};
-#elif defined(__AVX2__)
-// The sum of as many channels as are added at a time.
+EP_ALWAYS_INLINE Lanes load_lanes(const typename Number::Code* from) {
+  return Number::load_wide(from);
+}
 template <class Number>
-struct Pieces {
-  static constexpr int kNum = 4, kChannels = kNum * kBlock;
-  __m256 sum[kNum] = {};
-  EP_ALWAYS_INLINE void add(const typename Number::Code* from) {
-    for (int i = 0; i < kNum; ++i) sum[i] = _mm256_add_ps(sum[i], Number::load_block(from + i * kBlock));
-  }
-  EP_ALWAYS_INLINE void add(const typename Number::Code* from, float weight) {
-    const __m256 weights = _mm256_set1_ps(weight);
-    for (int i = 0; i < kNum; ++i) sum[i] = _mm256_fmadd_ps(weights, Number::load_block(from + i * kBlock), sum[i]);
-  }
-  EP_ALWAYS_INLINE void store(typename Number::Code* to) const {
-    for (int i = 0; i < kNum; ++i) Number::store_block(to + i * kBlock, sum[i]);
-  }
-};
+EP_ALWAYS_INLINE void store_lanes(typename Number::Code* to, Lanes x) {
+  const auto rounded = Number::round_wide(x);
+  __builtin_memcpy(to, &rounded, sizeof rounded);
+}
+EP_ALWAYS_INLINE Lanes all_lanes(float x) { return _mm512_set1_ps(x); }
+EP_ALWAYS_INLINE Lanes add_lanes(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
+EP_ALWAYS_INLINE Lanes fma_lanes(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
+#else
+constexpr int kLanes = kBlock;
+using Lanes = __m256;
+template <class Number>
+EP_ALWAYS_INLINE Lanes load_lanes(const typename Number::Code* from) {
+  return Number::load_block(from);
+}
+template <class Number>
+EP_ALWAYS_INLINE void store_lanes(typename Number::Code* to, Lanes x) {
+  Number::store_block(to, x);
+}
+EP_ALWAYS_INLINE Lanes all_lanes(float x) { return _mm256_set1_ps(x); }
+EP_ALWAYS_INLINE Lanes add_lanes(Lanes a, Lanes b) { return _mm256_add_ps(a, b); }
+EP_ALWAYS_INLINE Lanes fma_lanes(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
 #endif
 
+// The sum of kNum vectors of channels, from channel i of every row on.
+template <class Number, bool kWeighted, int kNum>
+EP_ALWAYS_INLINE void sum_piece(const SumRows& sum, std::int64_t i, typename Number::Code* to) {
+  using Code = typename Number::Code;
+  Lanes acc[kNum];
+  for (Lanes& lanes : acc) lanes = all_lanes(0.0f);
+  for (int row = 0; row < sum.count; ++row) {
+    const Code* from = static_cast<const Code*>(sum.rows[row]) + i;
+    for (std::size_t line = 0; line < kNum * kLanes * sizeof(Code); line += kLine)
+      _mm_prefetch(reinterpret_cast<const char*>(from) + kPrefetchBytes + line, _MM_HINT_T0);  // past the end: no harm
+    for (int part = 0; part < kNum; ++part) {
+      const Lanes x = load_lanes<Number>(from + part * kLanes);
+      acc[part] = kWeighted ? fma_lanes(all_lanes(sum.weights[row]), x, acc[part]) : add_lanes(acc[part], x);
+    }
+  }
+  for (int part = 0; part < kNum; ++part) store_lanes<Number>(to + part * kLanes, acc[part]);
+}
+#endif
+
+// Channels i up to `past`.
 template <class Number, bool kWeighted>
-void sum_rows(const SumRows& sum) {
+EP_ALWAYS_INLINE void sum_channels(const SumRows& sum, std::int64_t i, std::int64_t past) {
   using Code = typename Number::Code;
   Code* __restrict dst = static_cast<Code*>(sum.dst);
-  std::int64_t i = 0;
 #ifdef __AVX2__
-  const bool stream = sum.stream && can_stream(dst, static_cast<std::size_t>(sum.n) * sizeof(Code));
-  for (; i + Pieces<Number>::kChannels <= sum.n; i += Pieces<Number>::kChannels) {
-    Pieces<Number> acc;
-    for (int row = 0; row < sum.count; ++row) {
-      const Code* from = static_cast<const Code*>(sum.rows[row]) + i;
-      for (std::size_t line = 0; line < Pieces<Number>::kChannels * sizeof(Code); line += kLine)
-        _mm_prefetch(reinterpret_cast<const char*>(from) + kPrefetchBytes + line,
-                     _MM_HINT_T0);  // past the end: no harm
-      if constexpr (kWeighted) {
-        acc.add(from, sum.weights[row]);
-      } else {
-        acc.add(from);
-      }
-    }
-    if (!stream) {
-      acc.store(dst + i);
-      continue;
-    }
-    alignas(32) Code rounded[Pieces<Number>::kChannels];
-    acc.store(rounded);
-    stream_aligned(dst + i, rounded, sizeof rounded);
-  }
+  for (; i + kLanes <= past; i += kLanes) sum_piece<Number, kWeighted, 1>(sum, i, dst + i);
 #endif
-  for (; i < sum.n; ++i) {
+  for (; i < past; ++i) {
     float acc = 0.0f;
     for (int row = 0; row < sum.count; ++row) {
       const float x = Number::load(static_cast<const Code*>(sum.rows[row])[i]);
@@ -317,6 +306,29 @@ void sum_rows(const SumRows& sum) {
     }
     dst[i] = Number::store(acc);
   }
+}
+
+template <class Number, bool kWeighted>
+void sum_rows(const SumRows& sum) {
+  std::int64_t i = 0;
+#ifdef __AVX2__
+  using Code = typename Number::Code;
+  constexpr int kNum = 4, kChannels = kNum * kLanes;
+  static_assert(kChannels * sizeof(Code) % kLine == 0);
+  Code* dst = static_cast<Code*>(sum.dst);
+  if (sum.stream && can_stream(static_cast<std::size_t>(sum.n) * sizeof(Code))) {
+    // Whole lines only, wherever the result begins.
+    const std::size_t head = (kLine - reinterpret_cast<std::uintptr_t>(dst) % kLine) % kLine;
+    sum_channels<Number, kWeighted>(sum, 0, i = static_cast<std::int64_t>(head / sizeof(Code)));
+    for (; i + kChannels <= sum.n; i += kChannels) {
+      alignas(32) Code rounded[kChannels];
+      sum_piece<Number, kWeighted, kNum>(sum, i, rounded);
+      stream_aligned(dst + i, rounded, sizeof rounded);
+    }
+  }
+  for (; i + kChannels <= sum.n; i += kChannels) sum_piece<Number, kWeighted, kNum>(sum, i, dst + i);
+#endif
+  sum_channels<Number, kWeighted>(sum, i, sum.n);
 }
 
 void sum(const SumRows& rows) {
