@@ -332,8 +332,9 @@ struct Support {
 /// threads or as processes.
 class Buffer {
  public:
-  /// Maps one window per rank and introduces the ranks to one another. Collective.
-  /// Throws kInvalidArgument where ranks disagree on `config`, kSystem if memory cannot be mapped or shared.
+  /// Maps one window per rank and introduces the ranks to one another. Collective. Where ranks disagree on `config` all
+  /// throw kInvalidArgument; where one cannot map the memory of the others, all throw what it threw (kSystem,
+  /// kUnsupported); where one fails before it comes, the others throw kTimeout.
   static std::unique_ptr<Buffer> open(std::shared_ptr<Bootstrap> group, const Config& config = {},
                                       const Options& options = {});
   ~Buffer();  // as close()
@@ -385,6 +386,7 @@ class Buffer {
 
   /// Leaves a rank out: nothing is sent to it and nobody waits for it; its rows count as none. A local decision, which
   /// ranks should take together. Taken back with masked = false. High throughput and low latency alike.
+  /// Throws kInvalidArgument for a rank that does not exist, and for this one.
   void set_masked(int rank, bool masked);
   bool masked(int rank) const;
 
@@ -402,8 +404,9 @@ class Buffer {
   Statistics statistics() const;
   void reset_statistics();
 
-  /// Unmaps everything and ends the worker threads. May be called twice. Output tensors stay valid. Never waits for a
-  /// peer's calls; where there is a network between nodes, for at most two seconds until the peers know that we leave.
+  /// Unmaps everything and ends the worker threads. May be called twice; other calls then throw kInvalidArgument.
+  /// Output tensors stay valid. Never waits for a peer's calls; where there is a network between nodes, for at most two
+  /// seconds until the peers know that we leave.
   void close();
 
  private:
