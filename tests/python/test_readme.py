@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: MIT
+"""What README.md shows in Python runs as it stands."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+README = pathlib.Path(__file__).resolve().parents[2] / "README.md"
+
+
+def test_the_example_of_the_readme_runs_on_two_ranks(tmp_path):
+    (block,) = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)
+    program = tmp_path / "moe.py"
+    program.write_text(block)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    done = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    ends = [line for line in done.stdout.splitlines() if line.endswith("torch.Size([16, 512])")]
+    assert len(ends) == 2, done.stdout
