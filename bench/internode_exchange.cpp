@@ -43,6 +43,25 @@ struct Crossing {
   std::int64_t selections = 0;  // (token, expert on a far rank) pairs
 };
 
+/// Time of the machine's cores since it started, as /proc/stat counts it; zeros where there is none.
+struct CoreTime {
+  std::int64_t all = 0, idle = 0;
+
+  static CoreTime now() {
+    std::ifstream stat("/proc/stat");
+    std::string name;
+    stat >> name;
+    CoreTime time;
+    // user, nice, system, idle, waiting for a disk, interrupts, soft interrupts, stolen
+    std::int64_t ticks = 0;
+    for (int field = 0; field < 8 && stat >> ticks; ++field) {
+      time.all += ticks;
+      if (field == 3 || field == 4) time.idle += ticks;
+    }
+    return time;
+  }
+};
+
 // How ranks start together and learn how long the slowest took. On one machine by a board, whose barrier is quick and
 // whose clock is everybody's; else by the rendezvous, and each measures for itself.
 class Meeting {
@@ -157,12 +176,14 @@ class Exchange {
     for (int i = 0; i < work_.warmup; ++i) run_once(op);
     buffer_->reset_statistics();
     const Usage before = usage_now();
+    const CoreTime cores_before = CoreTime::now();
     std::vector<std::int64_t> times;
     for (int i = 0; i < reps; ++i) {
       op.before();
       times.push_back(meeting_.time(op.run));
     }
     const Usage after = usage_now();
+    const CoreTime cores_after = CoreTime::now();
     std::int64_t put = 0;
     for (const auto& peer : buffer_->statistics().peers) put += static_cast<std::int64_t>(peer.network_bytes);
     const std::int64_t put_bytes = meeting_.sum(put) / reps, payload_bytes = meeting_.sum(payload);
@@ -170,7 +191,9 @@ class Exchange {
       return static_cast<double>(meeting_.sum(static_cast<std::int64_t>(mine * 1e9))) * 1e-3 / reps;
     };
     const Summary summary = summarize(times);
+    const std::int64_t all_time = std::max<std::int64_t>(1, cores_after.all - cores_before.all);
     return {{"name", op.name},
+            {"idle_share_of_machine", static_cast<double>(cores_after.idle - cores_before.idle) / all_time},
             {"time", to_json(summary)},
             {"user_us_all_ranks", cpu_us(after.user_s - before.user_s)},
             {"system_us_all_ranks", cpu_us(after.system_s - before.system_s)},

@@ -138,7 +138,7 @@ class Ranks:
         for rank in range(world):
             environment = dict(
                 os.environ, RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR=cluster.address(0), MASTER_PORT=str(port),
-                EP_NETWORK_PROVIDER=provider, EP_RENDEZVOUS_SECRET="of the cluster test")
+                EP_NETWORK_PROVIDER=provider, EP_TEST_PROVIDER=provider, EP_RENDEZVOUS_SECRET="of the cluster test")
             name = cluster.names[cluster.node_of(rank)]
             self.processes.append(subprocess.Popen(
                 ["ip", "netns", "exec", name, str(program), *arguments], env=environment, stdout=self.logs[rank], stderr=subprocess.STDOUT))

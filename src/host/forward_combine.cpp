@@ -59,7 +59,7 @@ ForwardedCombine::ForwardedCombine(Context& context, const CombineCall& call, co
 ForwardedCombine::~ForwardedCombine() {
   for (const Asked& asked : asked_)
     for (std::size_t chunk = static_cast<std::size_t>(asked.chunks_used); chunk < asked.chunks.size(); ++chunk)
-      if (asked.chunks[chunk].source >= 0) link_.give_back(asked.chunks[chunk]);
+      if (asked.chunks[chunk].source >= 0) link_.give_back({&asked.chunks[chunk], 1});
 }
 
 std::int64_t ForwardedCombine::units_to(int peer) const {
@@ -169,7 +169,8 @@ void ForwardedCombine::give_back_used() {
     const std::int64_t units = asked.rows_before[tokens_summed_];
     const std::int64_t used = units == asked.rows_before.back() ? static_cast<std::int64_t>(asked.chunks.size())
                                                                 : units / row_chunks_.per_chunk;
-    for (; asked.chunks_used < used; ++asked.chunks_used) link_.give_back(asked.chunks[asked.chunks_used]);
+    link_.give_back(std::span(asked.chunks).subspan(asked.chunks_used, used - asked.chunks_used));
+    asked.chunks_used = used;
   }
 }
 
@@ -239,7 +240,7 @@ bool ForwardedCombine::take_landed() {
     switch (chunk.head.stream) {
       case plan::Stream::kRequests: take_requests(chunk); break;
       case plan::Stream::kRows: take_rows(chunk); break;
-      case plan::Stream::kTokens: link_.give_back(chunk); break;  // not of this operation
+      case plan::Stream::kTokens: link_.give_back({&chunk, 1}); break;  // not of this operation
     }
   }
   return !chunks.empty();
@@ -286,7 +287,7 @@ void ForwardedCombine::take_requests(const LandedChunk& chunk) {
       found->row_k.push_back(k);
     }
   }
-  link_.give_back(chunk);
+  link_.give_back({&chunk, 1});
 }
 
 bool ForwardedCombine::serve() {

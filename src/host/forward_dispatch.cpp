@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <span>
 
 #include "check.h"
 #include "host/rows_of_token.h"
@@ -13,6 +14,9 @@ namespace {
 
 // Tokens of one turn: few enough that chunks leave early and slots of others are emptied soon.
 constexpr std::int64_t kTokensPerTurn = 64;
+// Slots that are given back by one message, where as many have come: each message costs both ends a system call and
+// often a change of threads. Fewer than half of them, so that the source can fill others meanwhile.
+constexpr std::size_t kSlotsPerCredit = 3;
 
 }  // namespace
 
@@ -165,7 +169,11 @@ void ForwardedDispatch::send_chunks(std::int64_t tokens_done) {
 
 bool ForwardedDispatch::pass_on() {
   const std::vector<LandedChunk> chunks = link_.landed(epoch_.number);
-  for (const LandedChunk& chunk : chunks) pass_on(chunk);
+  for (std::size_t first = 0; first < chunks.size(); first += kSlotsPerCredit) {
+    const auto some = std::span(chunks).subspan(first, std::min(kSlotsPerCredit, chunks.size() - first));
+    for (const LandedChunk& chunk : some) pass_on(chunk);
+    link_.give_back(some);
+  }
   return !chunks.empty();
 }
 
@@ -179,7 +187,6 @@ void ForwardedDispatch::pass_on(const LandedChunk& chunk) {
     pass_on_units(chunk, begin, end);
     row_ops().flush();  // streamed rows come before the flag that finish_source() stores
   });
-  link_.give_back(chunk);
   missing_[chunk.source] -= units;
   if (missing_[chunk.source] == 0) finish_source(chunk.source);
 }

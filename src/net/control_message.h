@@ -20,7 +20,7 @@ struct FlagMessage {
 
 enum class ControlKind : std::uint8_t {
   kFlag,     // a piece of what a flag publishes, and the flag
-  kCredit,   // a forwarding slot of the sender is free again
+  kCredit,   // forwarding slots of the sender are free again
   kDead,     // a rank has ended
   kBye,      // the sender closes its buffer in good order: that it is gone then is no failure
   kSeenOff,  // the answer: the sender may go
@@ -32,7 +32,7 @@ enum class ControlKind : std::uint8_t {
 struct ControlHead {
   ControlKind kind = ControlKind::kFlag;
   Flag flag = Flag::kAnnounced;
-  std::uint16_t slot = 0;    // kCredit
+  std::uint16_t slots = 0;   // kCredit: a bit for each
   std::int32_t rank = -1;    // kDead
   std::uint32_t pieces = 1;  // kFlag: that belong to this flag
   std::uint32_t at = 0;      // kFlag: where this piece lies in what is published

@@ -56,6 +56,14 @@ struct Put {
   Completions* completions = nullptr;  // may be null
 };
 
+/// A few bytes for a peer, copied when they are handed over.
+struct Message {
+  int peer = -1;
+  std::uint32_t epoch = 0;
+  std::span<const std::byte> payload;
+  bool is_confirmed = true;  // under way until the peer has it; else until it has left
+};
+
 /// Memory to register.
 struct Memory {
   std::byte* base = nullptr;
@@ -140,7 +148,7 @@ class Fabric {
   /// Throws kInvalidArgument for what can never succeed (unknown peer or region, bytes outside of them).
   virtual bool put(const Put& put) = 0;
   /// Starts a message; the payload is copied. Return and errors as put().
-  virtual bool message(int peer, std::uint32_t epoch, std::span<const std::byte> payload) = 0;
+  virtual bool message(const Message& message) = 0;
   /// Moves things on: completions, arrivals, failures. Returns whether anything happened.
   virtual bool progress(Receiver& receiver) = 0;
   /// The operation that this rank is in: notices and messages of epochs within kEpochReach of it are taken.
@@ -160,7 +168,8 @@ class Fabric {
   /// Of puts that have not ended; to all peers, and to one.
   virtual std::uint64_t bytes_in_flight() const = 0;
   virtual std::uint64_t bytes_in_flight_to(int peer) const = 0;
-  /// Nothing is under way: all puts have ended, and the messages have been delivered or their peers have failed.
+  /// Nothing is under way: all puts have ended, and the messages have been delivered (those that are confirmed) or
+  /// their peers have failed.
   virtual bool is_idle() const = 0;
   virtual FabricCounters counters() const = 0;
   /// Never waits for a peer. Afterwards no memory is touched, and no call but the destructor is allowed.

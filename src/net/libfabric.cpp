@@ -148,11 +148,13 @@ class Libfabric final : public Fabric {
     return true;
   }
 
-  bool message(int peer, std::uint32_t epoch, std::span<const std::byte> payload) override {
+  bool message(const Message& message) override {
+    const int peer = message.peer;
     require(peer >= 0 && peer < num_ranks_ && peers_[peer].address != FI_ADDR_NOTAVAIL, "message: peer {} of {}", peer,
             num_ranks_);
-    require(payload.size() <= kMaxMessageBytes, "message: {} bytes, at most {}", payload.size(), kMaxMessageBytes);
-    return send(peer, epoch, payload, MessageKind::kPayload);
+    require(message.payload.size() <= kMaxMessageBytes, "message: {} bytes, at most {}", message.payload.size(),
+            kMaxMessageBytes);
+    return send(message, MessageKind::kPayload);
   }
 
   bool progress(Receiver& receiver) override {
@@ -277,21 +279,22 @@ class Libfabric final : public Fabric {
     return fi_writemsg(objects_.endpoint.get(), &message, FI_COMPLETION | FI_DELIVERY_COMPLETE);
   }
 
-  bool send(int to, std::uint32_t epoch, std::span<const std::byte> payload, MessageKind kind) {
-    PeerState& peer = peers_[to];
+  bool send(const Message& what, MessageKind kind) {
+    PeerState& peer = peers_[what.peer];
     if (peer.failure) return true;
     if (peer.messages >= kMessagesToOnePeer) return false;
     if (free_messages_.empty()) add_message_slab();
     Op& op = *free_messages_.back();
     free_messages_.pop_back();
-    const Blob wire = gate_.seal(to, epoch, payload, kind);
+    const Blob wire = gate_.seal(what.peer, what.epoch, what.payload, kind);
     std::memcpy(op.buffer, wire.data(), wire.size());
-    op.peer = to;
+    op.peer = what.peer;
     const iovec local{op.buffer, wire.size()};
     void* descriptors[1] = {op.descriptor};
     const fi_msg message{&local, descriptors, 1, peer.address, &op, 0};
-    // Delivered, not only sent: is_idle() then means that peers have all that they were told.
-    const auto result = fi_sendmsg(objects_.endpoint.get(), &message, FI_COMPLETION | FI_DELIVERY_COMPLETE);
+    // Delivered, not only sent: is_idle() then means that peers have all that they were told. It costs an answer.
+    const std::uint64_t flags = FI_COMPLETION | (what.is_confirmed ? FI_DELIVERY_COMPLETE : 0);
+    const auto result = fi_sendmsg(objects_.endpoint.get(), &message, flags);
     if (!started(result, op, free_messages_)) return false;
     ++peer.messages;
     ++counters_.messages;
@@ -384,7 +387,7 @@ class Libfabric final : public Fabric {
     while (!late_notices_.empty()) {
       const auto& [peer, notice] = late_notices_.front();
       const std::byte channel{notice.channel};
-      if (!send(peer, notice.epoch, {&channel, 1}, MessageKind::kNotice)) break;
+      if (!send({peer, notice.epoch, {&channel, 1}}, MessageKind::kNotice)) break;
       late_notices_.pop_front();
       found = true;
     }

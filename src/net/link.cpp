@@ -147,7 +147,7 @@ void Link::publish(int peer, const FlagMessage& flag, std::span<const std::byte>
     const auto head_bytes = net::bytes_of(head);
     message.assign(head_bytes.begin(), head_bytes.end());
     message.insert(message.end(), part.begin(), part.end());
-    proxy_->message(peer, static_cast<std::uint32_t>(flag.epoch), message);
+    proxy_->message({peer, static_cast<std::uint32_t>(flag.epoch), message});
   }
 }
 
@@ -210,7 +210,7 @@ std::vector<LandedChunk> Link::landed(std::uint64_t epoch) {
       (chunk.head.epoch == epoch ? mine : chunk.head.epoch < epoch ? late : later).push_back(chunk);
     landed_ = std::move(later);
   }
-  for (const LandedChunk& chunk : late) give_back(chunk);
+  give_back(late);
   return mine;
 }
 
@@ -220,12 +220,21 @@ bool Link::has_landed(std::uint64_t epoch) const {
                      [&](const LandedChunk& chunk) { return chunk.head.epoch <= epoch; });
 }
 
-void Link::give_back(const LandedChunk& chunk) {
+void Link::give_back(std::span<const LandedChunk> chunks) {
+  for (auto one = chunks.begin(); one != chunks.end();) {
+    std::uint32_t slots = 0;
+    const int source = one->source;
+    for (; one != chunks.end() && one->source == source; ++one) slots |= std::uint32_t{1} << one->slot;
+    send_credit(source, slots);
+  }
+}
+
+// Nobody has to know that it came: whoever lacks it waits, and its loss is the loss of its sender.
+void Link::send_credit(int peer, std::uint32_t slots) {
   ControlHead credit;
   credit.kind = ControlKind::kCredit;
-  credit.slot = static_cast<std::uint16_t>(chunk.slot);
-  credit.epoch = chunk.head.epoch;
-  send(chunk.source, credit);
+  credit.slots = static_cast<std::uint16_t>(slots);
+  proxy_->message({peer, proxy_->epoch(), net::bytes_of(credit), false});
 }
 
 // Low latency
@@ -263,7 +272,7 @@ bool Link::low_latency_has_left(std::uint64_t epoch) const {
 void Link::on_signal(const Signal& signal) {
   if (signal.peer < 0 || signal.peer >= num_ranks_ || !reaches(signal.peer)) return;
   if (signal.flag == kCreditSignal)
-    return give_back({.source = signal.peer, .slot = static_cast<int>(signal.value), .head = {.epoch = signal.epoch}});
+    return send_credit(signal.peer, std::uint32_t{1} << (signal.value % plan::kForwardSlots));
   const auto flag = static_cast<Flag>(signal.flag);
   const bool reply = flag == Flag::kReplied, for_good = flag == Flag::kReleased;
   if (!reply && flag != Flag::kAnnounced && signal.payload_bytes > 0) return;
@@ -273,8 +282,12 @@ void Link::on_signal(const Signal& signal) {
   publish(signal.peer, {flag, signal.epoch, value, signal.puts}, {mirror(signal.peer) + at, signal.payload_bytes});
 }
 
-void Link::on_completed() {
-  if (kernels_ == nullptr) return doorbell_.ring();
+void Link::on_completed(std::uint32_t channels) {
+  if (kernels_ == nullptr) {
+    // Slots are awaited by their credits; only low-latency memory is used again once it has left.
+    if ((channels >> kDataChannel & 1) != 0) doorbell_.ring();
+    return;
+  }
   const std::uint32_t now = proxy_->epoch();
   for (std::uint32_t back = 0; back < plan::kOperationsInFlight && back < now; ++back) {
     const std::uint32_t epoch = now - back, at = epoch % plan::kOperationsInFlight;
@@ -335,7 +348,7 @@ int Link::silent_rank(int suspect, const std::vector<int>& ranks) {
   return silent == ranks.end() ? -1 : *silent;
 }
 
-void Link::send(int peer, const ControlHead& head) { proxy_->message(peer, proxy_->epoch(), net::bytes_of(head)); }
+void Link::send(int peer, const ControlHead& head) { proxy_->message({peer, proxy_->epoch(), net::bytes_of(head)}); }
 
 // What arrives, on the proxy's thread
 // ---------------------------------------------------------------------------------------------------------------------
@@ -377,7 +390,7 @@ void Link::on_message(int source, std::uint32_t epoch, std::span<const std::byte
     case ControlKind::kFlag:
       if (static_cast<std::uint32_t>(head.epoch) == epoch) take_flag(source, head, payload.subspan(sizeof head));
       return;
-    case ControlKind::kCredit: return take_credit(source, head.slot);
+    case ControlKind::kCredit: return take_credit(source, head.slots);
     case ControlKind::kDead:
       if (head.rank < 0 || head.rank >= num_ranks_ || head.rank == rank_ || !mark_dead(head.rank)) return;
       proxy_->give_up(head.rank, fmt::format("rank {} says that it has ended", source));
@@ -387,7 +400,10 @@ void Link::on_message(int source, std::uint32_t epoch, std::span<const std::byte
       state_[source].compare_exchange_strong(there, kLeft, std::memory_order_acq_rel);
       ControlHead answer;
       answer.kind = ControlKind::kSeenOff;
-      return send(source, answer);
+      send(source, answer);
+      // Nothing after the answer: nobody would take it, and a provider that answers in order (libfabric's shm does)
+      // would hold up what we send to others behind it.
+      return proxy_->see_off(source);
     }
     case ControlKind::kCall: {
       ControlHead answer;
@@ -404,16 +420,18 @@ void Link::on_message(int source, std::uint32_t epoch, std::span<const std::byte
   }
 }
 
-void Link::take_credit(int source, int slot) {
-  if (!reaches(source) || slot < 0 || slot >= plan::kForwardSlots) return;
-  if (kernels_ != nullptr) {
-    // Release: the peer has read what the slot held before.
-    std::atomic_ref(kernels_->peers()[source].free_again[slot]).fetch_add(1, std::memory_order_release);
-    return;
+void Link::take_credit(int source, std::uint32_t slots) {
+  if (!reaches(source)) return;
+  for (int slot = 0; slot < plan::kForwardSlots; ++slot) {
+    if ((slots >> slot & 1) == 0) continue;
+    // Release: the peer has read what the slot held before; pairs with take_slot(), and with the kernels' look.
+    if (kernels_ != nullptr) {
+      std::atomic_ref(kernels_->peers()[source].free_again[slot]).fetch_add(1, std::memory_order_release);
+    } else {
+      slot_free_[static_cast<std::size_t>(source) * plan::kForwardSlots + slot].store(true, std::memory_order_release);
+    }
   }
-  // Release: pairs with take_slot().
-  slot_free_[static_cast<std::size_t>(source) * plan::kForwardSlots + slot].store(true, std::memory_order_release);
-  doorbell_.ring();
+  if (kernels_ == nullptr) doorbell_.ring();
 }
 
 void Link::take_flag(int source, const ControlHead& head, std::span<const std::byte> payload) {

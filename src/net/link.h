@@ -103,8 +103,8 @@ class Link final : private ProxyReceiver {
   std::vector<LandedChunk> landed(std::uint64_t epoch);
   bool has_landed(std::uint64_t epoch) const;
   const std::byte* bytes_of(const LandedChunk& chunk) const { return inbox_.get() + slot_at(chunk.source, chunk.slot); }
-  /// The slot is free again for its source.
-  void give_back(const LandedChunk& chunk);
+  /// Their slots are free again for their sources, each of which is told once.
+  void give_back(std::span<const LandedChunk> chunks);
 
   // Low latency
   // -------------------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ class Link final : private ProxyReceiver {
   void on_message(int source, std::uint32_t epoch, std::span<const std::byte> payload) override;
   void on_peer_failed(int peer, const std::string& reason) override;
   void on_bad_command(const std::string& why) override;
-  void on_completed() override;
+  void on_completed(std::uint32_t channels) override;
   void on_signal(const Signal& signal) override;
   void take_flag(int source, const ControlHead& head, std::span<const std::byte> payload);
   bool take_payload(int source, const ControlHead& head, std::span<const std::byte> payload);
@@ -179,13 +179,14 @@ class Link final : private ProxyReceiver {
   void store(int source, Flag flag, std::uint64_t epoch, std::uint64_t value);
   void store_at(std::size_t at, std::uint64_t value);
   void take_chunk(int source, int slot, std::uint32_t epoch);
-  void take_credit(int source, int slot);
+  void take_credit(int source, std::uint32_t slots);
   Expected& expected(int source, std::uint64_t epoch, Flag flag) {
     const auto at = (static_cast<std::size_t>(source) * plan::kOperationsInFlight + epoch % plan::kOperationsInFlight);
     return expected_[at * kNumFlags + static_cast<std::size_t>(flag)];
   }
   void say_goodbye();
   void send(int peer, const ControlHead& head);
+  void send_credit(int peer, std::uint32_t slots);
   bool mark_dead(int peer);
 
   const int rank_, num_ranks_;

@@ -115,14 +115,15 @@ class Endpoint final : public Fabric {
     return true;
   }
 
-  bool message(int peer, std::uint32_t epoch, std::span<const std::byte> payload) override {
-    require(peer >= 0 && peer < num_ranks(), "message: peer {} of {}", peer, num_ranks());
-    require(payload.size() <= kMaxMessageBytes, "message: {} bytes, at most {}", payload.size(), kMaxMessageBytes);
-    if (failures_[peer]) return true;
+  bool message(const Message& message) override {
+    require(message.peer >= 0 && message.peer < num_ranks(), "message: peer {} of {}", message.peer, num_ranks());
+    require(message.payload.size() <= kMaxMessageBytes, "message: {} bytes, at most {}", message.payload.size(),
+            kMaxMessageBytes);
+    if (failures_[message.peer]) return true;
     Packet packet;
     packet.source = rank_;
-    packet.target = peer;
-    packet.wire = gate_.seal(peer, epoch, payload);
+    packet.target = message.peer;
+    packet.wire = gate_.seal(message.peer, message.epoch, message.payload);
     if (!network_->send(std::move(packet))) return false;
     ++counters_.messages;
     ++under_way_;

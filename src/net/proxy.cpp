@@ -50,6 +50,7 @@ Proxy::Proxy(std::unique_ptr<Fabric> fabric, ProxyReceiver& receiver, const Prox
       report_(fabric_->report()),
       held_(fabric_->num_ranks()),
       outgoing_(fabric_->num_ranks()),
+      has_left_(fabric_->num_ranks()),
       memory_(std::make_unique<FifoMemory>()),
       writer_(*memory_) {
   readers_.emplace_back(*memory_);
@@ -87,15 +88,23 @@ bool Proxy::put(const Command& command, Clock::time_point deadline) {
   return true;
 }
 
-void Proxy::message(int peer, std::uint32_t epoch, std::span<const std::byte> payload) {
-  require(peer >= 0 && peer < static_cast<int>(outgoing_.size()), "message: peer {} of {}", peer, outgoing_.size());
+void Proxy::message(const Message& message) {
+  const auto& payload = message.payload;
+  require(message.peer >= 0 && message.peer < static_cast<int>(outgoing_.size()), "message: peer {} of {}",
+          message.peer, outgoing_.size());
   require(payload.size() <= kMaxMessageBytes, "message: {} bytes, at most {}", payload.size(), kMaxMessageBytes);
-  request([this, peer, outgoing = Outgoing{epoch, Blob(payload.begin(), payload.end())}]() mutable {
-    outgoing_[peer].push_back(std::move(outgoing));
+  request([this, peer = message.peer,
+           outgoing = Outgoing{message.epoch, Blob(payload.begin(), payload.end()), message.is_confirmed}]() mutable {
+    if (!has_left_[peer]) outgoing_[peer].push_back(std::move(outgoing));
   });
 }
 
 void Proxy::set_epoch(std::uint32_t epoch) { epoch_.store(epoch, std::memory_order_relaxed); }
+
+// Requests are taken in the order in which they were made.
+void Proxy::see_off(int peer) {
+  request([this, peer] { has_left_[peer] = 1; });
+}
 
 void Proxy::give_up(int peer, const std::string& reason) {
   request([this, peer, reason] { fabric_->give_up(peer, reason); });
@@ -243,7 +252,8 @@ bool Proxy::send_messages() {
   bool found = false;
   for (int peer = 0; peer < static_cast<int>(outgoing_.size()); ++peer) {
     auto& queue = outgoing_[peer];
-    while (!queue.empty() && fabric_->message(peer, queue.front().epoch, queue.front().payload)) {
+    while (!queue.empty() &&
+           fabric_->message({peer, queue.front().epoch, queue.front().payload, queue.front().is_confirmed})) {
       queue.pop_front();
       found = true;
     }
@@ -310,12 +320,12 @@ Proxy::Tally& Proxy::tally_of(int channel, std::uint32_t epoch) {
 }
 
 void Proxy::publish_completions() {
-  bool news = false;
+  std::uint32_t channels = 0;  // with news
   std::erase_if(busy_, [&](Tally* tally) {
     const std::uint64_t ended = tally->ended();
     if (is_current(*tally) && ended != tally->published) {
       tally->published = ended;
-      news = true;
+      channels |= std::uint32_t{1} << tally->channel;
       // Release: pairs with completed().
       completed_[tally->epoch % kDepth][tally->channel].store(std::uint64_t{tally->epoch} << 32 | ended,
                                                               std::memory_order_release);
@@ -325,7 +335,7 @@ void Proxy::publish_completions() {
     if (!is_current(*tally)) tallies_.erase(tally->self);
     return true;
   });
-  if (news) receiver_.on_completed();
+  if (channels != 0) receiver_.on_completed(channels);
 }
 
 bool Proxy::has_nothing_left() const {

@@ -28,8 +28,8 @@ namespace deep_ep::net {
 /// What a proxy calls, on its thread. Short: store words, fill queues, ring doorbells. None is called after close().
 class ProxyReceiver : public Receiver {
  public:
-  /// Proxy::completed() says more than before, for some channel and epoch.
-  virtual void on_completed() {}
+  /// Proxy::completed() says more than before, for these channels (a bit for each).
+  virtual void on_completed(std::uint32_t /*channels*/) {}
   /// A kernel asks for a flag to be sent, with what it published before this signal.
   virtual void on_signal(const Signal&) {}
   /// A command that can never succeed came from the queue (offsets, regions); it was dropped and counts as completed.
@@ -63,10 +63,12 @@ class Proxy {
   /// (on_bad_command).
   bool put(const Command& command, Clock::time_point deadline);
   /// Hands over a message; the payload is copied.
-  void message(int peer, std::uint32_t epoch, std::span<const std::byte> payload);
+  void message(const Message& message);
   /// The operation that this rank is in (Fabric::set_epoch). Before the first put or message of it.
   void set_epoch(std::uint32_t epoch);
   std::uint32_t epoch() const { return epoch_.load(std::memory_order_relaxed); }
+  /// The peer leaves, and waits for no more than was handed over before: later messages to it are dropped.
+  void see_off(int peer);
   /// The peer is lost, the caller knows why: frees what waits for it.
   void give_up(int peer, const std::string& reason);
   /// A queue that kernels write, in pinned host memory; it lives until close(). From now on the proxy polls.
@@ -75,9 +77,9 @@ class Proxy {
   /// Puts of this channel and epoch whose source bytes may be reused, failed ones included. Acquires what the network
   /// read. 0 for an epoch that is 16 or more behind the newest of its channel.
   std::uint64_t completed(int channel, std::uint32_t epoch) const;
-  /// Waits until all that was handed over before has left, or its peer has failed: messages are delivered, puts have
-  /// ended (over TCP a put's bytes may still be in the socket; a message sent after it and delivered covers it). False
-  /// at the deadline.
+  /// Waits until all that was handed over before has left, or its peer has failed: messages are delivered (if they are
+  /// confirmed), puts have ended (over TCP a put's bytes may still be in the socket; a message sent after it and
+  /// delivered covers it). False at the deadline.
   bool flush(Clock::time_point deadline);
 
   std::uint64_t bytes_in_flight() const { return bytes_in_flight_.load(std::memory_order_relaxed); }
@@ -107,6 +109,7 @@ class Proxy {
   struct Outgoing {
     std::uint32_t epoch;
     Blob payload;
+    bool is_confirmed;
   };
 
   void run();
@@ -137,6 +140,7 @@ class Proxy {
   std::vector<std::deque<Command>> held_;       // by peer
   bool has_room_ = true;                        // in every list of held_
   std::vector<std::deque<Outgoing>> outgoing_;  // by peer
+  std::vector<char> has_left_;                  // by peer: seen off
   std::list<Tally> tallies_;                    // those of current_, and others with puts under way
   std::vector<Tally*> busy_;                    // with puts that have not ended, or have not been published as ended
   std::array<std::array<Tally*, kNumChannels>, kDepth> current_{};  // [epoch][channel]

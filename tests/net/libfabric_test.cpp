@@ -108,7 +108,7 @@ TEST_P(LibfabricTest, messages_of_any_length_come_whole_from_all_to_all) {
     const std::span payload(text.data(), i == 99 ? kMaxMessageBytes : i * 13);
     for (End& end : ends)
       for (int peer = 0; peer < kRanks; ++peer)
-        ASSERT_TRUE(turn_until(ends, [&] { return end.fabric->message(peer, i, payload); }));
+        ASSERT_TRUE(turn_until(ends, [&] { return end.fabric->message({peer, i, payload}); }));
   }
   const auto all_here = [](const End& end) { return end.messages == kRanks * kMessages && end.fabric->is_idle(); };
   EXPECT_TRUE(turn_until(ends, [&] { return std::all_of(ends.begin(), ends.end(), all_here); }));
@@ -163,7 +163,7 @@ TEST_P(LibfabricThreadsTest, proxies_exchange_puts_and_messages_and_close_after_
         for (int peer = 0; peer < kRanks; ++peer) {
           if (peer == rank) continue;
           EXPECT_TRUE(self.proxy->put(put_to(peer, 1, epoch, rank * kPiece, kPiece), soon()));
-          self.proxy->message(peer, epoch, {&byte, 1});
+          self.proxy->message({peer, epoch, {&byte, 1}});
         }
         for (int peer = 0; peer < kRanks; ++peer) {
           if (peer == rank) continue;
@@ -175,7 +175,7 @@ TEST_P(LibfabricThreadsTest, proxies_exchange_puts_and_messages_and_close_after_
         // Nobody writes again before all have looked: messages of the next round say so.
         EXPECT_TRUE(wait_for([&] { return self.proxy->completed(1, epoch) == kRanks - 1; }));
         for (int peer = 0; peer < kRanks; ++peer)
-          if (peer != rank) self.proxy->message(peer, epoch, {});
+          if (peer != rank) self.proxy->message({peer, epoch, {}});
         EXPECT_TRUE(wait_for([&] { return self.copy(&ProxyRank::messages_).size() >= 2u * epoch * (kRanks - 1); }));
       }
       EXPECT_TRUE(self.proxy->flush(soon()));
@@ -261,7 +261,7 @@ void expect_exchange_of_processes(const std::string& provider) {
     const std::byte done{1};
     for (int peer = 0; peer < kRanks; ++peer) {
       if (peer == rank) continue;
-      EXPECT_TRUE(end.turn_until([&] { return end.fabric->message(peer, 0, {&done, 1}); }));
+      EXPECT_TRUE(end.turn_until([&] { return end.fabric->message({peer, 0, {&done, 1}}); }));
     }
     EXPECT_TRUE(end.turn_until([&] { return end.messages == kRanks - 1 && end.fabric->is_idle(); }));
     (void)group->all_gather({}, 20s);

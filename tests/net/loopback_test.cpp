@@ -85,7 +85,7 @@ TEST(loopback, delay_makes_packets_overtake_each_other_in_the_same_way_for_the_s
     };
     for (int i = 0; i < 50; ++i) {
       const std::byte payload{static_cast<unsigned char>(i)};
-      EXPECT_TRUE(ends[0].fabric->message(1, 0, {&payload, 1}));
+      EXPECT_TRUE(ends[0].fabric->message({1, 0, {&payload, 1}}));
     }
     EXPECT_TRUE(turn_until(ends, [&] { return order.size() == 50; }));
     return order;
@@ -123,7 +123,7 @@ TEST(loopback, a_killed_rank_is_reported_once_to_each_survivor_and_its_puts_end)
   }
   EXPECT_EQ(completions.failed, 10u);
   EXPECT_TRUE(ends[0].put(1, 0, 0, kBytes, Notice{}, &completions));  // taken, and lost
-  EXPECT_TRUE(ends[0].fabric->message(1, 0, {}));
+  EXPECT_TRUE(ends[0].fabric->message({1, 0, {}}));
   EXPECT_EQ(completions.failed, 11u);
   ASSERT_TRUE(ends[0].put(2, 0, 0, kBytes, Notice{2, 1}, nullptr));  // the others go on
   EXPECT_TRUE(turn_until(ends, [&] { return ends[2].arrivals.count(0, {2, 1}) == 1; }));
@@ -194,7 +194,7 @@ TEST(loopback, a_full_queue_says_so_and_takes_more_later) {
   auto ends = ends_of(*network, 2);
   for (int i = 0; i < 4; ++i) ASSERT_TRUE(ends[0].put(1, 0, 0, kBytes, Notice{}, nullptr));
   EXPECT_FALSE(ends[0].put(1, 0, 0, kBytes, Notice{}, nullptr));
-  EXPECT_FALSE(ends[0].fabric->message(1, 0, {}));
+  EXPECT_FALSE(ends[0].fabric->message({1, 0, {}}));
   turn(ends, 2);
   EXPECT_TRUE(ends[0].put(1, 0, 0, kBytes, Notice{}, nullptr));
 }

@@ -49,7 +49,7 @@ class ProxyRank final : public ProxyReceiver {
     std::lock_guard lock(mutex_);
     bad_commands_.push_back(why);
   }
-  void on_completed() override { ++completions_; }
+  void on_completed(std::uint32_t) override { ++completions_; }
 
   int notices(int source, int channel, std::uint32_t epoch) {
     std::lock_guard lock(mutex_);

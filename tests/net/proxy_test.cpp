@@ -91,7 +91,7 @@ TEST(proxy, messages_come_whole_and_flush_waits_for_their_delivery) {
   Cluster cluster(2, faults);
   const std::string text(kMaxMessageBytes, 'x');
   const auto* first = reinterpret_cast<const std::byte*>(text.data());
-  for (int i = 0; i < 20; ++i) cluster.ranks[0].proxy->message(1, 3, {first, text.size()});
+  for (int i = 0; i < 20; ++i) cluster.ranks[0].proxy->message({1, 3, {first, text.size()}});
   EXPECT_TRUE(cluster.ranks[0].proxy->flush(soon()));
   cluster.ranks[0].proxy->close();  // right away: nothing may be lost
   ASSERT_TRUE(wait_for([&] { return cluster.ranks[1].copy(&ProxyRank::messages_).size() == 20; }));
@@ -100,8 +100,24 @@ TEST(proxy, messages_come_whole_and_flush_waits_for_their_delivery) {
     EXPECT_EQ(epoch, 3u);
     EXPECT_EQ(got, text);
   }
-  EXPECT_THROW(cluster.ranks[1].proxy->message(0, 0, {first, kMaxMessageBytes + 1}), Error);
-  EXPECT_THROW(cluster.ranks[1].proxy->message(2, 0, {}), Error);
+  EXPECT_THROW(cluster.ranks[1].proxy->message({0, 0, {first, kMaxMessageBytes + 1}}), Error);
+  EXPECT_THROW(cluster.ranks[1].proxy->message({2, 0, {}}), Error);
+}
+
+TEST(proxy, a_peer_that_was_seen_off_gets_what_was_said_before_and_nothing_more) {
+  LoopbackFaults faults;
+  faults.max_delay = 50;
+  Cluster cluster(3, faults);
+  Proxy& proxy = *cluster.ranks[0].proxy;
+  for (std::uint32_t epoch = 1; epoch <= 5; ++epoch) proxy.message({1, epoch, {}});
+  proxy.see_off(1);
+  for (std::uint32_t epoch = 6; epoch <= 9; ++epoch)
+    for (int peer : {1, 2}) proxy.message({peer, epoch, {}});
+  EXPECT_TRUE(proxy.flush(soon()));
+  ASSERT_TRUE(wait_for([&] { return cluster.ranks[2].copy(&ProxyRank::messages_).size() == 4; }));
+  const auto got = cluster.ranks[1].copy(&ProxyRank::messages_);
+  EXPECT_EQ(got.size(), 5u);
+  for (const auto& [source, epoch, text] : got) EXPECT_LE(epoch, 5u);
 }
 
 TEST(proxy, a_peer_that_takes_nothing_does_not_hold_up_the_others) {
@@ -145,7 +161,7 @@ TEST(proxy, a_network_that_breaks_down_is_the_loss_of_every_peer) {
   ProxyRank& self = cluster.ranks[0];
   self.throws_at_message = true;
   const std::byte one{1};
-  cluster.ranks[1].proxy->message(0, 0, {&one, 1});
+  cluster.ranks[1].proxy->message({0, 0, {&one, 1}});
   ASSERT_TRUE(wait_for([&] { return self.copy(&ProxyRank::failures_).size() == 3; }));
   EXPECT_EQ(self.copy(&ProxyRank::failures_)[2], (std::pair<int, std::string>{2, "thrown by a test"}));
   // It goes on for those who wait: everything towards a lost peer has ended.

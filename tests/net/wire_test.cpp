@@ -132,7 +132,7 @@ TEST(wire, strangers_on_the_network_are_refused_and_counted_and_the_rest_goes_on
   network->inject_message(1, Gate(kJob ^ 1, 0, 2).seal(1, 0, payload_of("let me in")));
   network->inject_notice(1, 0x0000'0000'0000'0000);
   network->inject_notice(1, Gate(kJob ^ 1, 0, 2).seal(1, Notice{0, 0}, 8));
-  ASSERT_TRUE(ends[0].fabric->message(1, 0, payload_of("hello")));
+  ASSERT_TRUE(ends[0].fabric->message({1, 0, payload_of("hello")}));
   ASSERT_TRUE(turn_until(ends, [&] { return ends[1].messages == 1; }));
   turn(ends, 5);
   EXPECT_EQ(ends[1].messages, 1);
