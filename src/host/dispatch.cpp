@@ -172,13 +172,17 @@ class Dispatch {
   // Relative rows become rows: the receivers' first ones are known now.
   void settle_routes() {
     const bool by_rank = call_.layout == OutputLayout::kByRank;
+    std::vector<std::int32_t> first_arrival(context_.num_ranks);
+    std::vector<const std::int32_t*> first_rows(context_.num_ranks);
+    for (int dst : active_) {
+      first_arrival[dst] = static_cast<std::int32_t>(context_.reply(context_.rank, epoch_.number, dst).first_arrival);
+      first_rows[dst] = context_.reply_first_rows(context_.rank, epoch_.number, dst);
+    }
     for (std::size_t i = 0; i < routes_.rank.size(); ++i) {
       const std::int32_t dst = routes_.rank[i];
       if (dst < 0) continue;
-      routes_.arrival[i] += static_cast<std::int32_t>(context_.reply(context_.rank, epoch_.number, dst).first_arrival);
-      routes_.row[i] =
-          by_rank ? routes_.arrival[i]
-                  : routes_.row[i] + context_.reply_first_rows(context_.rank, epoch_.number, dst)[routes_.slot[i]];
+      routes_.arrival[i] += first_arrival[dst];
+      routes_.row[i] = by_rank ? routes_.arrival[i] : routes_.row[i] + first_rows[dst][routes_.slot[i]];
     }
   }
 
@@ -194,8 +198,7 @@ class Dispatch {
     } else {
       send(0, call_.num_tokens);
     }
-    std::vector<std::uint64_t> bytes_to(context_.num_ranks);
-    count_bytes(bytes_to);
+    const std::vector<std::uint64_t> bytes_to = count_bytes();
     for (int dst : active_)  // far ranks hear of our rows from those who pass them on
       if (!context_.is_far(dst)) context_.publish(dst, Flag::kArrived, epoch_, 1);
     context_.count([&](Statistics& statistics) {
@@ -228,19 +231,25 @@ class Dispatch {
     if (forwarded_) forwarded_->write(on_its_way);
   }
 
-  void count_bytes(std::vector<std::uint64_t>& bytes_to) const {
-    const std::uint64_t row = call_.shape.bytes_of_row(call_.layout);
-    const std::uint64_t arrival = call_.shape.bytes_of_arrival(call_.layout);
-    const bool by_rank = call_.layout == OutputLayout::kByRank;
+  // What every rank got of us.
+  std::vector<std::uint64_t> count_bytes() const {
+    std::vector<std::uint64_t> bytes_to(context_.num_ranks), arrivals(context_.num_ranks),
+        selections(context_.num_ranks);
+    std::vector<int> last_token(context_.num_ranks, -1);  // that went there
     for (int token = 0; token < call_.num_tokens; ++token) {
       const std::int32_t* rank = dst_rank_ + static_cast<std::size_t>(token) * call_.num_topk;
       for (int k = 0; k < call_.num_topk; ++k) {
         if (rank[k] < 0) continue;
-        const bool first_there = std::find(rank, rank + k, rank[k]) == rank + k;
-        if (first_there) bytes_to[rank[k]] += arrival;
-        if (first_there || !by_rank) bytes_to[rank[k]] += row;
+        ++selections[rank[k]];
+        arrivals[rank[k]] += last_token[rank[k]] != token;
+        last_token[rank[k]] = token;
       }
     }
+    const std::vector<std::uint64_t>& rows = call_.layout == OutputLayout::kByRank ? arrivals : selections;
+    for (int dst = 0; dst < context_.num_ranks; ++dst)
+      bytes_to[dst] = arrivals[dst] * call_.shape.bytes_of_arrival(call_.layout) +
+                      rows[dst] * call_.shape.bytes_of_row(call_.layout);
+    return bytes_to;
   }
 
   void receive() {
