@@ -6,6 +6,7 @@ written with torch's own collectives: permute, gloo all_to_all_single, permute b
 import argparse
 import json
 import os
+import resource
 import socket
 import statistics
 import subprocess
@@ -220,23 +221,35 @@ def summary(times_ns: List[int]) -> Dict[str, Any]:
     return {"median_us": statistics.median(times), "p99_us": times[(len(times) * 99 + 99) // 100 - 1], "n": len(times)}
 
 
+def used() -> List[float]:
+    """As bench/shared_memory.h: what this process used so far, the barrier's yields inside."""
+    now = resource.getrusage(resource.RUSAGE_SELF)
+    return [now.ru_utime * 1e6, now.ru_stime * 1e6, now.ru_minflt, now.ru_nvcsw + now.ru_nivcsw]
+
+
 def measured(clock: Clock, work: Workload, operation: Operation) -> Dict[str, Any]:
-    times = []
-    reps = work.ll_reps if operation.low_latency else work.reps
-    for i in range(work.warmup + reps):
+    for _ in range(work.warmup):
         operation.before()
-        taken = clock.time(operation.run)
-        if i >= work.warmup:
-            times.append(taken)
-    return {"name": operation.name, "time": summary(times), "digest": clock.digests(operation.digest())}
+        clock.time(operation.run)
+    times, before = [], used()
+    for _ in range(work.ll_reps if operation.low_latency else work.reps):
+        operation.before()
+        times.append(clock.time(operation.run))
+    per_call = [round((after - start) / len(times), 1) for start, after in zip(before, used())]
+    return {
+        "name": operation.name,
+        "time": summary(times),
+        "per_call": dict(zip(("user_us", "system_us", "minor_faults", "context_switches"), per_call)),
+        "digest": clock.digests(operation.digest()),
+    }
 
 
-def run_rank(rank: int, work: Workload, board: str, port: int, out: str, with_gloo: bool) -> None:
+def run_rank(rank: int, work: Workload, names: List[str], board: str, port: int, out: str, with_gloo: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=work.ranks)
     clock = Clock(board, rank, work.ranks)
     package = Package(work, dist.group.WORLD)
-    ours = [measured(clock, work, each) for each in package.operations()]
+    ours = [measured(clock, work, each) for each in package.operations() if each.name in names]
     package.forget()
     gloo = []
     if with_gloo:
@@ -257,14 +270,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def python_round(work: Workload, folder: str, with_gloo: bool) -> Dict[str, Any]:
+def python_round(work: Workload, names: List[str], folder: str, with_gloo: bool) -> Dict[str, Any]:
     memory = shared_memory.SharedMemory(create=True, size=work.ranks * Clock.WORDS * 8)
     memory.buf[:] = bytes(memory.size)
     out = str(Path(folder) / "ranks.json")
     try:
         mp.start_processes(
             run_rank,
-            args=(work, memory.name, free_port(), out, with_gloo),
+            args=(work, names, memory.name, free_port(), out, with_gloo),
             nprocs=work.ranks,
             start_method="forkserver",
         )
@@ -311,7 +324,8 @@ def measure(program: Path, options: List[str], rounds: int, gloo_rounds: int) ->
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(rounds):
             cpp = cpp_round(program, options, folder)
-            python = python_round(Workload.of(cpp["workload"]), folder, turn < gloo_rounds)
+            names = [each["name"] for each in cpp["operations"]]
+            python = python_round(Workload.of(cpp["workload"]), names, folder, turn < gloo_rounds)
             parts["cpp"].append(cpp["operations"])
             parts["package"].append(python["package"])
             if turn < gloo_rounds:
