@@ -87,10 +87,11 @@ struct Handle {
                                                 // dispatch was bounded
   Tensor tokens_between;  // i32 [num_ranks, num_ranks]: distinct tokens from rank i to rank j; low latency: column
                           // `rank` only
+  // kPadded of low latency only.
+  Tensor row_token;     // i32 [slots, num_ranks * max_tokens_per_rank]: the source's token number of each row that came
+  Tensor source_range;  // i64 [slots, num_ranks]: (first row in the slot << 32) | rows of that source
   // Low latency on CUDA buffers only.
   Tensor arrival_weights;  // f32 [num_arrivals, num_topk]: where the dispatch carried weights
-  Tensor row_token;     // kPadded: i32 [slots, num_ranks * max_tokens_per_rank]: the source's token number of each row
-  Tensor source_range;  // kPadded: i64 [slots, num_ranks]: (first row in the slot << 32) | rows of that source
   Tensor own_row;       // i32 [num_tokens, num_topk]: arrival_row of this rank's own tokens that stay here; those of
                         // other tokens are not written
   Tensor own_weights;   // f32 [num_tokens, num_topk]: arrival_weights, likewise
@@ -276,7 +277,8 @@ class Ticket {
   }
   bool valid() const { return receiver_ != nullptr; }
   /// The tensors that receive() will return, known before they are filled: on CUDA buffers all, on host buffers of a
-  /// kPadded dispatch x and scales. Null where they are not known, and after receive().
+  /// kPadded dispatch x, scales, and of the handle slot_rows, row_token and source_range. Null where they are not known,
+  /// and after receive().
   const Output* promised() const { return receiver_ ? receiver_->promised() : nullptr; }
 
  private:

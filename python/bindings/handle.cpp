@@ -170,7 +170,7 @@ std::shared_ptr<Handle> leave_out(const std::shared_ptr<Handle>& handle, nb::han
 nb::object handle_of(nb::handle tensor, nb::handle topk_idx) {
   if (tensor.is_none()) return nb::none();
   const HandlePtr found = handle_at(data_of(tensor));
-  if (!found) return nb::none();
+  if (!found || !found->first_arrival.given()) return nb::none();  // the latter: promised, and not received yet
   const auto handle = std::const_pointer_cast<Handle>(found);
   return nb::cast(topk_idx.is_none() ? handle : leave_out(handle, topk_idx));
 }

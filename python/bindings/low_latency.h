@@ -4,33 +4,26 @@
 
 #include <nanobind/nanobind.h>
 
-#include <memory>
-
 #include "calls.h"
 
 namespace deep_ep::python {
-
-/// The small tensors of DeepEP's low_latency_dispatch, which may be given out before its hook has run.
-struct SlotTables;
 
 /// A low-latency dispatch between its two halves.
 class DispatchTicket {
  public:
   DispatchTicket(const Seat& seat, const DispatchInput& input);
-  ~DispatchTicket();
-  DispatchTicket(DispatchTicket&&) noexcept;
 
-  /// (x, scales, count, src_info, layout_range), whose contents are there once receive() has run.
-  nanobind::tuple prepare();
-
-  /// Waits and finishes. With prepared tensors: fills them and returns the handle. Else: as Buffer.dispatch.
-  nanobind::object receive(nanobind::object wait_stats, nanobind::object count_stats);
-
-  /// On a GPU: the outputs, known once the operation is sent, in the form of prepare(); and enqueues the rest of it.
+  /// Of an output of one block per expert: (x, scales, count, src_info, layout_range), known once the operation is
+  /// sent. Their contents are there once it is finished; on a GPU, in the order of its stream.
   nanobind::tuple promised();
-  void finish();
 
-  /// As receive() without prepared tensors, in the form of prepare().
+  /// Waits for the contents; on a GPU enqueues the rest. Statistics are None or what is added to, of CPU tensors only.
+  void finish(const nanobind::object& wait_stats, const nanobind::object& count_stats);
+
+  /// Waits and returns all, as Buffer.dispatch.
+  nanobind::tuple receive();
+
+  /// Waits and returns all, in the form of promised().
   nanobind::tuple receive_padded(const nanobind::object& wait_stats, const nanobind::object& count_stats);
 
  private:
@@ -38,7 +31,6 @@ class DispatchTicket {
 
   Seat seat_;  // as it was when the operation began
   Ticket<DispatchOutput> ticket_;
-  std::unique_ptr<SlotTables> prepared_;
 };
 
 /// A low-latency combine between its two halves.
@@ -61,7 +53,7 @@ DispatchTicket low_latency_dispatch(const Seat& seat, const nanobind::kwargs& ke
 CombineTicket low_latency_combine(const Seat& seat, const nanobind::kwargs& keywords);
 
 /// DeepEP's low_latency_dispatch on CPU tensors, in one call: ((x, scales, count, src_info, layout_range), ticket).
-/// With a hook the ticket's receive() is still to come; without, the ticket is None.
+/// With a hook the ticket's finish() is still to come; without, the ticket is None.
 nanobind::tuple low_latency_dispatch_padded(const Seat& seat, bool with_hook, const nanobind::object& wait_stats,
                                             const nanobind::object& count_stats, const nanobind::kwargs& keywords);
 

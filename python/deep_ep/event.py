@@ -40,11 +40,13 @@ class EventOverlap:
     """What asynchronous calls return: an event, or none after a synchronous call. Usable in a `with` statement, whose
     end waits for the event."""
 
+    # Defaults, which every call would set anew: most events are those of synchronous calls.
+    hook_after_wait: Optional[Callable[[], None]] = None
+    _release_handle = False
+
     def __init__(self, event: Optional[EventHandle] = None, extra_tensors: Optional[Tuple[Any, ...]] = None) -> None:
         self.event = event
         self.extra_tensors = extra_tensors
-        self.hook_after_wait: Optional[Callable[[], None]] = None
-        self._release_handle = False
 
     def current_stream_wait(self, release_handle: bool = False) -> None:
         assert self.event is not None, "there is no event: the call was synchronous"

@@ -78,7 +78,7 @@ class LowLatencyMode(Session):
             return self._dispatch_on_gpu(keywords, stats[1], async_finish, return_recv_hook)
         made, ticket = core.low_latency_dispatch_padded(return_recv_hook, *stats, **keywords)
         data, scales, count, src_info, layout_range = made
-        hook = None if ticket is None else once(lambda: ticket.receive(*stats))
+        hook = None if ticket is None else once(lambda: ticket.finish(*stats))
         handle = (src_info, layout_range, num_max_dispatch_tokens_per_rank, shape[0], num_experts)
         event = finished(True, x, topk_idx, *made) if async_finish else EventOverlap()
         return ((data, scales) if use_fp8 else data), count, handle, event, hook

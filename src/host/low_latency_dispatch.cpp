@@ -189,13 +189,16 @@ Room room_for(Context& context, std::size_t bytes) {
 // Counts the messages of all sources, then puts each part of each message at its place.
 class Placer {
  public:
-  /// `room` may be there already, where its size does not depend on what comes.
-  Placer(const Sent& sent, const std::vector<std::int32_t>& messages_from, Room room)
+  /// `room` may be there already, where its size does not depend on what comes, and with it the handle's promised
+  /// tensors.
+  Placer(const Sent& sent, const std::vector<std::int32_t>& messages_from, Room room, std::shared_ptr<Handle> handle)
       : sent_(sent),
         call_(sent.call),
         context_(*sent.context),
         num_slots_(call_.placement->num_slots(context_.rank)),
-        room_(std::move(room)) {
+        room_(std::move(room)),
+        handle_(std::move(handle)),
+        row_token_(handle_->row_token.as<std::int32_t>()) {
     counts_.layout = call_.layout;
     counts_.num_ranks = context_.num_ranks;
     counts_.num_slots = num_slots_;
@@ -224,7 +227,7 @@ class Placer {
     const OutputTensors tensors{call_, at_, rows_.num_rows, rows_.num_arrivals, num_slots_, context_.num_ranks};
     DispatchOutput out = tensors.make(block, room_.owner);
     context_.count([&](Statistics& statistics) { add_rows(statistics, rows_.slot_rows.data(), num_slots_); });
-    out.handle = make_handle();
+    out.handle = finish_handle();
     return out;
   }
 
@@ -322,6 +325,7 @@ class Placer {
     const plan::MessageLayout& from = sent_.message;
     const auto& [head, body] = arrivals_[arrival];
     const std::int32_t row = arrival_row_[selection];
+    if (row_token_ != nullptr) row_token_[row] = src_token_[arrival];
     if (*reinterpret_cast<const std::int32_t*>(head + from.placed_at) == 0)
       ops.copy(block + at_.x_at + row * call_.shape.row_bytes, body + from.row_at, call_.shape.row_bytes);
     const auto* scales = reinterpret_cast<const std::int32_t*>(body + from.scales_at);
@@ -365,21 +369,33 @@ class Placer {
         });
   }
 
-  std::shared_ptr<const Handle> make_handle() {
-    auto handle = std::make_shared<Handle>(handle_for(call_, context_.num_ranks));
-    handle->num_rows = rows_.num_rows;
-    handle->num_arrivals = rows_.num_arrivals;
-    handle->dst_rank = tensor_of(sent_.dst_rank, {call_.num_tokens, call_.num_topk});
+  std::shared_ptr<const Handle> finish_handle() {
+    Handle& handle = *handle_;
+    handle.num_rows = rows_.num_rows;
+    handle.num_arrivals = rows_.num_arrivals;
+    handle.dst_rank = tensor_of(sent_.dst_rank, {call_.num_tokens, call_.num_topk});
     std::vector<std::int32_t> between(static_cast<std::size_t>(context_.num_ranks) * context_.num_ranks, 0);
     for (int src = 0; src < context_.num_ranks; ++src)
       between[static_cast<std::size_t>(src) * context_.num_ranks + context_.rank] = counts_.tokens_from[src];
-    handle->src_token = tensor_of(std::move(src_token_), {rows_.num_arrivals});
-    handle->tokens_between = tensor_of(std::move(between), {context_.num_ranks, context_.num_ranks});
-    handle->arrival_row = tensor_of(std::move(arrival_row_), {rows_.num_arrivals, call_.num_topk});
-    handle->first_arrival = tensor_of(std::move(rows_.first_arrival), {context_.num_ranks + 1});
-    handle->slot_rows = tensor_of(std::move(rows_.slot_rows), {num_slots_});
-    handle->slot_first_row = tensor_of(std::move(rows_.slot_first_row), {num_slots_ + 1});
-    return handle;
+    handle.src_token = tensor_of(std::move(src_token_), {rows_.num_arrivals});
+    handle.tokens_between = tensor_of(std::move(between), {context_.num_ranks, context_.num_ranks});
+    handle.arrival_row = tensor_of(std::move(arrival_row_), {rows_.num_arrivals, call_.num_topk});
+    handle.first_arrival = tensor_of(std::move(rows_.first_arrival), {context_.num_ranks + 1});
+    note_source_ranges();
+    std::copy(rows_.slot_rows.begin(), rows_.slot_rows.end(), handle.slot_rows.as<std::int32_t>());
+    handle.slot_first_row = tensor_of(std::move(rows_.slot_first_row), {num_slots_ + 1});
+    return handle_;
+  }
+
+  void note_source_ranges() const {
+    auto* range = handle_->source_range.as<std::int64_t>();
+    if (range == nullptr) return;
+    for (int slot = 0; slot < num_slots_; ++slot)
+      for (int src = 0; src < context_.num_ranks; ++src) {
+        const std::size_t i = static_cast<std::size_t>(src) * num_slots_ + slot;
+        const std::int64_t first = rows_.first_row[i] - rows_.slot_first_row[slot];
+        *range++ = first << 32 | counts_.rows_from[i];
+      }
   }
 
   const Sent& sent_;
@@ -401,12 +417,18 @@ class Placer {
   std::vector<const std::int32_t*> scales_of_row_;
   plan::OutputBlock at_;
   Room room_;
+  const std::shared_ptr<Handle> handle_;
+  std::int32_t* const row_token_;  // null: not kPadded
 };
 
 class Receiver final : public Ticket<DispatchOutput>::Receiver {
  public:
-  explicit Receiver(Sent sent) : sent_(std::move(sent)) {
-    if (sent_.call.layout == OutputLayout::kPadded) promise();
+  explicit Receiver(Sent sent)
+      : sent_(std::move(sent)),
+        handle_(std::make_shared<Handle>(handle_for(sent_.call, sent_.context->num_ranks))) {
+    const int slots = sent_.call.placement->num_slots(sent_.context->rank);
+    handle_->slot_rows = Tensor::allocate(DType::kI32, {slots});
+    if (sent_.call.layout == OutputLayout::kPadded) promise(slots);
   }
 
   ~Receiver() override {
@@ -431,7 +453,7 @@ class Receiver final : public Ticket<DispatchOutput>::Receiver {
         messages_from[src] = static_cast<std::int32_t>(context.await(Flag::kArrived, epoch, src, 1));
       });
     }
-    DispatchOutput out = Placer(sent_, messages_from, room_).place();
+    DispatchOutput out = Placer(sent_, messages_from, room_, handle_).place();
     for (int src : sent_.active)
       if (messages_from[src] > 0) context.require_kept(epoch, src);
     finished_ = true;
@@ -443,19 +465,22 @@ class Receiver final : public Ticket<DispatchOutput>::Receiver {
 
  private:
   // x and scales come first in a block, so they lie where they do however many arrivals there will be.
-  void promise() {
+  void promise(int slots) {
     const DispatchCall& call = sent_.call;
     Context& context = *sent_.context;
-    const int slots = call.placement->num_slots(context.rank);
     const std::int64_t most = std::int64_t{context.num_ranks} * call.max_tokens_per_rank;
     const auto at = plan::OutputBlock::place(call.shape, call.layout, slots * most, most);
     room_ = room_for(context, at.total_bytes);
     if (StraightRows::possible(context, call) && context.arena().contains(room_.at, at.total_bytes))
       offered_ = context.arena().offset_of(room_.at + at.x_at);
     promised_ = OutputTensors{call, at, slots * most, 0, slots, context.num_ranks}.make(room_.at, room_.owner);
+    handle_->row_token = Tensor::allocate(DType::kI32, {slots, most});
+    handle_->source_range = Tensor::allocate(DType::kI64, {slots, context.num_ranks});
+    promised_.handle = handle_;
   }
 
   const Sent sent_;
+  const std::shared_ptr<Handle> handle_;  // what is promised of it, until all of it is there
   Room room_;
   std::uint64_t offered_ = 0;  // where peers may write rows in our window; 0: nowhere
   DispatchOutput promised_;
