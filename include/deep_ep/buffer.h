@@ -92,9 +92,9 @@ struct Handle {
   Tensor source_range;  // i64 [slots, num_ranks]: (first row in the slot << 32) | rows of that source
   // Low latency on CUDA buffers only.
   Tensor arrival_weights;  // f32 [num_arrivals, num_topk]: where the dispatch carried weights
-  Tensor own_row;       // i32 [num_tokens, num_topk]: arrival_row of this rank's own tokens that stay here; those of
-                        // other tokens are not written
-  Tensor own_weights;   // f32 [num_tokens, num_topk]: arrival_weights, likewise
+  Tensor own_row;          // i32 [num_tokens, num_topk]: arrival_row of this rank's own tokens that stay here; those of
+                           // other tokens are not written
+  Tensor own_weights;      // f32 [num_tokens, num_topk]: arrival_weights, likewise
 };
 
 /// Arguments of dispatch() and low_latency_dispatch(). Every tensor is read until the call returns; with a stream,
@@ -277,8 +277,8 @@ class Ticket {
   }
   bool valid() const { return receiver_ != nullptr; }
   /// The tensors that receive() will return, known before they are filled: on CUDA buffers all, on host buffers of a
-  /// kPadded dispatch x, scales, and of the handle slot_rows, row_token and source_range. Null where they are not known,
-  /// and after receive().
+  /// kPadded dispatch x, scales, and of the handle slot_rows, row_token and source_range. Null where they are not
+  /// known, and after receive().
   const Output* promised() const { return receiver_ ? receiver_->promised() : nullptr; }
 
  private:

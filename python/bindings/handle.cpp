@@ -169,7 +169,8 @@ std::shared_ptr<Handle> leave_out(const std::shared_ptr<Handle>& handle, nb::han
 
 nb::object handle_of(nb::handle tensor, nb::handle topk_idx) {
   if (tensor.is_none()) return nb::none();
-  const HandlePtr found = handle_at(data_of(tensor));
+  const void* data = data_of(tensor, "an entry of handle");
+  const HandlePtr found = data != nullptr ? handle_at(data) : handle_beside(tensor);
   if (!found || !found->first_arrival.given()) return nb::none();  // the latter: promised, and not received yet
   const auto handle = std::const_pointer_cast<Handle>(found);
   return nb::cast(topk_idx.is_none() ? handle : leave_out(handle, topk_idx));

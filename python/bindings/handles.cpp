@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: MIT
+#include <nanobind/stl/shared_ptr.h>
+
 #include <algorithm>
 #include <cstring>
 #include <iterator>
@@ -59,6 +61,19 @@ Tensor tensor_of(const HandlePtr& handle, Tensor Handle::*field) {
     known.tensors[first] = {end, handle};
   }
   return Tensor(tensor, std::shared_ptr<void>(handle, tensor.data));
+}
+
+namespace {
+constexpr char kAttribute[] = "_deep_ep_handle";
+}
+
+void put_beside(nanobind::handle tensor, const HandlePtr& handle) {
+  nanobind::setattr(tensor, kAttribute, nanobind::cast(std::const_pointer_cast<Handle>(handle)));
+}
+
+HandlePtr handle_beside(nanobind::handle tensor) {
+  const nanobind::object found = nanobind::getattr(tensor, kAttribute, nanobind::none());
+  return found.is_none() ? nullptr : nanobind::cast<std::shared_ptr<Handle>>(found);
 }
 
 Tensor copy_of(const TensorView& view) {

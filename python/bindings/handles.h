@@ -2,6 +2,8 @@
 // Handles in Python's hands: small tensors made for a handle, and the way back from such a tensor to the handle.
 #pragma once
 
+#include <nanobind/nanobind.h>
+
 #include <array>
 #include <memory>
 
@@ -23,12 +25,16 @@ static_assert(kHandleTensors.size() == kHandleTensorNames.size());
 inline constexpr std::array kLowLatencyTensors{&Handle::arrival_weights, &Handle::row_token, &Handle::source_range,
                                                &Handle::own_row, &Handle::own_weights};
 
-/// One of a handle's tensors, which keeps the handle alive and from which it can be found again, through any alias of its
-/// memory: DeepEP's users take handle tuples apart and put them together again.
+/// One of a handle's tensors, which keeps the handle alive and from which it can be found again, through any alias of
+/// its memory: DeepEP's users take handle tuples apart and put them together again.
 Tensor tensor_of(const HandlePtr& handle, Tensor Handle::*field);
 
 /// The handle of whose tensors the one with this memory is, or was cut from; null if there is none.
 HandlePtr handle_at(const void* data);
+
+/// A tensor without memory is found by an attribute, which its aliases lack: that of a rank that hosts no expert.
+void put_beside(nanobind::handle tensor, const HandlePtr& handle);
+HandlePtr handle_beside(nanobind::handle tensor);
 
 /// Ordinary memory with the contents of a contiguous view.
 Tensor copy_of(const TensorView& view);

@@ -38,8 +38,10 @@ void add_counts(const Handle& handle, const nb::object& stats) {
 // What DeepEP's low_latency_dispatch returns: (x, scales, count, src_info, layout_range).
 nb::tuple padded(const DispatchOutput& out, Device device) {
   const auto field = [&](Tensor Handle::*tensor) { return to_torch(tensor_of(out.handle, tensor), device); };
+  const nb::object layout_range = field(&Handle::source_range);
+  if (out.handle->source_range.numel() == 0) put_beside(layout_range, out.handle);
   return nb::make_tuple(to_torch(out.x, device), to_torch(out.scales, device), field(&Handle::slot_rows),
-                        field(&Handle::row_token), field(&Handle::source_range));
+                        field(&Handle::row_token), layout_range);
 }
 
 }  // namespace

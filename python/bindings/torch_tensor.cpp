@@ -75,6 +75,9 @@ void use_torch(nb::object from_dlpack, nb::dict dtypes, nb::object tensor_type) 
 }
 
 Device device_of(nb::handle tensor, const char* what) {
+  if (!nb::hasattr(tensor, "is_cpu"))
+    throw Error(ErrorCode::kInvalidArgument,
+                std::string(what) + " must be a tensor: it is " + text_of(tensor.type().attr("__name__")));
   if (nb::cast<bool>(tensor.attr("is_cpu"))) return kCpu;
   if (nb::cast<bool>(tensor.attr("is_cuda"))) return nb::cast<int>(tensor.attr("get_device")());
   throw Error(ErrorCode::kUnsupported,
@@ -122,12 +125,13 @@ TensorView view_of(nb::handle tensor, const char* what, Device device) {
   return view;
 }
 
-const void* data_of(nb::handle tensor) {
+const void* data_of(nb::handle tensor, const char* what) {
   const TorchFace& face = torch_face();
   TensorView view;
   Device device = kCpu;
-  return face.exchange.knows(tensor) && face.exchange.view(tensor, view, device) ? view.data
-                                                                                 : data_by_attribute(tensor);
+  if (face.exchange.knows(tensor) && face.exchange.view(tensor, view, device)) return view.data;
+  device_of(tensor, what);
+  return data_by_attribute(tensor);
 }
 
 Tensor hold(nb::handle tensor, const char* what) {

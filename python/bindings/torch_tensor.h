@@ -25,8 +25,8 @@ TensorView view_of(nb::handle tensor, const char* what, Device device = kCpu);
 /// As view_of, of whatever device, and keeps the torch tensor alive itself. None: not given.
 Tensor hold(nb::handle tensor, const char* what);
 
-/// Where a torch tensor's memory begins.
-const void* data_of(nb::handle tensor);
+/// Where a torch tensor's memory begins. `what` names it in errors.
+const void* data_of(nb::handle tensor, const char* what);
 
 /// Of a torch tensor. Throws kUnsupported where it is neither a CPU nor a CUDA tensor.
 Device device_of(nb::handle tensor, const char* what);

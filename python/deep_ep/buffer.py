@@ -87,6 +87,7 @@ class Buffer(NormalMode, LowLatencyMode):
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
+        """Sets `Buffer.num_sms`, an even number: of the recommended configs, and of SMs that a call on a GPU takes."""
         assert new_num_sms % 2 == 0, "the number of SMs must be even"
         Buffer.num_sms = new_num_sms
 
@@ -99,15 +100,18 @@ class Buffer(NormalMode, LowLatencyMode):
     def get_low_latency_rdma_size_hint(
         num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
     ) -> int:
+        """`num_rdma_bytes` of a buffer for low-latency calls of that size."""
         return low_latency_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
 
     @staticmethod
     def get_dispatch_config(num_ranks: int) -> Config:
+        """The recommended one; for numbers of ranks that DeepEP knows."""
         assert num_ranks in DISPATCH_CONFIGS, f"there is no recommended dispatch config for {num_ranks} ranks"
         return Config(Buffer.num_sms, *DISPATCH_CONFIGS[num_ranks])
 
     @staticmethod
     def get_combine_config(num_ranks: int) -> Config:
+        """The recommended one; for numbers of ranks that DeepEP knows."""
         assert num_ranks in COMBINE_CONFIGS, f"there is no recommended combine config for {num_ranks} ranks"
         return Config(Buffer.num_sms, *COMBINE_CONFIGS[num_ranks])
 

@@ -127,6 +127,7 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
 
     @staticmethod
     def get_agrs_buffer_size_hint(group: Any, num_max_session_bytes: int) -> int:
+        """`num_bytes` of a buffer for sessions of that size."""
         return align(num_max_session_bytes, elastic_sizes.PAGE)
 
     def close(self) -> None:
@@ -148,15 +149,19 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
 
     @staticmethod
     def capture() -> EventHandle:
+        """An event on the current stream, now."""
         return EventHandle()
 
     def get_comm_stream(self) -> Any:
+        """The stream that operations run on: on CPUs they run in the call itself."""
         return self._comm_stream()
 
     def get_physical_domain_size(self) -> Tuple[int, int]:
+        """(nodes, ranks of a node)"""
         return self.num_rdma_ranks, self.num_nvlink_ranks
 
     def get_logical_domain_size(self) -> Tuple[int, int]:
+        """(scale-out ranks, scale-up ranks): nodes and ranks of a node in hybrid mode, else 1 and all."""
         return self.get_physical_domain_size() if self.allow_hybrid_mode else (1, self._num_ranks)
 
     def get_theoretical_num_sms(
@@ -181,6 +186,7 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
         return self._num_sms[key]
 
     def get_theoretical_num_qps(self, num_sms: int) -> int:
+        """Upstream's number. It decides nothing here; frameworks pass it on."""
         return min(16 * num_sms + 1 if self.num_scaleout_ranks > 1 else min(num_sms, 9), self.num_allocated_qps)
 
     # Dispatch -------------------------------------------------------------------------------------------------------
@@ -209,8 +215,17 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
         *,
         placement: Any = None,
     ) -> Tuple[Any, Optional[torch.Tensor], Optional[torch.Tensor], EPHandle, EventOverlap]:
+        """Sends each token, once, to every rank that hosts one of its experts. Collective.
+
+        `x` is [tokens, hidden], or (FP8 rows, their scales). With the `handle` of an earlier dispatch rows go the same way,
+        `topk_idx` is left out and nothing is counted. `do_cpu_sync=False`: outputs have room for the most that can come, and
+        counts are in the handle's tensors only.
+
+        Returns (rows, ids of this rank's experts or -1, weights as sent, handle, event): a row per token, or with `do_expand`
+        a row per token and expert, expert by expert, each group rounded up to `expert_alignment`, with weights [rows] and
+        None for the ids."""
         data, scales = split(x)
-        self._use(data)
+        self._use(data, "x", "dispatch")
         asked = _Asked(
             data.size(0),
             topk_idx,
@@ -367,7 +382,10 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
         async_with_compute_stream: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
-        self._use(x)
+        """Brings rows, in the order in which dispatch gave them, back to their tokens and adds them up in the order of the
+        selections, with one `bias` [tokens, hidden] or two. Collective. Returns (sums [tokens, hidden], weights as their
+        experts' ranks returned them or None, event)."""
+        self._use(x, "x", "combine")
 
         def check() -> Tuple[Any, Any, Any]:
             require(

@@ -38,6 +38,7 @@ def buffer_size_hint(
     allow_hybrid_mode: bool = True,
     allow_multiple_reduction: bool = True,
 ) -> int:
+    """`num_bytes` of a buffer for dispatch and combine of that size."""
     require(4 * -(-hidden // 32) <= hidden, f"hidden is too small for its scales: {hidden}")
     topk, tokens, ranks = num_topk or _MAX_TOPK, num_max_tokens_per_rank, size_of(group)
     nodes, peers = get_logical_domain_size(group, allow_hybrid_mode)
@@ -59,17 +60,20 @@ def buffer_size_hint(
 def engram_storage_size_hint(
     num_entries: int, hidden: int, num_max_tokens_per_rank: int, dtype: torch.dtype = torch.bfloat16
 ) -> Tuple[int, int]:
+    """(bytes on the GPU, bytes on the CPU) of a buffer for `engram_write` and `engram_fetch`."""
     entry = align(hidden * _item(dtype), 32)
     return align(entry * num_max_tokens_per_rank, PAGE), align(entry * num_entries, PAGE)
 
 
 def pp_buffer_size_hint(num_max_tensor_bytes: int, num_max_inflight_tensors: int) -> int:
+    """`num_bytes` of a buffer for `pp_send` and `pp_recv`."""
     return align(align(num_max_tensor_bytes, 32) * num_max_inflight_tensors * 4, PAGE)
 
 
 def agrs_num_max_session_bytes(
     group: Any, shapes: Union[Sequence[int], Sequence[Sequence[int]]], dtype: torch.dtype
 ) -> int:
+    """Bytes of a session that gathers tensors of these shapes, one shape or several."""
     several = shapes if len(shapes) > 0 and not isinstance(shapes[0], int) else [shapes]
     return sum(align(size_of(group) * math.prod(shape) * _item(dtype), 32) for shape in several)  # type: ignore[arg-type,misc]
 

@@ -44,7 +44,7 @@ class EngramMixin(Session):
             require(inside, f"indices must be 0 .. {total - 1}")
             return wanted
 
-        self._use(indices)
+        self._use(indices, "indices")
         wanted = self._checked("dispatch", check)
         data = self._fetch_rows(wanted, self._engram)  # type: ignore[arg-type]
         tokens, per_token = indices.shape

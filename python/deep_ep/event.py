@@ -27,6 +27,7 @@ class EventHandle:
         return handle
 
     def current_stream_wait(self) -> None:
+        """Makes the current stream wait for this moment."""
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
 
@@ -48,7 +49,11 @@ class EventOverlap:
         self.event = event
         self.extra_tensors = extra_tensors
 
+    def __repr__(self) -> str:
+        return f"EventOverlap({'None' if self.event is None else 'event'})"
+
     def current_stream_wait(self, release_handle: bool = False) -> None:
+        """Makes the current stream wait for the event, then runs the registered hook."""
         assert self.event is not None, "there is no event: the call was synchronous"
         self.event.current_stream_wait()
         if self.hook_after_wait is not None:
@@ -58,6 +63,7 @@ class EventOverlap:
             self.event = None
 
     def register_hook_after_wait(self, hook: Callable[[], None]) -> None:
+        """Runs `hook` once, after the next `current_stream_wait`."""
         assert self.hook_after_wait is None, "a hook is registered already"
         self.hook_after_wait = hook
 

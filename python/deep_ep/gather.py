@@ -3,7 +3,7 @@
 
 import contextlib
 import math
-from typing import Any, Callable, Iterator, Sequence, Tuple, Union
+from typing import Any, Iterator, Sequence, Tuple, Union
 
 import torch
 
@@ -21,6 +21,7 @@ class GatherMixin(Session):
     _agrs_open = False
 
     def agrs_set_config(self, num_max_session_bytes: int, num_max_all_gathers_per_session: int) -> None:
+        """What a session may gather at most."""
         require(
             0 < num_max_all_gathers_per_session <= _MAX_GATHERS,
             f"num_max_all_gathers_per_session must be 1 .. {_MAX_GATHERS}: {num_max_all_gathers_per_session}",
@@ -28,15 +29,18 @@ class GatherMixin(Session):
         self._agrs_limits = (num_max_session_bytes, num_max_all_gathers_per_session)
 
     def create_agrs_session(self) -> None:
+        """Begins a session: `all_gather` is for sessions. `agrs_new_session` ends it by itself."""
         require(not self._agrs_open, "a session is open already")
         self._agrs_open, self._agrs_used = True, (0, 0)
 
     def destroy_agrs_session(self) -> None:
+        """Ends the session."""
         require(self._agrs_open, "no session is open")
         self._agrs_open = False
 
     @contextlib.contextmanager
     def agrs_new_session(self, enabled: bool = True) -> Iterator[None]:
+        """A session for the length of a `with` statement; none where not `enabled`."""
         if not enabled:
             yield
             return
@@ -69,7 +73,7 @@ class GatherMixin(Session):
         self._agrs_used = used
 
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._use(tensor)
+        self._use(tensor, "tensors")
         size = tensor.numel() * tensor.element_size()
         row = torch.zeros((1, align(max(size, 1), _ROW_BYTES)), dtype=torch.uint8, device=self._device)
         row[0, :size] = tensor.contiguous().view(-1).view(torch.uint8)
@@ -83,6 +87,3 @@ class GatherMixin(Session):
 
 def _done() -> None:
     """The gathered tensors are there when all_gather returns."""
-
-
-_Handle = Callable[[], None]

@@ -77,7 +77,7 @@ class HybridEPBuffer(Session):
         each one's rows in order (source rank, source token), padded with zeros to `pad_multiple`. Routes are a bool map
         [tokens, experts] with probs of its shape, or top-k ids with weights. With `num_permuted_tokens` there are that many
         rows; if more would come, the call is refused, so the overflow flag is always 0."""
-        self._use(hidden)
+        self._use(hidden, "hidden", "dispatch")
         if handle is not None:
             rows, scales, *_ = self._opened().dispatch(x=hidden, scales=scaling_factor, handle=handle.core)
             return rows, None, scales, handle.tokens_per_expert, handle
@@ -127,7 +127,7 @@ class HybridEPBuffer(Session):
         fuse_unpermute_combine: bool = False,
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """(sums of each token's rows, and their probs at home, [tokens, experts])."""
-        self._use(hidden)
+        self._use(hidden, "hidden", "combine")
         tokens, weights = self._opened().combine(
             x=hidden,
             handle=handle.core,

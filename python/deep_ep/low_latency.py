@@ -49,12 +49,21 @@ class LowLatencyMode(Session):
         placement: Any = None,
         **of_forks: Any,
     ) -> Tuple[Any, torch.Tensor, Tuple[Any, ...], EventOverlap, Hook]:
+        """Sends each token to each of its experts, with fixed shapes and no wait for counts. Collective.
+
+        `x` is BF16 [tokens, hidden], of `num_max_dispatch_tokens_per_rank` tokens at most, a number equal on all ranks. With
+        `use_fp8` rows travel as FP8, one scale per 128 channels; `round_scale` makes scales powers of two, `use_ue8m0` packs
+        the exponents of four into an int32. Statistics are added to.
+
+        Returns (rows [experts here, ranks * max tokens, hidden] or (rows, scales), rows per expert, handle, event, hook). With
+        `return_recv_hook` contents are there once the hook has run; without it the hook is None. The handle is (token on its
+        source rank of each row, (first row << 32 | rows) of each expert and source, max tokens, hidden, experts)."""
         if of_forks:
             refuse(self, "low_latency_dispatch", of_forks, _NVFP4, "rows travel as BF16, or as FP8 with use_fp8")
         if isinstance(cumulative_local_expert_recv_stats, bool):  # the first V1 had use_fp8 in this place
             use_fp8, cumulative_local_expert_recv_stats = cumulative_local_expert_recv_stats, None
+        core = self._use(x, "x", "low_latency_dispatch")
         shape = (x.size(-1), num_max_dispatch_tokens_per_rank, topk_idx.size(-1), num_experts)
-        core = self._use(x)
         if shape not in self._fitting[self._on_gpu]:
             core = self._core_for(shape)
         stats = (dispatch_wait_recv_cost_stats, cumulative_local_expert_recv_stats)
@@ -100,11 +109,16 @@ class LowLatencyMode(Session):
         wire: Optional[str] = None,
         **of_forks: Any,
     ) -> Tuple[torch.Tensor, EventOverlap, Hook]:
-        """`wire`: how rows cross, "logfmt10" (as `use_logfmt` asks for), "fp8", or as they are; equal on all ranks."""
+        """Brings experts' rows, `x` of the shape that dispatch gave, back to their tokens: the sum over k of weight k times
+        row k, in FP32, in order of k. Collective. `topk_idx` is that of the dispatch; selections that became -1 since do not
+        count. `zero_copy`: rows are in the buffer of `get_next_low_latency_combine_buffer`. `wire`: how rows cross,
+        "logfmt10" (as `use_logfmt` asks for), "fp8", or as they are; equal on all ranks.
+
+        Returns (sums [tokens, hidden], which are `out` where it is given, event, hook or None)."""
         if of_forks:
             why = "combine sends rows that are complete; return_recv_hook overlaps its second half"
             refuse(self, "low_latency_combine", of_forks, _OVERLAP, why)
-        core, wait_stats = self._use(x), combine_wait_recv_cost_stats
+        core, wait_stats = self._use(x, "x", "low_latency_combine"), combine_wait_recv_cost_stats
 
         def check() -> Any:
             if use_logfmt or async_finish or wait_stats is not None:
@@ -155,16 +169,19 @@ class LowLatencyMode(Session):
         self._opened()
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
+        """Leaves a rank out of low-latency calls, or takes it back; see `set_masked`."""
         self._require_shrink()
         self._opened().set_masked(rank_to_mask, bool(mask))
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
+        """Writes 1 for each rank that is left out and 0 for the others."""
         self._require_shrink()
         masked = self.masked_ranks()
         require(mask_status.numel() == len(masked), f"mask must have {len(masked)} entries: {mask_status.numel()}")
         mask_status.copy_(torch.tensor(masked, dtype=mask_status.dtype, device="cpu"))
 
     def low_latency_clean_mask_buffer(self) -> None:
+        """Takes every rank back."""
         self._require_shrink()
         for rank in range(self._num_ranks):
             if self._opened().masked(rank):

@@ -41,7 +41,10 @@ class NormalMode(Session):
         *,
         placement: Any = None,
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor, EventOverlap]:
-        core = self._use(topk_idx)
+        """Counts where this rank's tokens go, by `topk_idx` [tokens, top-k], -1: no selection. Local. Returns tokens per
+        rank, int32 [ranks]; per node, int32 [nodes], None inside one node; selections per expert, int32 [experts]; whether
+        a token goes to a rank, bool [tokens, ranks]; and an event."""
+        core = self._use(topk_idx, "topk_idx")
         with self._call("dispatch", previous_event, async_finish) as call:
             per_rank, per_node, per_expert, member = core.dispatch_layout(topk_idx, num_experts, placement)
         per_node = per_node if self._num_nodes > 1 else None
@@ -66,8 +69,17 @@ class NormalMode(Session):
         *,
         placement: Any = None,
     ) -> Tuple[Any, Any, Any, Any, Any, EventOverlap]:
+        """Sends each token, once, to every rank that hosts one of its experts. Collective.
+
+        `x` is [tokens, hidden], or (FP8 rows, their scales). Without `handle` the results of `get_dispatch_layout` must be
+        given, and ids and weights together or not at all. With the handle of an earlier dispatch, rows go the same way and
+        nothing is counted.
+
+        Returns (rows in order of source rank and source token, ids of this rank's experts or -1, weights or 0, list of rows
+        per expert here, each rounded up to `expert_alignment`, handle, event); with a handle, None instead of all but rows
+        and event. `num_worst_tokens`: outputs have as many rows, those behind the last have ids -1, and the list is empty."""
         data, scales = split(x)
-        core = self._use(data)
+        core = self._use(data, "x", "dispatch")
         layout = (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
         with self._call("dispatch", previous_event, async_finish) as call:
             routes = self._checked(
@@ -104,7 +116,9 @@ class NormalMode(Session):
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
-        core = self._use(x)
+        """Brings rows, in the order in which dispatch gave them, back to their tokens and adds them up, unweighted, with one
+        `bias` [tokens, hidden] or two. Collective. Returns (sums [tokens, hidden], sums of `topk_weights` or None, event)."""
+        core = self._use(x, "x", "combine")
         num_topk = None if topk_weights is None else topk_weights.size(-1)
         with self._call("combine", previous_event, async_finish) as call:
             core_handle, biases = self._checked(
@@ -133,7 +147,7 @@ class NormalMode(Session):
         *,
         num_worst_tokens: int = 0,
     ) -> Tuple[Any, Any, Any, Any, Any, EventOverlap]:
-        """`dispatch` for a buffer of several nodes."""
+        """`dispatch` for a buffer of several nodes. `config` must be given."""
         assert config is not None, "internode_dispatch needs a config"
         return self.dispatch(
             x,
@@ -163,7 +177,7 @@ class NormalMode(Session):
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
-        """`combine` for a buffer of several nodes."""
+        """`combine` for a buffer of several nodes. `config` must be given."""
         assert config is not None, "internode_combine needs a config"
         return self.combine(
             x, handle, topk_weights, bias, config, previous_event, async_finish, allocate_on_comm_stream
@@ -187,6 +201,7 @@ class NormalMode(Session):
         assert num_tokens_per_rank is not None and is_token_in_rank is not None and num_tokens_per_expert is not None, (
             "without a handle, num_tokens_per_rank, is_token_in_rank and num_tokens_per_expert must be given"
         )
+        require(data.dim() == 2, f"x must be [tokens, hidden]: it is {list(data.shape)}")
         shape = (data.size(0), self._num_ranks)
         require(
             tuple(is_token_in_rank.shape) == shape and is_token_in_rank.dtype == torch.bool,

@@ -42,7 +42,7 @@ def register_buffer(buffer: Session) -> int:
 
 
 def _core_of(number: int, x: torch.Tensor) -> Any:
-    return _buffers[number]._use(x)
+    return _buffers[number]._use(x, "x")
 
 
 def _clear_behind(rows: torch.Tensor, last: torch.Tensor) -> None:

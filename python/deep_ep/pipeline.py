@@ -17,7 +17,7 @@ class PipelineMixin(Session):
     _pp_limits = (0, 0)
 
     def pp_set_config(self, num_max_tensor_bytes: int, num_max_inflight_tensors: int) -> None:
-        """Collective."""
+        """How large tensors are and how many may be under way. Collective."""
         require(
             num_max_tensor_bytes > 0 and num_max_inflight_tensors > 0,
             f"sizes must be positive: {num_max_tensor_bytes}, {num_max_inflight_tensors}",
@@ -35,6 +35,7 @@ class PipelineMixin(Session):
         sent.append(send(self.group, t.clone(), dst_rank_idx))
 
     def pp_recv(self, t: torch.Tensor, src_rank_idx: int, num_sms: int = 0) -> None:
+        """Receives into `t` the next tensor that a neighbour sent."""
         self._check_pp(t, src_rank_idx)
         receive(self.group, t, src_rank_idx)
 

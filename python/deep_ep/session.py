@@ -99,9 +99,17 @@ class Session:
         """On a GPU: operations are enqueued on one stream, their results used on the other."""
         self._core.use_streams(calls.cuda_stream, user.cuda_stream)  # type: ignore[union-attr]
 
-    def _use(self, x: torch.Tensor) -> Any:
-        """The C++ buffer for tensors that are where `x` is. Collective at the first call for its type of device."""
-        if x.is_cuda != self._on_gpu and (x.is_cpu or x.is_cuda):
+    def _use(self, x: torch.Tensor, name: str, operation: str = "") -> Any:
+        """The C++ buffer for tensors that are where `x` is, the argument `name` of a collective operation, or of a local
+        call. Collective at the first call for its type of device."""
+        try:
+            on_gpu = x.is_cuda
+        except AttributeError:
+            error = invalid(f"{name} must be a tensor: it is {type(x).__name__}")
+            if operation:
+                self._opened().refuse(operation, str(error))
+            raise error from None
+        if on_gpu != self._on_gpu and (x.is_cpu or on_gpu):
             self._opened()
             self._be_on(x.device)
             self._core = self._cores.get(x.device.type)
@@ -167,6 +175,11 @@ class Session:
         if cores:
             _open_sessions.discard(self)
 
+    def __repr__(self) -> str:
+        state = "" if self.__dict__.get("_core") is not None else ", closed"
+        where = f"rank {self._rank} of {self._num_ranks} on {self._device}" if "_num_ranks" in self.__dict__ else "not made"
+        return f"<{type(self).__module__}.{type(self).__name__}: {where}{state}>"
+
     def __enter__(self) -> Any:
         return self
 
@@ -190,6 +203,7 @@ class Session:
             core.set_masked(rank, masked)
 
     def masked_ranks(self) -> List[bool]:
+        """Which ranks are left out."""
         core = self._opened()
         return [core.masked(rank) for rank in range(self._num_ranks)]
 
@@ -202,6 +216,7 @@ class Session:
         self._opened().check()
 
     def reset_statistics(self) -> None:
+        """Lets all counters begin anew."""
         self._opened().reset_statistics()
 
     def memory_plan(self) -> str:
@@ -217,7 +232,7 @@ def two_biases(bias: Any) -> Any:
     """None, one tensor or two, as two."""
     if bias is None:
         return None, None
-    if isinstance(bias, tuple):
+    if isinstance(bias, (tuple, list)):
         require(len(bias) == 2, f"bias must be a tensor or two: {len(bias)} are given")
-        return bias
+        return tuple(bias)
     return bias, None

@@ -424,8 +424,7 @@ class Placer {
 class Receiver final : public Ticket<DispatchOutput>::Receiver {
  public:
   explicit Receiver(Sent sent)
-      : sent_(std::move(sent)),
-        handle_(std::make_shared<Handle>(handle_for(sent_.call, sent_.context->num_ranks))) {
+      : sent_(std::move(sent)), handle_(std::make_shared<Handle>(handle_for(sent_.call, sent_.context->num_ranks))) {
     const int slots = sent_.call.placement->num_slots(sent_.context->rank);
     handle_->slot_rows = Tensor::allocate(DType::kI32, {slots});
     if (sent_.call.layout == OutputLayout::kPadded) promise(slots);

@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "exchange.h"
+#include "memory.h"
 
 namespace deep_ep::test {
 namespace {
@@ -331,6 +332,35 @@ TEST(LowLatency, refuses_a_ticket_that_is_received_twice) {
     auto ticket = buffer.low_latency_dispatch(series.worlds[0].input(buffer.rank()));
     ticket.receive();
     EXPECT_EQ(outcome_of([&] { ticket.receive(); }).code, ErrorCode::kInvalidArgument);
+  });
+}
+
+TEST(LowLatency, tells_of_each_padded_row_whose_token_it_is) {
+  const World world(low_latency(OutputLayout::kPadded));
+  run_ranks(world.shape.ranks, world.config(), [&](AnyBuffer& buffer) {
+    const oracle::Dispatched& expected = world.expected[buffer.rank()];
+    auto ticket = buffer.low_latency_dispatch(world.input(buffer.rank()));
+    const std::shared_ptr<const Handle> promised = ticket.promised()->handle;
+    const DispatchOutput out = to_host(ticket.receive());
+    const Tensor row_token = to_host(promised->row_token), source_range = to_host(promised->source_range);
+    const int topk = world.shape.topk;
+    std::vector<std::int64_t> rows_from(source_range.numel(), 0), first_from(source_range.numel(), -1);
+    for (int src = 0; src < world.shape.ranks; ++src)
+      for (int i = expected.first_arrival[src] * topk; i < expected.first_arrival[src + 1] * topk; ++i) {
+        const std::int64_t row = expected.arrival_row[i];
+        if (row < 0) continue;
+        EXPECT_EQ(row_token.as<const std::int32_t>()[row], expected.src_token[i / topk]) << "row " << row;
+        const auto block = static_cast<std::size_t>(row / row_token.size(1) * world.shape.ranks + src);
+        if (rows_from[block]++ == 0) first_from[block] = row % row_token.size(1);
+      }
+    for (std::size_t block = 0; block < rows_from.size(); ++block) {
+      const std::int64_t range = source_range.as<const std::int64_t>()[block];
+      EXPECT_EQ(range & 0xffffffff, rows_from[block]) << "block " << block;
+      if (rows_from[block] > 0) EXPECT_EQ(range >> 32, first_from[block]) << "block " << block;
+    }
+    const Tensor counts = to_host(promised->slot_rows);
+    EXPECT_EQ(std::vector<std::int32_t>(counts.as<std::int32_t>(), counts.as<std::int32_t>() + counts.numel()),
+              expected.slot_rows);
   });
 }
 

@@ -69,6 +69,9 @@ def test_several_buffers_and_groups_work_side_by_side():
     "change, message",
     [
         (dict(x=torch.zeros(6, 7, dtype=torch.bfloat16)), "multiple of 16 bytes"),
+        (dict(x=[[1.0]]), "x must be a tensor: it is list"),
+        (dict(x=torch.zeros(HIDDEN, dtype=torch.bfloat16)), "x must be [tokens, hidden]"),
+        (dict(topk_idx=[[1]]), "topk_idx must be a tensor: it is list"),
         (dict(x=torch.zeros(5, HIDDEN, dtype=torch.bfloat16)), "is_token_in_rank"),
         (dict(x=torch.zeros(HIDDEN, 6, dtype=torch.bfloat16).t()), "contiguous"),
         (dict(topk_weights=torch.zeros(6, 3)), "topk_weights"),

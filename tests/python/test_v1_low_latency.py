@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from deep_ep import Buffer, Error
+from deep_ep import Buffer, Error, _core
 from deep_ep.utils.math import calc_diff, per_token_cast_back
 
 from ranks import make_tokens, run_ranks
@@ -315,6 +315,22 @@ def test_1_11_handles_may_be_repacked_and_serve_after_other_dispatches():
 
     for first, second in with_buffer(body)[0]:
         assert calc_diff(first * 2, second) < 1e-5 and float(first.float().abs().sum()) > 0
+
+
+def test_1_11_a_rank_that_hosts_no_expert_dispatches_and_combines_too():
+    def body(buffer, tokens):
+        placement = _core.Placement.from_lists([list(range(EXPERTS)), []], EXPERTS)
+        recv, count, handle, _, _ = buffer.low_latency_dispatch(
+            tokens.x, tokens.topk_idx, MAX_TOKENS, EXPERTS, use_fp8=False, placement=placement
+        )
+        combined, _, _ = buffer.low_latency_combine(recv, tokens.topk_idx, tokens.topk_weights, handle)
+        return count.tolist(), combined
+
+    results, sources = with_buffer(body, num_ranks=2)
+    assert sum(results[0][0]) == sum(int((tokens.topk_idx >= 0).sum()) for tokens in sources) and results[1][0] == []
+    for (_, combined), tokens in zip(results, sources):
+        kept = (tokens.topk_weights * (tokens.topk_idx >= 0)).sum(dim=1, keepdim=True)
+        assert calc_diff(combined, tokens.x.float() * kept) < 1e-5
 
 
 def test_1_9_a_buffer_that_is_too_small_grows_with_the_call():

@@ -55,7 +55,8 @@ def test_q7_v1_captures_an_overlap_and_v2_an_event():
 def test_1_2_one_bias_or_two():
     one, two = torch.zeros(1), torch.ones(1)
     assert Buffer._unpack_bias(None) == (None, None)
-    assert Buffer._unpack_bias(one) == (one, None) and Buffer._unpack_bias((one, two)) == (one, two)
+    assert Buffer._unpack_bias(one) == (one, None)
+    assert Buffer._unpack_bias((one, two)) == Buffer._unpack_bias([one, two]) == (one, two)
 
 
 def test_2_event_overlap_waits_releases_and_runs_its_hook():
@@ -318,6 +319,19 @@ def test_1_2_small_methods_of_a_buffer():
         assert buffer.get_local_buffer_tensor(torch.int8, torch.Size((4, 8))).shape == (4, 8)
         stream = buffer.get_comm_stream()
         assert stream is None or stream == torch.cpu.current_stream()
+
+
+@pytest.mark.parametrize("kind", [Buffer, ElasticBuffer, EventOverlap, EventHandle, Config], ids=lambda each: each.__name__)
+def test_1_to_3_help_has_something_to_say_about_every_public_method(kind):
+    public = {name: member for name, member in inspect.getmembers(kind, callable) if not name.startswith("_")}
+    assert [name for name, member in public.items() if not inspect.getdoc(member)] == []
+
+
+def test_1_1_a_buffer_prints_who_it_is_and_whether_it_is_open():
+    buffer = Buffer(deep_ep.in_process_group(1)[0])
+    assert repr(buffer) == "<deep_ep.buffer.Buffer: rank 0 of 1 on cpu>"
+    buffer.close()
+    assert repr(buffer).endswith("closed>") and repr(EventOverlap()) == "EventOverlap(None)"
 
 
 def test_1_12_errors_are_runtime_errors_and_pythons_own_checks_assertions():
