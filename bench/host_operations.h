@@ -76,7 +76,7 @@ class HostOperations {
         ranks_of_token_(ranks_of_tokens(work, routing_)),
         ll_places_(places_of_selections(work, rank)),
         x_(static_cast<std::size_t>(std::max(work.num_tokens, work.num_ll_tokens) * work.hidden)),
-        result_(static_cast<std::size_t>(work.num_tokens * work.hidden)) {
+        result_(static_cast<std::size_t>(std::max(work.num_tokens, work.num_ll_tokens) * work.hidden)) {
     fill_rows(work, rank, std::max(work.num_tokens, work.num_ll_tokens), x_.data());
   }
 

@@ -235,7 +235,7 @@ def measured(clock: Clock, work: Workload, operation: Operation) -> Dict[str, An
     for _ in range(work.ll_reps if operation.low_latency else work.reps):
         operation.before()
         times.append(clock.time(operation.run))
-    per_call = [round((after - start) / len(times), 1) for start, after in zip(before, used())]
+    per_call = [(after - start) / len(times) for start, after in zip(before, used())]
     return {
         "name": operation.name,
         "time": summary(times),
@@ -295,14 +295,16 @@ def cpp_round(program: Path, options: List[str], folder: str) -> Dict[str, Any]:
 
 
 def joined(rounds: List[List[Dict[str, Any]]]) -> List[Dict[str, Any]]:
-    """Each operation with the median of its rounds' medians, which stay readable beside it."""
+    """Each operation with the median of its rounds' medians, which stay readable beside it, and the mean of what it
+    used."""
     result = []
     for same in zip(*rounds):
         assert len({tuple(each["digest"]) for each in same}) == 1, f"{same[0]['name']}: rounds differ"
         medians = [each["time"]["median_us"] for each in same]
         time_ = {"median_us": statistics.median(medians), "p99_us": max(each["time"]["p99_us"] for each in same)}
         time_.update(n=sum(each["time"]["n"] for each in same), rounds_us=medians)
-        result.append({"name": same[0]["name"], "time": time_, "digest": same[0]["digest"]})
+        per_call = {key: statistics.mean(each["per_call"][key] for each in same) for key in same[0]["per_call"]}
+        result.append({"name": same[0]["name"], "time": time_, "per_call": per_call, "digest": same[0]["digest"]})
     return result
 
 

@@ -9,7 +9,9 @@ from typing import Any, List
 import deep_ep
 import torch
 import torch.distributed as dist
-from deep_ep.utils.envs import init_dist, launch, settle
+from deep_ep.utils.envs import init_dist, settle
+
+from script_options import parser, start
 
 
 def now() -> float:
@@ -21,7 +23,7 @@ def step(buffer: Any, x: torch.Tensor, topk: Any, experts: torch.Tensor, args: a
     """Seconds of dispatch, experts and combine."""
     times = [now()]
     recv, count, handle, _, hook = buffer.low_latency_dispatch(
-        x, topk[0], args.batch_size, args.num_experts, use_fp8=False, return_recv_hook=True
+        x, topk[0], args.num_tokens, args.num_experts, use_fp8=False, return_recv_hook=True
     )
     hook()
     times.append(now())
@@ -39,13 +41,13 @@ def step(buffer: Any, x: torch.Tensor, topk: Any, experts: torch.Tensor, args: a
 def run(local_rank: int, num_processes: int, args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     rank, ranks, group = init_dist(local_rank, num_processes)
-    hint = deep_ep.Buffer.get_low_latency_rdma_size_hint(args.batch_size, args.hidden_size, ranks, args.num_experts)
+    hint = deep_ep.Buffer.get_low_latency_rdma_size_hint(args.num_tokens, args.hidden, ranks, args.num_experts)
     with torch.inference_mode(), deep_ep.Buffer(group, 0, hint, low_latency_mode=True) as buffer:
-        x = torch.randn((args.batch_size, args.hidden_size), dtype=torch.bfloat16)
-        scores = torch.rand((args.batch_size, args.num_experts), dtype=torch.float32)
+        x = torch.randn((args.num_tokens, args.hidden), dtype=torch.bfloat16)
+        scores = torch.rand((args.num_tokens, args.num_experts), dtype=torch.float32)
         weights, ids = scores.softmax(dim=1).topk(args.num_topk, dim=1)
         topk = (ids.to(deep_ep.topk_idx_t), weights.contiguous())
-        experts = torch.randn((args.num_experts // ranks, args.hidden_size), dtype=torch.bfloat16)
+        experts = torch.randn((args.num_experts // ranks, args.hidden), dtype=torch.bfloat16)
         for _ in range(args.num_warmups):
             step(buffer, x, topk, experts, args)
         taken = [step(buffer, x, topk, experts, args) for _ in range(args.num_tests)]
@@ -54,22 +56,20 @@ def run(local_rank: int, num_processes: int, args: argparse.Namespace) -> None:
         taken = torch.tensor(taken, dtype=torch.float64, device="cpu")
         total = taken.sum(dim=1).sort().values * 1e6
         parts = (taken.median(dim=0).values * 1e6).tolist()
-        print(
-            f"{ranks} ranks, batch {args.batch_size} per rank, hidden {args.hidden_size}, top-{args.num_topk} of {args.num_experts}"
-        )
+        routes = f"top-{args.num_topk} of {args.num_experts}"
+        print(f"{ranks} ranks, batch {args.num_tokens} per rank, hidden {args.hidden}, {routes}")
         print(f"inference time per batch: median {total[len(total) // 2]:.0f} us, longest {total[-1]:.0f} us")
         print(f"dispatch {parts[0]:.0f} us, experts {parts[1]:.0f} us, combine {parts[2]:.0f} us (medians)", flush=True)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--num-processes", "--num_processes", type=int, default=2, help="ranks on this machine")
-    parser.add_argument("--batch_size", "--batch-size", type=int, default=128, help="tokens of each rank")
-    parser.add_argument("--hidden_size", "--hidden-size", type=int, default=7168)
-    parser.add_argument("--num-topk", type=int, default=8)
-    parser.add_argument("--num-experts", type=int, default=32)
-    parser.add_argument("--num-warmups", type=int, default=3)
-    parser.add_argument("--num-tests", type=int, default=20)
-    arguments = parser.parse_args()
-    launch(run, arguments.num_processes, arguments.num_processes, arguments)
+    defaults = dict(
+        num_processes=2, num_tokens=128, hidden=7168, num_topk=8, num_experts=32, num_warmups=3, num_tests=20
+    )
+    spelled = dict(
+        num_processes=("--num-processes", "--num_processes"),
+        num_tokens=("--batch_size", "--batch-size"),
+        hidden=("--hidden_size", "--hidden-size"),
+    )
+    start(run, parser(__doc__, spelled, **defaults))

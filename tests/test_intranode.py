@@ -4,14 +4,16 @@
 
 import argparse
 import itertools
-from typing import Any, List
+from typing import Any, List, Optional
 
 import deep_ep
 import torch
 import torch.distributed as dist
-from deep_ep.utils.envs import all_gather, dist_print, init_dist, launch
+from deep_ep.utils.envs import all_gather, dist_print, init_dist
 from deep_ep.utils.math import calc_diff, per_token_cast_back, per_token_cast_to_fp8
 from deep_ep.utils.testing import bench
+
+from script_options import parser, start
 
 
 def routed(args: argparse.Namespace) -> torch.Tensor:
@@ -117,19 +119,14 @@ def run(local_rank: int, num_processes: int, args: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def parser(description: str, num_processes: int) -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description=description)
-    result.add_argument("--num-processes", type=int, default=num_processes, help="ranks on this machine")
-    result.add_argument("--num-tokens", type=int, default=512, help="tokens of each rank")
-    result.add_argument("--hidden", type=int, default=7168)
-    result.add_argument("--num-topk", type=int, default=8)
-    result.add_argument("--num-experts", type=int, default=256)
-    result.add_argument("--num-warmups", type=int, default=3)
-    result.add_argument("--num-tests", type=int, default=10)
-    result.add_argument("--ranks-per-node", type=int, default=None, help="size of a logical node; default: one node")
-    return result
+def options(description: Optional[str], **changed: int) -> argparse.ArgumentParser:
+    defaults = dict(
+        num_processes=4, num_tokens=512, hidden=7168, num_topk=8, num_experts=256, num_warmups=3, num_tests=10
+    )
+    made = parser(description, **{**defaults, **changed})
+    made.add_argument("--ranks-per-node", type=int, metavar="N", help="size of a logical node; None: one node")
+    return made
 
 
 if __name__ == "__main__":
-    arguments = parser(__doc__ or "", 4).parse_args()
-    launch(run, arguments.num_processes, arguments.num_processes, arguments)
+    start(run, options(__doc__))

@@ -9,9 +9,11 @@ from typing import Any
 import deep_ep
 import torch
 import torch.distributed as dist
-from deep_ep.utils.envs import all_gather, dist_print, init_dist, launch
+from deep_ep.utils.envs import all_gather, dist_print, init_dist
 from deep_ep.utils.math import calc_diff, hash_tensor, per_token_cast_back
 from deep_ep.utils.testing import bench
+
+from script_options import parser, start
 
 FORMATS = ((False, False, False), (True, False, False), (True, True, False), (True, True, True))
 
@@ -132,13 +134,7 @@ def run(local_rank: int, num_processes: int, args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--num-processes", type=int, default=4, help="ranks on this machine")
-    parser.add_argument("--num-tokens", type=int, default=32, help="tokens of each rank, at most")
-    parser.add_argument("--hidden", type=int, default=7168)
-    parser.add_argument("--num-topk", type=int, default=8)
-    parser.add_argument("--num-experts", type=int, default=64)
-    parser.add_argument("--num-warmups", type=int, default=5)
-    parser.add_argument("--num-tests", type=int, default=20)
-    arguments = parser.parse_args()
-    launch(run, arguments.num_processes, arguments.num_processes, arguments)
+    defaults = dict(
+        num_processes=4, num_tokens=32, hidden=7168, num_topk=8, num_experts=64, num_warmups=5, num_tests=20
+    )
+    start(run, parser(__doc__, **defaults))

@@ -60,6 +60,7 @@ class Config:
         )
 
     def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
+        """Upstream's `num_nvl_bytes` for rows of so many bytes."""
         require(
             num_ranks < _LANES or num_ranks % _LANES == 0, f"num_ranks must be below or a multiple of 8: {num_ranks}"
         )
@@ -70,6 +71,7 @@ class Config:
         return align(counters + queues * self.num_max_nvl_chunked_recv_tokens * _token_bytes(hidden_bytes), 128)
 
     def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
+        """Upstream's `num_rdma_bytes` for rows of so many bytes; 0 inside one node."""
         if num_ranks <= _LANES:
             return 0
         require(num_ranks % _LANES == 0, f"num_ranks must be a multiple of 8: {num_ranks}")

@@ -217,13 +217,13 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
     ) -> Tuple[Any, Optional[torch.Tensor], Optional[torch.Tensor], EPHandle, EventOverlap]:
         """Sends each token, once, to every rank that hosts one of its experts. Collective.
 
-        `x` is [tokens, hidden], or (FP8 rows, their scales). With the `handle` of an earlier dispatch rows go the same way,
-        `topk_idx` is left out and nothing is counted. `do_cpu_sync=False`: outputs have room for the most that can come, and
-        counts are in the handle's tensors only.
+        `x` is [tokens, hidden], or (FP8 rows, their scales). With the `handle` of an earlier dispatch rows go the same
+        way, `topk_idx` is left out and nothing is counted. `do_cpu_sync=False`: outputs have room for the most that can
+        come, and counts are in the handle's tensors only.
 
-        Returns (rows, ids of this rank's experts or -1, weights as sent, handle, event): a row per token, or with `do_expand`
-        a row per token and expert, expert by expert, each group rounded up to `expert_alignment`, with weights [rows] and
-        None for the ids."""
+        Returns (rows, ids of this rank's experts or -1, weights as sent, handle, event): a row per token, or with
+        `do_expand` a row per token and expert, expert by expert, each group rounded up to `expert_alignment`, with
+        weights [rows] and None for the ids."""
         data, scales = split(x)
         self._use(data, "x", "dispatch")
         asked = _Asked(
@@ -382,9 +382,9 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
         async_with_compute_stream: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
-        """Brings rows, in the order in which dispatch gave them, back to their tokens and adds them up in the order of the
-        selections, with one `bias` [tokens, hidden] or two. Collective. Returns (sums [tokens, hidden], weights as their
-        experts' ranks returned them or None, event)."""
+        """Brings rows, in the order in which dispatch gave them, back to their tokens and adds them up in the order of
+        the selections, with one `bias` [tokens, hidden] or two. Collective. Returns (sums [tokens, hidden], weights as
+        their experts' ranks returned them or None, event)."""
         self._use(x, "x", "combine")
 
         def check() -> Tuple[Any, Any, Any]:

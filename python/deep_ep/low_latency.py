@@ -51,13 +51,14 @@ class LowLatencyMode(Session):
     ) -> Tuple[Any, torch.Tensor, Tuple[Any, ...], EventOverlap, Hook]:
         """Sends each token to each of its experts, with fixed shapes and no wait for counts. Collective.
 
-        `x` is BF16 [tokens, hidden], of `num_max_dispatch_tokens_per_rank` tokens at most, a number equal on all ranks. With
-        `use_fp8` rows travel as FP8, one scale per 128 channels; `round_scale` makes scales powers of two, `use_ue8m0` packs
-        the exponents of four into an int32. Statistics are added to.
+        `x` is BF16 [tokens, hidden], of `num_max_dispatch_tokens_per_rank` tokens at most, a number equal on all ranks.
+        With `use_fp8` rows travel as FP8, one scale per 128 channels; `round_scale` makes scales powers of two,
+        `use_ue8m0` packs the exponents of four into an int32. Statistics are added to.
 
-        Returns (rows [experts here, ranks * max tokens, hidden] or (rows, scales), rows per expert, handle, event, hook). With
-        `return_recv_hook` contents are there once the hook has run; without it the hook is None. The handle is (token on its
-        source rank of each row, (first row << 32 | rows) of each expert and source, max tokens, hidden, experts)."""
+        Returns (rows [experts here, ranks * max tokens, hidden] or (rows, scales), rows per expert, handle, event,
+        hook). With `return_recv_hook` contents are there once the hook has run; without it the hook is None. The handle
+        is (token on its source rank of each row, (first row << 32 | rows) of each expert and source, max tokens,
+        hidden, experts)."""
         if of_forks:
             refuse(self, "low_latency_dispatch", of_forks, _NVFP4, "rows travel as BF16, or as FP8 with use_fp8")
         if isinstance(cumulative_local_expert_recv_stats, bool):  # the first V1 had use_fp8 in this place
@@ -109,10 +110,10 @@ class LowLatencyMode(Session):
         wire: Optional[str] = None,
         **of_forks: Any,
     ) -> Tuple[torch.Tensor, EventOverlap, Hook]:
-        """Brings experts' rows, `x` of the shape that dispatch gave, back to their tokens: the sum over k of weight k times
-        row k, in FP32, in order of k. Collective. `topk_idx` is that of the dispatch; selections that became -1 since do not
-        count. `zero_copy`: rows are in the buffer of `get_next_low_latency_combine_buffer`. `wire`: how rows cross,
-        "logfmt10" (as `use_logfmt` asks for), "fp8", or as they are; equal on all ranks.
+        """Brings experts' rows, `x` of the shape that dispatch gave, back to their tokens: the sum over k of weight k
+        times row k, in FP32, in order of k. Collective. `topk_idx` is that of the dispatch; selections that became -1
+        since do not count. `zero_copy`: rows are in the buffer of `get_next_low_latency_combine_buffer`. `wire`: how
+        rows cross, "logfmt10" (as `use_logfmt` asks for), "fp8", or as they are; equal on all ranks.
 
         Returns (sums [tokens, hidden], which are `out` where it is given, event, hook or None)."""
         if of_forks:
@@ -154,9 +155,8 @@ class LowLatencyMode(Session):
         shape = (src_info.size(0), src_info.size(1), hidden)
         buffers, key = self._combine_buffers, layout_range.data_ptr()
         found = buffers.get(key)
-        if (
-            found is None or found.shape != shape
-        ):  # of another shape: for a handle gone, whose memory serves this one now
+        # One of another shape was for a handle that is gone, whose memory serves this one now.
+        if found is None or found.shape != shape:
             buffers.pop(key, None)
             while len(buffers) >= NUM_TICKETS:  # fetched, but never combined
                 buffers.pop(next(iter(buffers)))

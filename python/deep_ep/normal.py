@@ -41,9 +41,9 @@ class NormalMode(Session):
         *,
         placement: Any = None,
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor, EventOverlap]:
-        """Counts where this rank's tokens go, by `topk_idx` [tokens, top-k], -1: no selection. Local. Returns tokens per
-        rank, int32 [ranks]; per node, int32 [nodes], None inside one node; selections per expert, int32 [experts]; whether
-        a token goes to a rank, bool [tokens, ranks]; and an event."""
+        """Counts where this rank's tokens go, by `topk_idx` [tokens, top-k], -1: no selection. Local. Returns tokens
+        per rank, int32 [ranks]; per node, int32 [nodes], None inside one node; selections per expert, int32 [experts];
+        whether a token goes to a rank, bool [tokens, ranks]; and an event."""
         core = self._use(topk_idx, "topk_idx")
         with self._call("dispatch", previous_event, async_finish) as call:
             per_rank, per_node, per_expert, member = core.dispatch_layout(topk_idx, num_experts, placement)
@@ -71,13 +71,14 @@ class NormalMode(Session):
     ) -> Tuple[Any, Any, Any, Any, Any, EventOverlap]:
         """Sends each token, once, to every rank that hosts one of its experts. Collective.
 
-        `x` is [tokens, hidden], or (FP8 rows, their scales). Without `handle` the results of `get_dispatch_layout` must be
-        given, and ids and weights together or not at all. With the handle of an earlier dispatch, rows go the same way and
-        nothing is counted.
+        `x` is [tokens, hidden], or (FP8 rows, their scales). Without `handle` the results of `get_dispatch_layout` must
+        be given, and ids and weights together or not at all. With the handle of an earlier dispatch, rows go the same
+        way and nothing is counted.
 
-        Returns (rows in order of source rank and source token, ids of this rank's experts or -1, weights or 0, list of rows
-        per expert here, each rounded up to `expert_alignment`, handle, event); with a handle, None instead of all but rows
-        and event. `num_worst_tokens`: outputs have as many rows, those behind the last have ids -1, and the list is empty."""
+        Returns (rows in order of source rank and source token, ids of this rank's experts or -1, weights or 0, list of
+        rows per expert here, each rounded up to `expert_alignment`, handle, event); with a handle, None instead of all
+        but rows and event. `num_worst_tokens`: outputs have as many rows, those behind the last have ids -1, and the
+        list is empty."""
         data, scales = split(x)
         core = self._use(data, "x", "dispatch")
         layout = (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
@@ -116,8 +117,9 @@ class NormalMode(Session):
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
-        """Brings rows, in the order in which dispatch gave them, back to their tokens and adds them up, unweighted, with one
-        `bias` [tokens, hidden] or two. Collective. Returns (sums [tokens, hidden], sums of `topk_weights` or None, event)."""
+        """Brings rows, in the order in which dispatch gave them, back to their tokens and adds them up, unweighted,
+        with one `bias` [tokens, hidden] or two. Collective. Returns (sums [tokens, hidden], sums of `topk_weights` or
+        None, event)."""
         core = self._use(x, "x", "combine")
         num_topk = None if topk_weights is None else topk_weights.size(-1)
         with self._call("combine", previous_event, async_finish) as call:

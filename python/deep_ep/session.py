@@ -100,8 +100,8 @@ class Session:
         self._core.use_streams(calls.cuda_stream, user.cuda_stream)  # type: ignore[union-attr]
 
     def _use(self, x: torch.Tensor, name: str, operation: str = "") -> Any:
-        """The C++ buffer for tensors that are where `x` is, the argument `name` of a collective operation, or of a local
-        call. Collective at the first call for its type of device."""
+        """The C++ buffer for tensors that are where `x` is, the argument `name` of a collective operation, or of a
+        local call. Collective at the first call for its type of device."""
         try:
             on_gpu = x.is_cuda
         except AttributeError:
@@ -177,7 +177,9 @@ class Session:
 
     def __repr__(self) -> str:
         state = "" if self.__dict__.get("_core") is not None else ", closed"
-        where = f"rank {self._rank} of {self._num_ranks} on {self._device}" if "_num_ranks" in self.__dict__ else "not made"
+        where = (
+            f"rank {self._rank} of {self._num_ranks} on {self._device}" if "_num_ranks" in self.__dict__ else "not made"
+        )
         return f"<{type(self).__module__}.{type(self).__name__}: {where}{state}>"
 
     def __enter__(self) -> Any:

@@ -43,7 +43,18 @@ def test_scripts_explain_themselves(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(TESTS / script), run_name="__main__")
-    assert ended.value.code == 0 and "--num-processes" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and "--num-processes" in said and said.count("(default: ") >= 7
+
+
+@pytest.mark.parametrize("wrong, says", [("--num-experts 7", "no multiple of"), ("--num-topk 300", "more than")])
+@pytest.mark.parametrize("script", SHORT)
+def test_scripts_say_what_is_wrong_with_their_arguments(script, wrong, says, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(TESTS))
+    monkeypatch.setattr(sys, "argv", [script, *wrong.split()])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(TESTS / script), run_name="__main__")
+    assert ended.value.code == 2 and says in capsys.readouterr().err
 
 
 def test_a_small_model_learns_alike_on_several_ranks_and_on_one(tmp_path):

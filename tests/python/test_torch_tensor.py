@@ -84,6 +84,6 @@ def test_tensors_that_cannot_cross_are_named_with_the_reason(ids, says, way):
             buffer._opened().dispatch_layout(ids, 1)
         with pytest.raises((deep_ep.Error, RuntimeError)):
             buffer._opened().dispatch_layout(torch.eye(2).to(torch.int64).to_sparse(), 1)
-        with pytest.raises(AttributeError):
+        with pytest.raises(deep_ep.Error, match="topk_idx must be a tensor: it is str"):
             buffer._opened().dispatch_layout("ids", 1)
         assert buffer.get_dispatch_layout(torch.zeros((2, 1), dtype=torch.int64), 1)[0].tolist() == [2]

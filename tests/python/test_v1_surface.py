@@ -321,7 +321,9 @@ def test_1_2_small_methods_of_a_buffer():
         assert stream is None or stream == torch.cpu.current_stream()
 
 
-@pytest.mark.parametrize("kind", [Buffer, ElasticBuffer, EventOverlap, EventHandle, Config], ids=lambda each: each.__name__)
+@pytest.mark.parametrize(
+    "kind", [Buffer, ElasticBuffer, EventOverlap, EventHandle, Config], ids=lambda each: each.__name__
+)
 def test_1_to_3_help_has_something_to_say_about_every_public_method(kind):
     public = {name: member for name, member in inspect.getmembers(kind, callable) if not name.startswith("_")}
     assert [name for name, member in public.items() if not inspect.getdoc(member)] == []
