@@ -16,5 +16,5 @@ def test_the_example_of_the_readme_runs_on_two_ranks(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
     done = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    ends = [line for line in done.stdout.splitlines() if line.endswith("torch.Size([16, 512])")]
-    assert len(ends) == 2, done.stdout
+    # What two ranks print at once may share a line.
+    assert done.stdout.count("torch.Size([16, 512])") == 2, done.stdout
