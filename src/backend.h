@@ -143,7 +143,10 @@ namespace host {
 std::unique_ptr<Backend> open_backend(const BackendInput& input);
 }
 namespace cuda {
-/// Only in a library that was built with CUDA (EP_WITH_CUDA).
+// Only in a library that was built with CUDA (EP_WITH_CUDA).
+
+/// Throws where this process cannot use the GPU that `options` names.
+void require_device(const Options& options);
 std::unique_ptr<Backend> open_backend(const BackendInput& input);
 }  // namespace cuda
 

@@ -3,11 +3,13 @@
 #include "deep_ep/buffer.h"
 
 #include <map>
+#include <optional>
 #include <utility>
 
 #include "arguments.h"
 #include "backend.h"
 #include "check.h"
+#include "introduction.h"
 
 namespace deep_ep {
 
@@ -19,6 +21,8 @@ struct Buffer::State {
   bool on_device = false;
   std::unique_ptr<Backend> backend;                      // none: closed
   std::map<int, std::shared_ptr<const Placement>> even;  // by number of experts: built once
+
+  void prepare(BackendInput& input);
 
   CallScope scope() const { return {rank, topology.num_ranks, config, layout, on_device}; }
 
@@ -78,31 +82,61 @@ Buffer::~Buffer() { close(); }
 
 namespace {
 
-std::unique_ptr<Backend> open_backend(const BackendInput& input) {
-  if (input.options.backend == BackendKind::kHost) return host::open_backend(input);
+void require_backend(const Options& options) {
+  if (options.backend == BackendKind::kHost) return;
 #ifdef EP_WITH_CUDA
-  return cuda::open_backend(input);
+  cuda::require_device(options);
 #else
   throw Error(ErrorCode::kUnsupported, "backend: this library was built without CUDA (DEEP_EP_CUDA=OFF)");
 #endif
 }
 
+std::unique_ptr<Backend> open_backend(const BackendInput& input) {
+#ifdef EP_WITH_CUDA
+  if (input.options.backend == BackendKind::kCuda) return cuda::open_backend(input);
+#endif
+  return host::open_backend(input);
+}
+
+// The meeting before all others: a rank that cannot go on says so, and nobody waits for it.
+void meet(Bootstrap& group, const std::optional<Error>& failure, std::chrono::milliseconds timeout) {
+  std::optional<Error> theirs;
+  try {
+    theirs = first_failure(group, failure, timeout.count() > 0 ? timeout : Config().open_timeout);
+  } catch (...) {
+    if (!failure) throw;  // else nobody listens; what the caller must hear is the first error
+  }
+  if (failure) throw *failure;
+  if (theirs) throw *theirs;
+}
+
 }  // namespace
+
+// All that can fail on this rank alone.
+void Buffer::State::prepare(BackendInput& input) {
+  require(input.options.num_workers >= 0, "num_workers must not be negative: {}", input.options.num_workers);
+  require_backend(input.options);
+  rank = input.group->rank();
+  const int num_ranks = input.group->num_ranks();
+  topology = input.topology = plan::Topology::from(config.ranks_per_node, num_ranks);
+  layout = plan::WindowLayout::place(config, num_ranks, plan::arena_bytes_of(config, num_ranks, plan::machine_bytes()));
+  on_device = input.options.backend == BackendKind::kCuda;
+  input.config.network = config.network.with_environment();
+}
 
 std::unique_ptr<Buffer> Buffer::open(std::shared_ptr<Bootstrap> group, const Config& config, const Options& options) {
   require(group != nullptr, "group must be given");
-  require(options.num_workers >= 0, "num_workers must not be negative: {}", options.num_workers);
   auto state = std::make_unique<State>();
-  const int num_ranks = group->num_ranks();
-  state->rank = group->rank();
   state->config = config;
-  state->topology = plan::Topology::from(config.ranks_per_node, num_ranks);
-  state->layout =
-      plan::WindowLayout::place(config, num_ranks, plan::arena_bytes_of(config, num_ranks, plan::machine_bytes()));
-  state->on_device = options.backend == BackendKind::kCuda;
-  Config complete = config;
-  complete.network = config.network.with_environment();
-  state->backend = open_backend({std::move(group), complete, options, state->topology});
+  BackendInput input{std::move(group), config, options, {}};
+  std::optional<Error> failure;
+  try {
+    state->prepare(input);
+  } catch (const Error& error) {
+    failure = error;
+  }
+  meet(*input.group, failure, config.open_timeout);
+  state->backend = open_backend(input);
   return std::unique_ptr<Buffer>(new Buffer(std::move(state)));
 }
 

@@ -89,6 +89,8 @@ std::shared_ptr<std::byte> pinned_pages(std::size_t bytes) {
 
 }  // namespace
 
+void require_device(const Options& options) { device_of(options); }
+
 // Opening
 // ---------------------------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,33 @@ TEST(OpenErrors, ranks_that_disagree_on_the_config_hear_the_field_and_both_value
   }
 }
 
+TEST(OpenErrors, what_keeps_one_rank_from_opening_is_told_to_all_at_once) {
+  const std::pair<const char*, std::function<void(Config&, Options&)>> wrong[] = {
+      {"max_experts", [](Config& c, Options&) { c.max_experts = 0; }},
+      {"open_timeout", [](Config& c, Options&) { c.open_timeout = 0ms; }},
+      {"num_workers", [](Config&, Options& o) { o.num_workers = -1; }},
+      {"", [](Config&, Options& o) { o.backend = BackendKind::kCuda, o.cuda_device = 1000; }},
+  };
+  for (const auto& [field, make] : wrong) {
+    const auto outcomes = run_threads(kRanks, [&](int rank, std::shared_ptr<Bootstrap> group) {
+      Config config = small_config();
+      Options options;
+      if (rank == kWrongRank) make(config, options);
+      Buffer::open(std::move(group), config, options);
+    });
+    const Outcome& culprit = outcomes[kWrongRank];
+    EXPECT_TRUE(culprit.code.has_value() && culprit.code != ErrorCode::kTimeout) << culprit.message;
+    EXPECT_TRUE(contains(culprit.message, field)) << culprit.message;
+    for (int rank = 0; rank < kRanks; ++rank) {
+      if (rank == kWrongRank) continue;
+      EXPECT_EQ(outcomes[rank].code, culprit.code) << outcomes[rank].message;
+      const std::string named = "rank " + std::to_string(kWrongRank) + " could not open the buffer: ";
+      EXPECT_TRUE(contains(outcomes[rank].message, named)) << outcomes[rank].message;
+      EXPECT_TRUE(contains(outcomes[rank].message, field)) << outcomes[rank].message;
+    }
+  }
+}
+
 TEST(OpenErrors, a_config_that_makes_no_sense_names_its_field) {
   const std::pair<const char*, std::function<void(Config&)>> wrong[] = {
       {"max_experts", [](Config& c) { c.max_experts = 0; }},
