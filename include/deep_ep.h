@@ -291,8 +291,8 @@ typedef struct deep_ep_buffer deep_ep_buffer;
 
 /// Maps one window per rank and introduces the ranks to one another. Collective. `config` and `options` NULL: the
 /// defaults. Where ranks disagree on `config` all fail with DEEP_EP_INVALID_ARGUMENT; where one cannot open its
-/// buffer (wrong arguments or environment, no such device, no way to map the memory of the others), all with its status,
-/// naming it; where one does not come, the others with DEEP_EP_TIMEOUT.
+/// buffer (wrong arguments or environment, no such device, no way to map the memory of the others), all with its
+/// status, naming it; where one does not come, the others with DEEP_EP_TIMEOUT.
 DEEP_EP_API deep_ep_status deep_ep_buffer_open(const deep_ep_group* group, const deep_ep_config* config,
                                                const deep_ep_options* options, deep_ep_buffer** buffer);
 

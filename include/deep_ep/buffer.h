@@ -335,8 +335,9 @@ struct Support {
 class Buffer {
  public:
   /// Maps one window per rank and introduces the ranks to one another. Collective. Where ranks disagree on `config` all
-  /// throw kInvalidArgument; where one cannot open its buffer (wrong arguments or environment, no such device, no way to
-  /// map the memory of the others), all throw its error, naming it; where one does not come, the others throw kTimeout.
+  /// throw kInvalidArgument; where one cannot open its buffer (wrong arguments or environment, no such device, no way
+  /// to map the memory of the others), all throw its error, naming it; where one does not come, the others throw
+  /// kTimeout.
   static std::unique_ptr<Buffer> open(std::shared_ptr<Bootstrap> group, const Config& config = {},
                                       const Options& options = {});
   ~Buffer();  // as close()
