@@ -59,7 +59,7 @@ class Rank {
     NetworkConfig settings;
     settings.provider = command.provider;
     settings.interface = command.interface;
-    fabric_ = net::open_fabric(*group_, settings, 30s);
+    fabric_ = net::open_fabric(*group_, settings.with_environment(), 30s);
     region_ = fabric_->register_memory({memory_.data(), memory_.size(), -1});
     const int half = group_->num_ranks() / 2;
     peer_ = group_->rank() < half ? group_->rank() + half : group_->rank() - half;

@@ -319,7 +319,8 @@ void sum_rows(const SumRows& sum) {
   if (sum.stream && can_stream(static_cast<std::size_t>(sum.n) * sizeof(Code))) {
     // Whole lines only, wherever the result begins.
     const std::size_t head = (kLine - reinterpret_cast<std::uintptr_t>(dst) % kLine) % kLine;
-    sum_channels<Number, kWeighted>(sum, 0, i = static_cast<std::int64_t>(head / sizeof(Code)));
+    i = static_cast<std::int64_t>(head / sizeof(Code));
+    sum_channels<Number, kWeighted>(sum, 0, i);
     for (; i + kChannels <= sum.n; i += kChannels) {
       alignas(32) Code rounded[kChannels];
       sum_piece<Number, kWeighted, kNum>(sum, i, rounded);

@@ -177,8 +177,9 @@ class Fabric {
 };
 
 /// Opens this rank's endpoint and connects it to all others. Collective over the group: ranks agree on a random job
-/// number, on the engine, and on everybody's address. Throws kUnsupported naming what is there where the wanted
-/// provider is not, kTimeout where a rank does not come.
+/// number, on the engine, and on everybody's address. `config` is complete: what the environment adds is its maker's to
+/// add (NetworkConfig::with_environment). Throws kUnsupported naming what is there where the wanted provider is not,
+/// kTimeout where a rank does not come.
 std::unique_ptr<Fabric> open_fabric(Bootstrap& group, const NetworkConfig& config, std::chrono::milliseconds timeout);
 
 }  // namespace deep_ep::net

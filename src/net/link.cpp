@@ -271,8 +271,10 @@ bool Link::low_latency_has_left(std::uint64_t epoch) const {
 // has what it publishes and has left the operation.
 void Link::on_signal(const Signal& signal) {
   if (signal.peer < 0 || signal.peer >= num_ranks_ || !reaches(signal.peer)) return;
-  if (signal.flag == kCreditSignal)
-    return send_credit(signal.peer, std::uint32_t{1} << (signal.value % plan::kForwardSlots));
+  if (signal.flag == kCreditSignal) {
+    if (signal.value < plan::kForwardSlots) send_credit(signal.peer, std::uint32_t{1} << signal.value);
+    return;
+  }
   const auto flag = static_cast<Flag>(signal.flag);
   const bool reply = flag == Flag::kReplied, for_good = flag == Flag::kReleased;
   if (!reply && flag != Flag::kAnnounced && signal.payload_bytes > 0) return;

@@ -88,12 +88,11 @@ std::string common_provider(const std::vector<std::vector<std::string>>& offers)
 
 std::unique_ptr<Fabric> open_fabric(Bootstrap& group, const NetworkConfig& config, std::chrono::milliseconds timeout) {
   Round round(group, timeout);
-  NetworkConfig settings;
+  NetworkConfig settings = config;
   std::uint64_t job = random_number();
 
   // 1. Who has which engine, and the job's number, which is rank 0's.
   const auto offers = round.gather([&] {
-    settings = config.with_environment();
     Blob blob(sizeof job);
     std::memcpy(blob.data(), &job, sizeof job);
     const Blob names = Round::blob_of(fmt::format("{}", fmt::join(available_providers(settings), "\n")));

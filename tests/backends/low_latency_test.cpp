@@ -356,7 +356,9 @@ TEST(LowLatency, tells_of_each_padded_row_whose_token_it_is) {
     for (std::size_t block = 0; block < rows_from.size(); ++block) {
       const std::int64_t range = source_range.as<const std::int64_t>()[block];
       EXPECT_EQ(range & 0xffffffff, rows_from[block]) << "block " << block;
-      if (rows_from[block] > 0) EXPECT_EQ(range >> 32, first_from[block]) << "block " << block;
+      if (rows_from[block] > 0) {
+        EXPECT_EQ(range >> 32, first_from[block]) << "block " << block;
+      }
     }
     const Tensor counts = to_host(promised->slot_rows);
     EXPECT_EQ(std::vector<std::int32_t>(counts.as<std::int32_t>(), counts.as<std::int32_t>() + counts.numel()),

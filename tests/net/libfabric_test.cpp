@@ -238,7 +238,7 @@ void expect_exchange_of_processes(const std::string& provider) {
   const auto body = [provider](int rank, const std::shared_ptr<Bootstrap>& group, test::Blackboard&) {
     NetworkConfig settings;
     settings.provider = provider;
-    End end(open_fabric(*group, settings, 20s), kRanks * kBytes);
+    End end(open_fabric(*group, settings.with_environment(), 20s), kRanks * kBytes);
     end.region = end.fabric->register_memory({end.memory.data(), end.memory.size(), -1});
     const auto keys = group->all_gather(end.fabric->region_key(end.region), 20s);
     for (int peer = 0; peer < kRanks; ++peer) end.remote[peer] = end.fabric->import_region(peer, keys[peer]);
@@ -285,7 +285,7 @@ void expect_death_is_noticed(const std::string& provider) {
   const auto body = [provider](int rank, const std::shared_ptr<Bootstrap>& group, test::Blackboard& board) {
     NetworkConfig settings;
     settings.provider = provider;
-    End end(open_fabric(*group, settings, 20s), kBytes);
+    End end(open_fabric(*group, settings.with_environment(), 20s), kBytes);
     end.region = end.fabric->register_memory({end.memory.data(), kBytes, -1});
     const auto keys = group->all_gather(end.fabric->region_key(end.region), 20s);
     for (int peer = 0; peer < 2; ++peer) end.remote[peer] = end.fabric->import_region(peer, keys[peer]);
