@@ -10,11 +10,13 @@
 //
 // NODES is as in Config::ranks_per_node: "4,4". EP_TEST_BACKEND chooses the backend, EP_TEST_PROVIDER the network:
 // "tcp" where it is not set.
+#include <sys/socket.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
-#include <iterator>
+#include <optional>
 #include <sstream>
 #include <string>
 
@@ -66,9 +68,42 @@ std::string check_exchange(AnyBuffer& buffer, const World& world) {
   return "";
 }
 
-int open_descriptors() {
-  const std::filesystem::directory_iterator all("/proc/self/fd");
-  return static_cast<int>(std::distance(begin(all), end(all)));
+/// What this process has open: links of /proc/self/fd, connections apart from the rest.
+struct OpenDescriptors {
+  std::vector<std::string> connections, others;
+
+  static OpenDescriptors now() {
+    OpenDescriptors open;
+    for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) {
+      int listens = 0;
+      socklen_t bytes = sizeof listens;
+      const bool is_socket =
+          getsockopt(std::stoi(entry.path().filename()), SOL_SOCKET, SO_ACCEPTCONN, &listens, &bytes) == 0;
+      (is_socket && listens == 0 ? open.connections : open.others)
+          .push_back(std::filesystem::read_symlink(entry.path()));
+    }
+    return open;
+  }
+};
+
+std::string list(const std::vector<std::string>& all) {
+  std::string text;
+  for (const std::string& one : all) text += (text.empty() ? "" : ", ") + one;
+  return text;
+}
+
+/// Compares what is open with what was open after the first of `buffers` that have been closed since; says what is
+/// more, or "". libfabric's tcp (1.17) loses a connection that it has accepted, and whose request it has not read when
+/// its endpoint closes: ranks connect to each other at once, and on a bad link the second connection of a pair may come
+/// as late as that. So some may be left over, but not one for each buffer.
+std::string left_open(const OpenDescriptors& first, int buffers) {
+  const OpenDescriptors now = OpenDescriptors::now();
+  if (now.others.size() != first.others.size())
+    return "open: " + list(now.others) + "; after the first buffer: " + list(first.others);
+  if (now.connections.size() >= first.connections.size() + static_cast<std::size_t>(buffers) - 1)
+    return std::to_string(now.connections.size()) + " connections are open after " + std::to_string(buffers) +
+           " buffers, " + std::to_string(first.connections.size()) + " after the first";
+  return "";
 }
 
 /// High throughput and low latency in every layout.
@@ -85,8 +120,9 @@ std::vector<Shape> forms_of(Shape shape) {
 }
 
 int check(const std::shared_ptr<Bootstrap>& group, const Shape& wanted) {
-  int descriptors = 0;
-  for (const Shape& shape : forms_of(wanted)) {
+  const std::vector<Shape> forms = forms_of(wanted);
+  std::optional<OpenDescriptors> after_first;
+  for (const Shape& shape : forms) {
     const World world(shape);
     const auto buffer = AnyBuffer::open(group, world.config(), {});
     if (const std::string what = check_exchange(*buffer, world); !what.empty()) {
@@ -95,13 +131,11 @@ int check(const std::shared_ptr<Bootstrap>& group, const Shape& wanted) {
     }
     buffer->close();
     // libfabric keeps some for the process; what a buffer opened is gone.
-    const int now = open_descriptors();
-    if (descriptors == 0) descriptors = now;
-    if (now != descriptors) {
-      std::printf("different: rank %d: %d descriptors are open, %d after the first buffer\n", group->rank(), now,
-                  descriptors);
-      return kDifferent;
-    }
+    if (!after_first) after_first = OpenDescriptors::now();
+  }
+  if (const std::string what = left_open(*after_first, static_cast<int>(forms.size())); !what.empty()) {
+    std::printf("different: rank %d: %s\n", group->rank(), what.c_str());
+    return kDifferent;
   }
   std::puts("same");
   return 0;
