@@ -10,7 +10,7 @@ PRESETS ?= $(if $(NVCC),cuda,host) host-asan host-tsan
 # More arguments for the demo or the benchmark: make demo ARGS="--text book.txt"
 ARGS ?=
 
-.PHONY: build demo test cluster-test bench cluster-bench lint asan tsan format clean help
+.PHONY: build demo test framework-test cluster-test bench cluster-bench lint asan tsan format clean help
 .DEFAULT_GOAL := build
 
 build:  ## build the library and all programs (PRESET=host)
@@ -24,6 +24,9 @@ demo:  ## eight ranks run an MoE layer over real text; report in out/demo (ARGS=
 
 test:  ## all presets' tests, lint, Python tests, one summary line (PRESETS="host host-asan host-tsan"; cuda for host where nvcc is)
 	@python3 tools/run_tests.py --jobs $(JOBS) $(PRESETS)
+
+framework-test:  ## frameworks' own code on this library, each installed from PyPI into build/frameworks (ARGS=megatron: only that one)
+	@python3 tools/framework_test.py $(ARGS)
 
 cluster-test:  ## ranks across network namespaces of this machine, with cut links and killed ranks; as root (ARGS=...)
 	cmake --preset $(PRESET)
@@ -58,4 +61,4 @@ clean:  ## remove build/ and out/
 	rm -rf build out
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):  *## /\1 - /p' Makefile | awk -F' - ' '{ printf "  make %-13s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):  *## /\1 - /p' Makefile | awk -F' - ' '{ printf "  make %-14s %s\n", $$1, $$2 }'

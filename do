@@ -13,6 +13,7 @@ Installs what TARGET needs (Debian and Ubuntu; sudo where not root), then runs `
   ./do demo     eight ranks run an MoE layer over real text
   ./do test     all tests, with sanitizers, and lint
   ./do bench    measure, beside memcpy, Open MPI and, from Python, gloo
+  ./do framework-test  frameworks' own code on this library, each installed from PyPI
   ./do cluster-test  ranks across network namespaces of this machine, with cut links and killed ranks (as root)
   ./do cluster-bench  measure between nodes, beside iperf3 and Open MPI (as root)
   ./do build    the library and its programs (also without a TARGET)
@@ -31,6 +32,7 @@ packages_for() {
   case $1 in
     demo) echo "$demo_packages" ;;
     bench) echo "$bench_packages $python_packages" ;;
+    framework-test) echo "$build_packages $python_packages" ;;
     cluster-test) echo "$build_packages iproute2" ;;
     cluster-bench) echo "$bench_packages iproute2 iperf3" ;;
     test) echo "$bench_packages $lint_packages $python_packages" ;;

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from deep_ep import Buffer, _core, ops
 from torch.utils.checkpoint import checkpoint
 
+from processes import spawn
 from ranks import make_tokens, run_ranks
-from test_processes import spawn
 
 RANKS, EXPERTS, HIDDEN, TOPK = 4, 8, 64, 2
 

@@ -3,39 +3,17 @@
 
 import collections
 import queue
-import socket
 import types
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from deep_ep import Buffer, ElasticBuffer, Error, get_logical_domain_size, get_physical_domain_size
-from deep_ep.utils.envs import launch
 
+from processes import RANKS, spawn
 from ranks import dispatch_v1, make_tokens, member_of, run_ranks
 
-RANKS, EXPERTS, HIDDEN, TOPK = 4, 8, 128, 2
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def spawn(body, ranks=RANKS):
-    """body(rank) in so many processes, which are a gloo group."""
-    torch.multiprocessing.set_forkserver_preload(["deep_ep", "torch._dynamo"])  # once for all tests
-    launch(_start, ranks, body, ranks, free_port())
-
-
-def _start(rank, body, ranks, port):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-    body(rank)
-    dist.barrier()
-    dist.destroy_process_group()
+EXPERTS, HIDDEN, TOPK = 8, 128, 2
 
 
 def round_trip(group, rank_in_group, ranks):
