@@ -60,7 +60,7 @@ class Rank {
     settings.provider = command.provider;
     settings.interface = command.interface;
     fabric_ = net::open_fabric(*group_, settings.with_environment(), 30s);
-    region_ = fabric_->register_memory({memory_.data(), memory_.size(), -1});
+    region_ = fabric_->register_memory({memory_.data(), memory_.size()});
     const int half = group_->num_ranks() / 2;
     peer_ = group_->rank() < half ? group_->rank() + half : group_->rank() - half;
     const auto keys = group_->all_gather(fabric_->region_key(region_), 30s);

@@ -99,7 +99,8 @@ struct NetworkConfig {
   /// EP_NETWORK_INTERFACE. Name of the network interface or NIC ("eth0", "mlx5_0"), or an IP address of it; empty: the
   /// one nearest by PCIe to this rank's GPU, or what the provider lists first.
   std::string interface;
-  /// PCI address ("0000:1b:00.0") of the GPU whose memory travels; empty: ordinary memory only.
+  /// PCI address ("0000:1b:00.0") of the device that the interface should be near to; empty: of this rank's GPU, if the
+  /// buffer is on one.
   std::string near_pci_device;
   /// EP_OVERRIDE_RDMA_SL, else NVSHMEM_IB_SL. InfiniBand service level 0 .. 15; -1: not set.
   int service_level = -1;

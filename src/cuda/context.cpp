@@ -77,6 +77,15 @@ Neighbours meet_neighbours(const BackendInput& input, const cudaDeviceProp& info
   return neighbours;
 }
 
+// The network's interface should be near to this GPU, unless the caller said otherwise.
+Config near_gpu(Config config, int device) {
+  if (!config.network.near_pci_device.empty()) return config;
+  char address[32] = {};
+  cuda::check(cudaDeviceGetPCIBusId(address, sizeof address, device), "cudaDeviceGetPCIBusId");
+  config.network.near_pci_device = address;
+  return config;
+}
+
 // For the link. Kernels and the network know it by one address.
 std::shared_ptr<std::byte> pinned_pages(std::size_t bytes) {
   auto pages = own_pinned_memory(bytes);
@@ -99,7 +108,7 @@ Context::Context(const BackendInput& input)
       num_ranks(input.group->num_ranks()),
       device(device_of(input.options)),
       topology(input.topology),
-      config(input.config),
+      config(near_gpu(input.config, device)),
       peers_(num_ranks) {
   cudaDeviceProp info;
   cuda::check(cudaGetDeviceProperties(&info, device), "cudaGetDeviceProperties");

@@ -68,7 +68,6 @@ struct Message {
 struct Memory {
   std::byte* base = nullptr;
   std::size_t bytes = 0;
-  int cuda_device = -1;  // -1: ordinary memory; else device memory of that GPU, where capabilities().device_memory
 };
 
 /// Takes what arrives. Called from progress() only; must be short, and may call put() and message().
@@ -88,7 +87,6 @@ struct Capabilities {
   std::string provider;             // "loopback", "tcp;ofi_rxm", "verbs;ofi_rxm", ...
   std::size_t immediate_bytes = 0;  // that a put carries to its target in the same operation: 8, 4; 0: a message
                                     // follows
-  bool device_memory = false;       // GPU memory can be registered
   bool random_keys = false;         // region keys are ours to choose, and random
 };
 

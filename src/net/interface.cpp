@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cctype>
 #include <filesystem>
 #include <optional>
 #include <system_error>
@@ -25,6 +26,14 @@ std::string resolved(const std::filesystem::path& link) {
   std::error_code error;
   const auto place = std::filesystem::canonical(link, error);
   return error ? "" : place.string();
+}
+
+// As /sys spells it. CUDA and nvidia-smi write capitals, the latter eight digits of the domain.
+std::string spelt_as_in_sys(std::string address) {
+  std::transform(address.begin(), address.end(), address.begin(),
+                 [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+  if (address.find(':') == 8 && address.rfind("0000", 0) == 0) address.erase(0, 4);
+  return address;
 }
 
 // "mlx5_0-rdm" and "mlx5_0" are the same device.
@@ -53,7 +62,7 @@ int pcie_distance(const std::string& a, const std::string& b) {
 }
 
 std::string place_of_pci_device(const std::string& address, const std::string& sys) {
-  return resolved(std::filesystem::path(sys) / "bus/pci/devices" / address);
+  return resolved(std::filesystem::path(sys) / "bus/pci/devices" / spelt_as_in_sys(address));
 }
 
 std::string place_of_interface(const std::string& name, const std::string& sys) {

@@ -24,8 +24,8 @@ struct ChosenInterface {
 /// other. Devices of different root complexes are farther apart than any of the same.
 int pcie_distance(const std::string& a, const std::string& b);
 
-/// Where a PCI device ("0000:1b:00.0"), a network interface or an RDMA device lies in /sys/devices; empty if it is no
-/// such thing.
+/// Where a PCI device ("0000:1b:00.0", or as CUDA and nvidia-smi write it), a network interface or an RDMA device lies
+/// in /sys/devices; empty if it is no such thing.
 std::string place_of_pci_device(const std::string& address, const std::string& sys = "/sys");
 std::string place_of_interface(const std::string& name, const std::string& sys = "/sys");
 

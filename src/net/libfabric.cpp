@@ -65,8 +65,7 @@ class Libfabric final : public Fabric {
     immediate_bytes_ = std::min(info.domain_attr->cq_data_size, input.most_immediate_bytes);
     immediate_bytes_ = immediate_bytes_ >= 8 ? 8 : immediate_bytes_ >= 4 ? 4 : 0;
     if (!Gate::can_name(num_ranks_, immediate_bytes_)) immediate_bytes_ = 0;
-    const bool device_memory = (info.caps & FI_HMEM) != 0;
-    report_.capabilities = {input.settings.provider, immediate_bytes_, device_memory, !objects_.needs(FI_MR_PROV_KEY)};
+    report_.capabilities = {input.settings.provider, immediate_bytes_, !objects_.needs(FI_MR_PROV_KEY)};
     report_.interface = objects_.interface;
     report_.knobs = libfabric_knobs(input.settings, info);
   }
@@ -104,8 +103,6 @@ class Libfabric final : public Fabric {
 
   int register_memory(const Memory& memory) override {
     require(is_connected_, "register_memory before connect: nobody is admitted yet");
-    require(memory.cuda_device < 0 || report_.capabilities.device_memory,
-            "register_memory: {} cannot register memory of GPU {}", report_.capabilities.provider, memory.cuda_device);
     return memory_.add(memory);
   }
 
@@ -305,7 +302,7 @@ class Libfabric final : public Fabric {
     Slab& slab = slabs_.emplace_back();
     slab.bytes.resize(kMaxWireBytes * static_cast<std::size_t>(buffers));
     if (objects_.needs(FI_MR_LOCAL))
-      slab.registration = memory_.registered({slab.bytes.data(), slab.bytes.size(), -1}, FI_SEND | FI_RECV);
+      slab.registration = memory_.registered({slab.bytes.data(), slab.bytes.size()}, FI_SEND | FI_RECV);
     return slab;
   }
 

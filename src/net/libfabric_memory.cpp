@@ -15,10 +15,6 @@ FidPtr<fid_mr> LibfabricMemory::registered(const Memory& memory, std::uint64_t a
   attributes.mr_iov = &where;
   attributes.iov_count = 1;
   attributes.access = access;
-  if (memory.cuda_device >= 0) {
-    attributes.iface = FI_HMEM_CUDA;
-    attributes.device.cuda = memory.cuda_device;
-  }
   fid_mr* registration = nullptr;
   std::int64_t result = -FI_ENOKEY;
   for (int i = 0; i < 16 && result == -FI_ENOKEY; ++i) {
@@ -26,9 +22,8 @@ FidPtr<fid_mr> LibfabricMemory::registered(const Memory& memory, std::uint64_t a
     result = fi_mr_regattr(objects_.domain.get(), &attributes, 0, &registration);
   }
   if (result != 0)
-    throw Error(ErrorCode::kSystem,
-                fmt::format("libfabric: registering {} bytes of {}: {}", memory.bytes,
-                            memory.cuda_device < 0 ? "memory" : "GPU memory", LibfabricLibrary::get().text(result)));
+    throw Error(ErrorCode::kSystem, fmt::format("libfabric: registering {} bytes of memory: {}", memory.bytes,
+                                                LibfabricLibrary::get().text(result)));
   FidPtr<fid_mr> owner(registration);
   if (objects_.needs(FI_MR_ENDPOINT)) {
     require_ok(fi_mr_bind(registration, &objects_.endpoint->fid, 0), "fi_mr_bind");

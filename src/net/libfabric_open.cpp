@@ -89,15 +89,7 @@ Choice choose(const NetworkConfig& settings) {
   InfoPtr hints = hints_for(settings.provider.c_str());
   if (settings.traffic_class >= 0)
     hints->tx_attr->tclass = fi_tc_dscp_set(static_cast<std::uint8_t>(settings.traffic_class >> 2));
-  InfoPtr found;
-  if (!settings.near_pci_device.empty()) {
-    // Device memory, where the provider can register it.
-    hints->caps |= FI_HMEM;
-    hints->domain_attr->mr_mode |= FI_MR_HMEM;
-    found = ask(*hints);
-    hints->caps &= ~FI_HMEM;
-  }
-  if (!found) found = ask(*hints);
+  InfoPtr found = ask(*hints);
   if (!found) {
     hints->tx_attr->tclass = 0;  // a provider that refuses the class; the report says that it is not applied
     found = ask(*hints);

@@ -30,7 +30,7 @@ class Endpoint final : public Fabric {
         arrived_(network_->num_ranks),
         failures_(network_->num_ranks),
         in_flight_(network_->num_ranks) {
-    report_.capabilities = {"loopback", network_->faults.immediate_bytes, false, true};
+    report_.capabilities = {"loopback", network_->faults.immediate_bytes, true};
     report_.interface = "memory of this process";
   }
   ~Endpoint() override { close(); }
@@ -49,8 +49,6 @@ class Endpoint final : public Fabric {
 
   int register_memory(const Memory& memory) override {
     require(connected_, "register_memory before connect: nobody is admitted yet");
-    require(memory.cuda_device < 0, "register_memory: the loopback network has ordinary memory only, not GPU {}",
-            memory.cuda_device);
     std::lock_guard lock(port().mutex);
     const auto region = static_cast<int>(port().regions.size());
     const std::uint64_t key = scramble(

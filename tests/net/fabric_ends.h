@@ -62,7 +62,7 @@ inline void connect_all(std::vector<End>& ends) {
   for (End& end : ends) addresses.push_back(end.fabric->address());
   for (End& end : ends) {
     end.fabric->connect(addresses);
-    end.region = end.fabric->register_memory({end.memory.data(), end.memory.size(), -1});
+    end.region = end.fabric->register_memory({end.memory.data(), end.memory.size()});
     keys.push_back(end.fabric->region_key(end.region));
   }
   for (End& end : ends)

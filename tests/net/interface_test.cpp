@@ -14,7 +14,7 @@ namespace {
 
 using ::testing::HasSubstr;
 
-const std::string kRoot = "/sys/devices/pci0000:16/0000:16:01.0/";
+const std::string kRoot = "/sys/devices/pci0000:1b/0000:1b:01.0/";
 const std::string kGpu = kRoot + "0000:17:00.0/0000:18:00.0/0000:19:00.0";
 
 std::vector<Interface> two_nics() {
@@ -61,15 +61,16 @@ TEST(interface, places_are_read_from_sysfs) {
   namespace fs = std::filesystem;
   const fs::path sys = fs::path(::testing::TempDir()) / "sys_of_interface_test";
   fs::remove_all(sys);
-  const fs::path device = sys / "devices/pci0000:16/0000:16:01.0";
+  const fs::path device = sys / "devices/pci0000:1b/0000:1b:01.0";
   fs::create_directories(device);
   for (const char* folder : {"bus/pci/devices", "class/net/eth7", "class/infiniband/mlx5_3"})
     fs::create_directories(sys / folder);
-  fs::create_directory_symlink(device, sys / "bus/pci/devices/0000:16:01.0");
+  fs::create_directory_symlink(device, sys / "bus/pci/devices/0000:1b:01.0");
   fs::create_directory_symlink(device, sys / "class/net/eth7/device");
   fs::create_directory_symlink(device, sys / "class/infiniband/mlx5_3/device");
   const std::string expected = fs::canonical(device).string();
-  EXPECT_EQ(place_of_pci_device("0000:16:01.0", sys), expected);
+  EXPECT_EQ(place_of_pci_device("0000:1b:01.0", sys), expected);
+  EXPECT_EQ(place_of_pci_device("00000000:1B:01.0", sys), expected);
   EXPECT_EQ(place_of_interface("eth7", sys), expected);
   EXPECT_EQ(place_of_interface("mlx5_3-rdm", sys), expected);
   EXPECT_EQ(place_of_interface("veth0", sys), "");

@@ -118,16 +118,15 @@ TEST_P(LibfabricTest, memory_is_refused_before_admission_and_beyond_its_end) {
   if (const std::string why = missing(GetParam().provider); !why.empty()) GTEST_SKIP() << why;
   const auto fabric = open(GetParam(), 0, 1, 5);
   std::byte memory[64];
-  EXPECT_THROW(fabric->register_memory({memory, sizeof memory, -1}), Error);
+  EXPECT_THROW(fabric->register_memory({memory, sizeof memory}), Error);
   fabric->connect(std::vector<Blob>{fabric->address()});
-  const int region = fabric->register_memory({memory, sizeof memory, -1});
-  const int again = fabric->register_memory({memory, sizeof memory, -1});
+  const int region = fabric->register_memory({memory, sizeof memory});
+  const int again = fabric->register_memory({memory, sizeof memory});
   EXPECT_NE(fabric->region_key(region), fabric->region_key(again)) << "keys are random";
   const int remote = fabric->import_region(0, fabric->region_key(region));
   EXPECT_THROW(fabric->put({0, region, 1, remote, 0, 64, std::nullopt, nullptr}), Error);
   EXPECT_THROW(fabric->put({0, region, 0, remote, 1, 64, std::nullopt, nullptr}), Error);
   EXPECT_THROW(fabric->put({1, region, 0, remote, 0, 64, std::nullopt, nullptr}), Error);
-  EXPECT_THROW(fabric->register_memory({memory, sizeof memory, 0}), Error);  // device memory, here
 }
 
 TEST_P(LibfabricTest, closing_with_work_under_way_ends_it) {
@@ -239,7 +238,7 @@ void expect_exchange_of_processes(const std::string& provider) {
     NetworkConfig settings;
     settings.provider = provider;
     End end(open_fabric(*group, settings.with_environment(), 20s), kRanks * kBytes);
-    end.region = end.fabric->register_memory({end.memory.data(), end.memory.size(), -1});
+    end.region = end.fabric->register_memory({end.memory.data(), end.memory.size()});
     const auto keys = group->all_gather(end.fabric->region_key(end.region), 20s);
     for (int peer = 0; peer < kRanks; ++peer) end.remote[peer] = end.fabric->import_region(peer, keys[peer]);
     const std::size_t at = static_cast<std::size_t>(rank) * kBytes;
@@ -286,7 +285,7 @@ void expect_death_is_noticed(const std::string& provider) {
     NetworkConfig settings;
     settings.provider = provider;
     End end(open_fabric(*group, settings.with_environment(), 20s), kBytes);
-    end.region = end.fabric->register_memory({end.memory.data(), kBytes, -1});
+    end.region = end.fabric->register_memory({end.memory.data(), kBytes});
     const auto keys = group->all_gather(end.fabric->region_key(end.region), 20s);
     for (int peer = 0; peer < 2; ++peer) end.remote[peer] = end.fabric->import_region(peer, keys[peer]);
     if (rank == 1) {

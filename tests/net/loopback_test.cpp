@@ -160,9 +160,9 @@ TEST(loopback, memory_is_refused_before_admission_and_beyond_its_end) {
   const auto network = LoopbackNetwork::create(1);
   const auto fabric = network->open(0);
   std::byte memory[64];
-  EXPECT_THROW(fabric->register_memory({memory, sizeof memory, -1}), Error);
+  EXPECT_THROW(fabric->register_memory({memory, sizeof memory}), Error);
   fabric->connect(std::vector<Blob>(1));
-  const int region = fabric->register_memory({memory, sizeof memory, -1});
+  const int region = fabric->register_memory({memory, sizeof memory});
   const int remote = fabric->import_region(0, fabric->region_key(region));
   const auto put = [&](std::uint64_t at, std::uint64_t remote_at, std::size_t bytes) {
     return fabric->put({0, region, at, remote, remote_at, bytes, std::nullopt, nullptr});

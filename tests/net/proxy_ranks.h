@@ -81,7 +81,7 @@ inline void start_proxies(std::vector<ProxyRank>& ranks, std::vector<std::unique
   for (const auto& fabric : fabrics) addresses.push_back(fabric->address());
   for (std::size_t rank = 0; rank < ranks.size(); ++rank) {
     fabrics[rank]->connect(addresses);
-    fabrics[rank]->register_memory({ranks[rank].memory.data(), kRegionBytes, -1});
+    fabrics[rank]->register_memory({ranks[rank].memory.data(), kRegionBytes});
     keys.push_back(fabrics[rank]->region_key(0));
   }
   for (std::size_t rank = 0; rank < ranks.size(); ++rank) {
