@@ -250,6 +250,7 @@ class Rank {
 void write(const std::string& file, const nlohmann::json& report) {
   if (file.empty()) {
     fmt::print("{}\n", report.dump(1));
+    std::fflush(stdout);  // a child process ends without
     return;
   }
   std::ofstream out(file);

@@ -207,7 +207,8 @@ class HostOperations {
     op.digest = [this] { return digest_rows(combined_.x, {}, work_.num_tokens); };
     op.copy = copy_shape(traffic_.received(rank_), work_.row_bytes());
     op.copy_bytes = 2 * traffic_.all() * work_.row_bytes();
-    op.must_bytes = (traffic_.all() * (staged ? 3 : 1) + tokens) * work_.row_bytes();
+    const std::int64_t staged_rows = staged ? traffic_.all() - traffic_.own() : 0;
+    op.must_bytes = (traffic_.all() + 2 * staged_rows + tokens) * work_.row_bytes();
     op.bare = [this, limits] { limits->bare_combine(traffic_, ranks_of_token_); };
     if (staged) op.bare = nullptr;
     return op;
@@ -221,7 +222,8 @@ class HostOperations {
 
   std::int64_t ll_combine_bytes(bool staged) const {
     const std::int64_t tokens = std::int64_t{work_.num_ranks} * work_.num_ll_tokens;
-    return ((staged ? 3 : 1) * ll_traffic_.num_selections + tokens) * work_.row_bytes();
+    const std::int64_t staged_rows = staged ? ll_traffic_.num_selections - ll_traffic_.own_selections : 0;
+    return (ll_traffic_.num_selections + 2 * staged_rows + tokens) * work_.row_bytes();
   }
 
   Operation ll_dispatch(Limits* limits, bool fp8, ScaleOrder scales = ScaleOrder::kRowMajor) {
@@ -245,6 +247,7 @@ class HostOperations {
     CombineInput in;
     in.x = ll_received_.x;
     in.zero_copy = !staged;
+    in.at_once = true;
     in.handle = ll_received_.handle;
     in.weights = TensorView(static_cast<const void*>(ll_routing_.topk_weights.data()), DType::kFp32,
                             {work_.num_ll_tokens, work_.num_topk});

@@ -177,6 +177,7 @@ inline Routing make_routing(const Workload& work, int rank, int num_tokens) {
 struct Traffic {
   std::vector<std::vector<std::int64_t>> rows;
   std::int64_t num_selections = 0;
+  std::int64_t own_selections = 0;  // of experts on the token's rank
 
   std::int64_t sent(int rank) const {
     std::int64_t sum = 0;
@@ -191,6 +192,12 @@ struct Traffic {
   std::int64_t all() const {
     std::int64_t sum = 0;
     for (std::size_t rank = 0; rank < rows.size(); ++rank) sum += sent(static_cast<int>(rank));
+    return sum;
+  }
+  /// Tokens that go to their own rank.
+  std::int64_t own() const {
+    std::int64_t sum = 0;
+    for (std::size_t rank = 0; rank < rows.size(); ++rank) sum += rows[rank][rank];
     return sum;
   }
   std::int64_t most_received() const {
@@ -214,6 +221,7 @@ inline Traffic traffic_of(const Workload& work, int num_tokens) {
       }
     }
     traffic.num_selections += static_cast<std::int64_t>(routing.topk_idx.size());
+    for (const std::int64_t expert : routing.topk_idx) traffic.own_selections += work.rank_of(expert) == rank;
     traffic.rows.push_back(std::move(rows));
   }
   return traffic;

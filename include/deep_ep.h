@@ -554,7 +554,7 @@ typedef struct deep_ep_combine_input {
   void* stream;              // as in deep_ep_dispatch_input
   deep_ep_wire_format wire;  // low latency, BF16 and FP16 only; equal on all ranks
   int pre_reduce;            // low latency, with round_per_rank, 1: a rank adds a token's rows up and sends one
-  int at_once;               // as in deep_ep_dispatch_input
+  int at_once;               // as in deep_ep_dispatch_input; x is then read until the ticket is received
   int mask_silent;           // likewise
 } deep_ep_combine_input;
 

@@ -39,10 +39,15 @@ void expect_combine(const World& world, const HomewardShape& shape, const std::v
         const int rank = buffer.rank();
         const DispatchOutput sent = dispatch(buffer, world.input(rank), world.shape.low_latency);
         for (std::size_t i = 0; i < orders.size(); ++i) {
-          const CombineInput input = combine_input(home, rank, sent.handle, orders[i]);
-          const CombineOutput got = combine(buffer, input, world.shape.low_latency);
-          EXPECT_EQ(difference(expected[i][rank], got), "")
-              << "rank " << rank << ", " << to_string(orders[i]) << ", of " << world.shape.to_string();
+          CombineInput input = combine_input(home, rank, sent.handle, orders[i]);
+          for (const bool at_once : {false, true}) {
+            if (at_once && !world.shape.low_latency) continue;
+            input.at_once = at_once;
+            const CombineOutput got = combine(buffer, input, world.shape.low_latency);
+            EXPECT_EQ(difference(expected[i][rank], got), "")
+                << "rank " << rank << ", " << to_string(orders[i]) << (at_once ? ", at once" : "") << ", of "
+                << world.shape.to_string();
+          }
         }
       },
       options);

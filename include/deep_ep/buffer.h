@@ -202,7 +202,8 @@ enum class WireFormat : std::uint8_t {
 const char* name(WireFormat format) noexcept;
 
 /// Arguments of combine() and low_latency_combine(). Every tensor is read until the call returns; for low latency,
-/// weights, bias and out are used until receive() returns. With a stream: until that stream is done with the call.
+/// weights, bias and out (with at_once also x) are used until receive() returns. With a stream: until that stream is
+/// done with the call.
 ///
 /// All ranks bring rows of the same dtype and width, and topk_weights or none; the call is refused otherwise. order,
 /// weights, bias and out are those of each token's home.
@@ -239,7 +240,7 @@ struct CombineInput {
   std::chrono::milliseconds timeout{0};
   int num_workers = 0;
   Stream stream = nullptr;  // as in DispatchInput
-  bool at_once = false;     // likewise
+  bool at_once = false;     // likewise. Host buffers then read a rank's rows of its own tokens where they lie
 };
 
 /// Result of a combine.

@@ -140,7 +140,7 @@ class LowLatencyMode(Session):
             out = torch.empty((topk_idx.size(0), x.size(-1)), dtype=x.dtype, device="cpu")
         if out is not None:
             keywords["out"] = out
-        ticket = core.low_latency_combine(handle=core_handle, **keywords)
+        ticket = core.low_latency_combine(handle=core_handle, at_once=not return_recv_hook, **keywords)
         if return_recv_hook:
             assert out is not None
             return out, EventOverlap(), once(lambda: ticket.receive(wait_stats))

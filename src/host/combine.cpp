@@ -18,6 +18,11 @@ namespace deep_ep::host {
 
 namespace {
 
+std::vector<int> without(std::vector<int> ranks, int rank) {
+  std::erase(ranks, rank);
+  return ranks;
+}
+
 class Combine {
  public:
   Combine(Context& context, const CombineCall& call)
@@ -26,6 +31,7 @@ class Combine {
         handle_(*call.in.handle),
         epoch_(context.begin(call.operation, call.timeout)),
         active_(context.active_ranks()),
+        others_(without(active_, context.rank)),
         ring_(StagingRing::of(call, context.num_ranks)),
         sources_(context.num_ranks),
         next_arrival_(context.num_ranks) {
@@ -118,10 +124,11 @@ class Combine {
     const Announcement& theirs = context_.announcement(context_.rank, epoch_.number, peer);
     sources_[peer].present = true;
     if (context_.is_far(peer)) return;
-    sources_[peer].x = context_.window(peer) + theirs.x_at;
+    const bool ours = peer == context_.rank;  // then what we stage is for others
+    sources_[peer].x = ours ? call_.in.x.as<const std::byte>() : context_.window(peer) + theirs.x_at;
     sources_[peer].weights = reinterpret_cast<const float*>(context_.window(peer) + theirs.weights_at);
     sources_[peer].rows = theirs.rows;
-    sources_[peer].in_pieces = theirs.in_pieces;
+    sources_[peer].in_pieces = theirs.in_pieces && !ours;
     any_in_pieces_ = any_in_pieces_ || theirs.in_pieces;
     most_tokens_ = std::max(most_tokens_, theirs.tokens);
   }
@@ -156,13 +163,14 @@ class Combine {
 
   void stage(std::int64_t piece) {
     if (piece >= StagingRing::kPieces)  // the homes have read what lay there before
-      for (int home : active_)
+      for (int home : others_)
         context_.await_count(Flag::kFinished, epoch_, home,
                              static_cast<std::uint32_t>(piece - StagingRing::kPieces + 1));
-    context_.workers().for_range(context_.num_ranks, 1, call_.num_workers, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t home = begin; home < end; ++home) stage_rows(piece, static_cast<int>(home));
+    const auto count = static_cast<std::int64_t>(others_.size());
+    context_.workers().for_range(count, 1, call_.num_workers, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) stage_rows(piece, others_[i]);
     });
-    for (int home : active_) context_.publish(home, Flag::kArrived, epoch_, static_cast<std::uint32_t>(piece + 1));
+    for (int home : others_) context_.publish(home, Flag::kArrived, epoch_, static_cast<std::uint32_t>(piece + 1));
   }
 
   // Through the caches: the home reads them soon.
@@ -284,6 +292,7 @@ class Combine {
   const Handle& handle_;
   const Epoch epoch_;
   const std::vector<int> active_;
+  const std::vector<int> others_;  // without us
   const StagingRing ring_;
   std::vector<CombineSource> sources_;
   std::optional<ForwardedCombine> forwarded_;  // where there are ranks that share no memory with us

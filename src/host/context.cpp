@@ -429,9 +429,12 @@ std::vector<int> Context::active_ranks() const {
 // Memory
 // --------------------------------------------------------------------------------------------------------------------------
 
+plan::Arena::Block Context::spare_block(std::size_t bytes) {
+  return arena_->in_use() + bytes <= arena_->capacity() / 2 ? arena_->allocate(bytes, false) : plan::Arena::Block{};
+}
+
 std::shared_ptr<void> Context::output_memory(std::size_t bytes) {
-  if (arena_->in_use() + bytes <= arena_->capacity() / 2)
-    if (plan::Arena::Block block = arena_->allocate(bytes, false); block.owner) return std::move(block.owner);
+  if (plan::Arena::Block block = spare_block(bytes); block.owner) return std::move(block.owner);
   return Tensor::allocate(DType::kU8, {static_cast<std::int64_t>(bytes)}).owner;
 }
 
@@ -462,6 +465,7 @@ void Context::sweep_kept_blocks() {
     return true;
   });
   std::erase_if(read_by_peers_, [&](const auto& entry) {
+    if (entry.first > released_) return false;  // this rank reads its own rows there too
     for (int peer = 0; peer < num_ranks; ++peer)
       if (!is_far(peer) && !(masked_[peer] && entry.first <= retired_) && !has_left(peer, entry.first)) return false;
     return true;

@@ -166,8 +166,10 @@ class Context {
   // Memory
   // ------------------------------------------------------------------------------------------------------------------------
   plan::Arena& arena() { return *arena_; }
-  /// Memory for a result that no peer writes: of the arena, whose pages are warm, until half of that is taken; the rest
-  /// is for rows that come from peers. Then ordinary memory.
+  /// A block for what no peer writes, until half of the arena is taken: the rest is for rows that come from peers. Then
+  /// one without owner.
+  plan::Arena::Block spare_block(std::size_t bytes);
+  /// Memory for a result: a spare block, whose pages are warm, else ordinary memory.
   std::shared_ptr<void> output_memory(std::size_t bytes);
   Tensor output(DType dtype, std::initializer_list<std::int64_t> shape);
   /// Keeps a block until every peer has left the operation: after a timeout one may still write or read it.

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
-// Rows of low-latency combine as they cross: written into a slot by their sender, read there by the token's home.
+// Rows of low-latency combine as they cross: written by their sender, read by the token's home.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 
 #include "backend.h"
@@ -12,12 +13,12 @@
 
 namespace deep_ep::host {
 
-/// Writes a row of call.dtype into its slot, in the call's wire format. RowOps::flush() as after copy().
+/// Writes a row of call.dtype to its place, in the call's wire format: through the caches, for it is read soon.
 inline void write_wire_row(const CombineCall& call, const RowOps& ops, std::byte* slot, const std::byte* row) {
   const auto at = plan::EncodedRow::place(call.in.wire, call.hidden);
   auto* const low = reinterpret_cast<std::uint8_t*>(slot);
   switch (call.in.wire) {
-    case WireFormat::kAsIs: return ops.copy(slot, row, call.row_bytes);
+    case WireFormat::kAsIs: std::memcpy(slot, row, call.row_bytes); return;
     case WireFormat::kLogFmt10:
       return ops.log_encode({.src = row,
                              .dtype = call.dtype,

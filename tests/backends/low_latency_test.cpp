@@ -285,6 +285,40 @@ TEST_P(LowLatencyEveryLayout, combines_rows_that_change_after_the_send) {
   });
 }
 
+// Hosts stage rows in the arena; ranks 1 and 3 find no room there.
+TEST_P(LowLatencyEveryLayout, combines_where_the_arenas_of_some_ranks_are_full) {
+  const Series series(GetParam(), 1);
+  run_ranks(4, series.worlds[0].config(), [&](AnyBuffer& buffer) {
+    const int rank = buffer.rank();
+    const auto sent = buffer.low_latency_dispatch(series.worlds[0].input(rank)).receive();
+    const auto half = static_cast<std::int64_t>(series.worlds[0].config().arena_bytes / 2);
+    const Tensor kept = rank % 2 == 0 ? Tensor() : buffer.allocate(DType::kU8, {half});
+    CombineInput in = combine_input(series.homes[0], rank, sent.handle, SumOrder::by_topk());
+    for (int repeat = 0; repeat < 8; ++repeat) {
+      in.at_once = repeat % 2 == 0;
+      EXPECT_EQ(difference(series.sums[0][rank], buffer.low_latency_combine(in).receive()), "") << "repeat " << repeat;
+    }
+  });
+}
+
+// With at_once a rank reads its own rows when it receives, and nobody's later.
+TEST_P(LowLatencyEveryLayout, combines_rows_that_change_once_they_are_received) {
+  const Series series(GetParam(), 1);
+  run_ranks(4, series.worlds[0].config(), [&](AnyBuffer& buffer) {
+    const int rank = buffer.rank();
+    const auto sent = buffer.low_latency_dispatch(series.worlds[0].input(rank)).receive();
+    const CombineInput plain = combine_input(series.homes[0], rank, sent.handle, SumOrder::by_topk());
+    for (int repeat = 0; repeat < 20; ++repeat) {
+      CombineInput in = plain;
+      in.at_once = (rank + repeat) % 3 != 0;
+      const Tensor mine = buffer.allocate_rows(plain);
+      in.x = mine;
+      EXPECT_EQ(difference(series.sums[0][rank], buffer.low_latency_combine(in).receive()), "") << "repeat " << repeat;
+      spoil(mine);
+    }
+  });
+}
+
 // The tensor is dropped right after the send: what is allocated next must not lie there. Ranks 1 and 3 copy.
 TEST_P(LowLatencyEveryLayout, reads_rows_in_place_and_keeps_them_until_all_have_read) {
   const Series series(GetParam(), 1);
