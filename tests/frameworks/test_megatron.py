@@ -128,27 +128,27 @@ def compare(got, wanted, tolerance, which):
         torch.testing.assert_close(here, there, rtol=tolerance, atol=tolerance, msg=said)
 
 
-def check_all(rank, device, cases, backends=BACKENDS, tolerance=0.0, sequence=SEQUENCE):
-    """Every backend beside alltoall, for each (dtype, experts per token, options of the layer)."""
-    for dtype, topk, options in cases:
+def check_all(rank, device, cases, backends=BACKENDS):
+    """Every backend beside alltoall, for each (dtype, experts per token, options of the layer, tolerance)."""
+    for dtype, topk, options, tolerance in cases:
         make = functools.partial(make_layer, device, dtype=dtype, topk=topk, **options)
-        wanted = step(make("alltoall"), rank, device, sequence=sequence)
+        wanted = step(make("alltoall"), rank, device)
         for backend in backends:
-            got = step(make(backend), rank, device, sequence=sequence)
+            got = step(make(backend), rank, device)
             compare(got, wanted, tolerance, f"{backend}, {dtype}, {topk} of {EXPERTS}, {options}")
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_with_two_experts_per_token_outputs_and_gradients_are_those_of_alltoall_bit_for_bit(device):
     # A sum of two rows is the same in either order.
-    run(check_all, device, [(dtype, topk, {}) for dtype in (torch.float32, torch.bfloat16) for topk in (1, 2)])
+    run(check_all, device, [(dtype, topk, {}, 0.0) for dtype in (torch.float32, torch.bfloat16) for topk in (1, 2)])
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_with_more_experts_per_token_they_are_those_of_alltoall_but_for_rounding(device):
     # Rows of experts on one rank are summed there, before the sum over ranks.
-    run(check_all, device, [(torch.float32, topk, {}) for topk in (3, 5, 8)], BACKENDS, 2e-5)
-    run(check_all, device, [(torch.bfloat16, 4, {})], BACKENDS, 5e-2)
+    cases = [(torch.float32, topk, {}, 2e-5) for topk in (3, 5, 8)]
+    run(check_all, device, [*cases, (torch.bfloat16, 4, {}, 5e-2)])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -166,10 +166,13 @@ def test_routers_of_all_kinds(device):
         dict(moe_router_load_balancing_type="sinkhorn"),
         dict(moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.1, moe_z_loss_coeff=1e-3),
     ]
-    run(check_all, device, [(dtype, 2, kind) for dtype in (torch.float32, torch.bfloat16) for kind in kinds])
+    cases = [(dtype, 2, kind, 0.0) for dtype in (torch.float32, torch.bfloat16) for kind in kinds]
     # Probabilities travel in single precision, with alltoall in the router's.
-    run(check_all, device, [(torch.float32, 2, dict(moe_router_dtype="fp64"))], BACKENDS, 1e-5)
-    run(check_all, device, [(torch.bfloat16, 2, dict(moe_router_dtype=None))], BACKENDS, 5e-2)
+    cases += [
+        (torch.float32, 2, dict(moe_router_dtype="fp64"), 1e-5),
+        (torch.bfloat16, 2, dict(moe_router_dtype=None), 5e-2),
+    ]
+    run(check_all, device, cases)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -179,7 +182,7 @@ def test_tokens_above_an_experts_capacity_are_dropped(device):
         for factor in (0.5, 1.0)
         for policy in ("probs", "position")
     ]
-    run(check_all, device, [(torch.float32, 2, policy) for policy in policies])
+    run(check_all, device, [(torch.float32, 2, policy, 0.0) for policy in policies])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -188,7 +191,7 @@ def test_hybridep_pads_experts_to_their_capacity(device):
     padded = [
         dict(moe_expert_capacity_factor=factor, moe_pad_expert_input_to_capacity=True) for factor in (0.5, 1.0, 1.5)
     ]
-    run(check_all, device, [(torch.float32, 2, options) for options in padded], ["hybridep"], 2e-5)
+    run(check_all, device, [(torch.float32, 2, options, 2e-5) for options in padded], ["hybridep"])
 
 
 def _padded(rank, device):
@@ -252,7 +255,7 @@ def _tensor_parallel(rank, device):
         expert_model_parallel_size=dist.get_world_size() // 2,
         sequence_parallel=True,
     )
-    check_all(rank, device, [(torch.float32, 2, options)], BACKENDS, 2e-5)
+    check_all(rank, device, [(torch.float32, 2, options, 2e-5)])
 
 
 @pytest.mark.parametrize("device", DEVICES)
