@@ -18,4 +18,5 @@ NB_MODULE(_core, m) {
   bind_handle(m);
   bind_low_latency(m);
   bind_buffer(m);
+  bind_machine(m);
 }

@@ -10,6 +10,7 @@ void bind_errors(nanobind::module_& module);
 void bind_groups(nanobind::module_& module);
 void bind_placement(nanobind::module_& module);
 void bind_handle(nanobind::module_& module);
+void bind_machine(nanobind::module_& module);
 void bind_low_latency(nanobind::module_& module);
 void bind_buffer(nanobind::module_& module);
 

@@ -348,3 +348,71 @@ class CoreBuffer:
         """Waits for what was enqueued and raises what it found out."""
 
     def close(self) -> None: ...
+
+class GpuInfo:
+    """A GPU, as this process numbers it."""
+
+    @property
+    def device(self) -> int: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def pci_address(self) -> str: ...
+
+    @property
+    def compute_capability(self) -> int: ...
+
+    @property
+    def num_sms(self) -> int: ...
+
+    @property
+    def memory_bytes(self) -> int: ...
+
+    @property
+    def sharing(self) -> str: ...
+
+    @property
+    def peers(self) -> list[int]: ...
+
+    @property
+    def atomic_peers(self) -> list[int]: ...
+
+class InterfaceInfo:
+    """A network interface, as a provider of libfabric names it."""
+
+    @property
+    def provider(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def address(self) -> str: ...
+
+class Machine:
+    """What this machine has for a buffer, and what is missing."""
+
+    @property
+    def version(self) -> str: ...
+
+    @property
+    def num_cores(self) -> int: ...
+
+    @property
+    def row_arithmetic(self) -> str: ...
+
+    @property
+    def gpus(self) -> list[GpuInfo]: ...
+
+    @property
+    def interfaces(self) -> list[InterfaceInfo]: ...
+
+    @property
+    def missing(self) -> list[str]: ...
+
+    def __str__(self) -> str: ...
+
+def inspect_machine() -> Machine:
+    """Looks at CPU, GPUs and network without opening a buffer."""

@@ -13,6 +13,7 @@
 #include "cuda/failure.h"
 #include "cuda/forward_combine.h"
 #include "cuda/forward_dispatch.h"
+#include "cuda/gpus.h"
 #include "cuda/graph_memory.h"
 #include "cuda/low_latency.h"
 #include "cuda/own_memory.h"
@@ -80,9 +81,7 @@ Neighbours meet_neighbours(const BackendInput& input, const cudaDeviceProp& info
 // The network's interface should be near to this GPU, unless the caller said otherwise.
 Config near_gpu(Config config, int device) {
   if (!config.network.near_pci_device.empty()) return config;
-  char address[32] = {};
-  cuda::check(cudaDeviceGetPCIBusId(address, sizeof address, device), "cudaDeviceGetPCIBusId");
-  config.network.near_pci_device = address;
+  config.network.near_pci_device = pci_address(device);
   return config;
 }
 

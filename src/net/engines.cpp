@@ -26,6 +26,16 @@ std::vector<std::string> available_providers(const NetworkConfig& settings) {
 #endif
 }
 
+std::vector<Offer> offers() {
+  std::vector<Offer> all;
+  for (const std::string& provider : available_providers({})) {
+#if defined(EP_WITH_LIBFABRIC)
+    all.push_back({provider, libfabric_interfaces(provider)});
+#endif
+  }
+  return all;
+}
+
 std::unique_ptr<Fabric> open_engine(const EngineInput& input) {
 #if defined(EP_WITH_LIBFABRIC)
   if (input.settings.provider != kLoopback) return open_libfabric(input);

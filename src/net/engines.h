@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "net/fabric.h"
+#include "net/interface.h"
 
 namespace deep_ep::net {
 
@@ -22,6 +23,15 @@ struct EngineInput {
 /// What this rank could use under these settings, best first. Throws kUnsupported where a provider is named that is not
 /// here, with the reason and what is.
 std::vector<std::string> available_providers(const NetworkConfig& settings);
+
+/// What a provider could go through here.
+struct Offer {
+  std::string provider;
+  std::vector<Interface> interfaces;
+};
+/// Of every provider that is chosen without being named, best first. Throws kUnsupported where there is none, with the
+/// reason.
+std::vector<Offer> offers();
 
 std::unique_ptr<Fabric> open_engine(const EngineInput& input);
 

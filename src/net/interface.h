@@ -13,6 +13,7 @@ struct Interface {
   std::string address;  // an IP address, or empty
   std::string device;   // its place in /sys/devices, or empty
   bool is_loopback = false;
+  bool operator==(const Interface&) const = default;
 };
 
 struct ChosenInterface {

@@ -80,6 +80,22 @@ bool is_wanted_format(const fi_info& info, const std::string& wanted) {
   return info.addr_format != FI_SOCKADDR_IN6 || wanted.find(':') != std::string::npos;
 }
 
+// What a provider found, with the interface of each.
+struct Ways {
+  std::vector<const fi_info*> infos;
+  std::vector<Interface> interfaces;
+};
+
+Ways ways_of(const fi_info* found, const std::string& provider, const std::string& wanted) {
+  Ways ways;
+  for (const fi_info* info = found; info != nullptr; info = info->next) {
+    if (provider_of(*info) != provider || !is_wanted_format(*info, wanted)) continue;
+    ways.infos.push_back(info);
+    ways.interfaces.push_back(interface_of(*info));
+  }
+  return ways;
+}
+
 struct Choice {
   InfoPtr info;
   std::string interface;
@@ -96,18 +112,12 @@ Choice choose(const NetworkConfig& settings) {
   }
   if (!found)
     throw Error(ErrorCode::kUnsupported, fmt::format("network.provider: '{}' is not here", settings.provider));
-  std::vector<const fi_info*> infos;
-  std::vector<Interface> interfaces;
-  for (const fi_info* info = found.get(); info != nullptr; info = info->next) {
-    if (provider_of(*info) != settings.provider || !is_wanted_format(*info, settings.interface)) continue;
-    infos.push_back(info);
-    interfaces.push_back(interface_of(*info));
-  }
+  const Ways ways = ways_of(found.get(), settings.provider, settings.interface);
   const std::string near = settings.near_pci_device.empty() ? "" : place_of_pci_device(settings.near_pci_device);
-  const ChosenInterface chosen = choose_interface(interfaces, settings.interface, near);
-  const Interface& interface = interfaces[chosen.index];
+  const ChosenInterface chosen = choose_interface(ways.interfaces, settings.interface, near);
+  const Interface& interface = ways.interfaces[chosen.index];
   const std::string address = interface.address.empty() ? "" : fmt::format(", {}", interface.address);
-  return {InfoPtr(lib().dupinfo(infos[chosen.index])),
+  return {InfoPtr(lib().dupinfo(ways.infos[chosen.index])),
           fmt::format("{} ({}{})", interface.name, chosen.reason, address)};
 }
 
@@ -164,6 +174,14 @@ std::vector<std::string> libfabric_providers(const std::string& wanted) {
   throw Error(ErrorCode::kUnsupported,
               fmt::format("network.provider: '{}' is not among those that this machine's libfabric has: {}",
                           wanted.empty() ? "automatic" : wanted, list));
+}
+
+std::vector<Interface> libfabric_interfaces(const std::string& provider) {
+  const InfoPtr found = ask(*hints_for(provider.c_str()));
+  std::vector<Interface> each;  // a provider lists one interface several times, with different abilities
+  for (Interface& interface : ways_of(found.get(), provider, "").interfaces)
+    if (std::find(each.begin(), each.end(), interface) == each.end()) each.push_back(std::move(interface));
+  return each;
 }
 
 LibfabricObjects open_libfabric_objects(const NetworkConfig& settings) {

@@ -36,6 +36,9 @@ using FidPtr = std::unique_ptr<T, CloseFid<T>>;
 /// names: "tcp" names "tcp;ofi_rxm", as long as none is called "tcp" itself.
 std::vector<std::string> libfabric_providers(const std::string& wanted);
 
+/// What one of them could go through, as it lists them.
+std::vector<Interface> libfabric_interfaces(const std::string& provider);
+
 /// An endpoint that is ready for addresses. Destroyed from the last member to the first.
 struct LibfabricObjects {
   InfoPtr info;

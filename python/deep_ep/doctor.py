@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: MIT
+"""What this machine has for a buffer, what is missing, and whether small exchanges on it give the right bits."""
+
+import os
+import threading
+import time
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+
+import torch
+
+from . import _core
+from .elastic import ElasticBuffer
+from .group import in_process_group
+
+_TOKENS, _HIDDEN, _EXPERTS = 64, 512, 8
+_TIMEOUT_SECONDS = 30.0
+
+
+class Check(NamedTuple):
+    """One exchange of two ranks: between whom, and what went wrong (None: every bit was right)."""
+
+    name: str
+    problem: Optional[str]
+    seconds: float
+
+
+def _exchange(group: Any, device: str, ranks_per_node: int) -> Optional[str]:
+    """Sends each token to two experts, which double it, one on each rank; None where the sums are right to the bit."""
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    random = torch.Generator().manual_seed(group.rank())
+    x = torch.randn((_TOKENS, _HIDDEN), generator=random).bfloat16().to(device)
+    local = torch.randint(_EXPERTS // 2, (_TOKENS, 2), generator=random)
+    topk_idx = (local + torch.tensor([0, _EXPERTS // 2])).to(device)
+    with ElasticBuffer(
+        group,
+        num_max_tokens_per_rank=_TOKENS,
+        hidden=_HIDDEN,
+        ranks_per_node=ranks_per_node,
+        device=device,
+        arena_bytes=64 << 20,
+        num_cpu_timeout_secs=_TIMEOUT_SECONDS,
+        num_gpu_timeout_secs=_TIMEOUT_SECONDS,
+    ) as buffer:
+        rows, _, _, handle, _ = buffer.dispatch(x, topk_idx, num_experts=_EXPERTS)
+        y, _, _ = buffer.combine(rows * 2, handle)
+        wrong = int((y != 4 * x).sum())
+    return f"{wrong} of {x.numel()} values are wrong" if wrong else None
+
+
+def _on_two_ranks(devices: List[str], ranks_per_node: int = 2) -> Optional[str]:
+    """The exchange by two threads; the first problem."""
+    groups = in_process_group(2)
+    problems: List[Optional[str]] = ["it did not end", "it did not end"]
+
+    def run(rank: int) -> None:
+        try:
+            problems[rank] = _exchange(groups[rank], devices[rank], ranks_per_node)
+        except Exception as error:  # noqa: B902  (a report of all that can go wrong)
+            problems[rank] = str(error)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return problems[0] or problems[1]
+
+
+@contextmanager
+def _network(provider: str) -> Iterator[None]:
+    """Buffers that open meanwhile use this provider between nodes."""
+    before = os.environ.get("EP_NETWORK_PROVIDER")
+    os.environ["EP_NETWORK_PROVIDER"] = provider
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["EP_NETWORK_PROVIDER"]
+        else:
+            os.environ["EP_NETWORK_PROVIDER"] = before
+
+
+def _timed(name: str, exchange: Callable[[], Optional[str]]) -> Check:
+    start = time.monotonic()
+    problem = exchange()
+    return Check(name, problem, time.monotonic() - start)
+
+
+def checks(machine: Any) -> Iterator[Check]:
+    """Exchanges of two ranks of this process: on the CPU, on each GPU, on each pair of GPUs, and over the network
+    that would be chosen between machines."""
+    yield _timed("two ranks on the CPU", lambda: _on_two_ranks(["cpu", "cpu"]))
+    gpus = machine.gpus if torch.cuda.is_available() else []
+    for gpu in gpus:
+        own = f"cuda:{gpu.device}"
+        yield _timed(f"two ranks on GPU {gpu.device}", lambda: _on_two_ranks([own, own]))
+        for peer in (peer for peer in gpu.peers if peer > gpu.device):
+            pair = [own, f"cuda:{peer}"]
+            yield _timed(f"GPU {gpu.device} with GPU {peer}", lambda: _on_two_ranks(pair))
+    if machine.interfaces:
+        provider = machine.interfaces[0].provider
+        with _network(provider):
+            yield _timed(f"two nodes over {provider}", lambda: _on_two_ranks(["cpu", "cpu"], ranks_per_node=1))
+
+
+def facts(machine: Any) -> Dict[str, Any]:
+    """What the machine has, as plain data for JSON."""
+    fields = {name: getattr(machine, name) for name in ("version", "num_cores", "row_arithmetic", "missing")}
+    gpu_fields = [name for name in dir(_core.GpuInfo) if not name.startswith("_")]
+    return {
+        **fields,
+        "torch": torch.__version__,
+        "gpus": [{name: getattr(gpu, name) for name in gpu_fields} for gpu in machine.gpus],
+        "interfaces": [
+            {"provider": way.provider, "name": way.name, "address": way.address} for way in machine.interfaces
+        ],
+    }
