@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Ranks as processes of this machine, which are a torch.distributed group."""
 
+import os
 import socket
 from typing import Any, Callable, Sequence
 
@@ -23,6 +24,8 @@ def spawn(
 ) -> None:
     """body(rank) in so many processes: a gloo group, or with the device "cuda" an NCCL group with a GPU for each rank.
     The first call imports the modules of `preload` once for all processes, its own and those of later calls."""
+    # The process that ranks are copies of must not touch a GPU, not even by an import that asks whether there is one.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     torch.multiprocessing.set_forkserver_preload(["deep_ep", "torch._dynamo", *preload])
     launch(_start, ranks, body, ranks, free_port(), device)
 
