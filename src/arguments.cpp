@@ -369,6 +369,8 @@ CombineCall check_combine(Operation operation, const CombineInput& in, const Cal
   require_same_memory(handle, scope);
   require(handle.low_latency == is_low_latency(operation), "handle: {} takes a handle of {}", name(operation),
           is_low_latency(operation) ? "low_latency_dispatch" : "dispatch");
+  require(!handle.low_latency || scope.on_device || handle.home_slot.given(),
+          "handle: it lacks home_slot, as one does that was saved: low latency takes it from its own dispatch");
   require(in.x.given() || in.topk_weights.given(), "x or topk_weights must be given");
   CombineCall call;
   call.operation = operation;

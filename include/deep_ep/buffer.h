@@ -90,6 +90,10 @@ struct Handle {
   // kPadded of low latency only.
   Tensor row_token;     // i32 [slots, num_ranks * max_tokens_per_rank]: the source's token number of each row that came
   Tensor source_range;  // i64 [slots, num_ranks]: (first row in the slot << 32) | rows of that source
+  // Low latency on host buffers only.
+  Tensor home_slot;         // i32 [num_tokens, num_topk]: where the row of each selection comes home; -1: none
+  Tensor first_slot_here;   // i32 [num_ranks + 1]: from where on the rows of each rank do
+  Tensor first_slot_there;  // i32 [num_ranks]: from where on this rank's rows come home at each source
   // Low latency on CUDA buffers only.
   Tensor arrival_weights;  // f32 [num_arrivals, num_topk]: where the dispatch carried weights
   Tensor own_row;          // i32 [num_tokens, num_topk]: arrival_row of this rank's own tokens that stay here; those of

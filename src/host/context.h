@@ -44,7 +44,9 @@ struct Announcement {
   bool in_pieces = false;                         // combine: its rows come to x_at piece by piece
   SumOrder order;                                 // combine: in which the sender, as a home, adds
   bool factors = false;                           // combine: it weighs the rows
-  std::array<char, 320> refusal{};
+  std::int32_t first_slot_there = 0;              // low-latency dispatch: of the sender's, from which on the reader's
+                                                  // rows come home (plan/home_slots.h)
+  std::array<char, 312> refusal{};
 };
 static_assert(sizeof(Announcement) <= plan::WindowLayout::kAnnouncementHead);
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
-// Low-latency combine: every row goes back to its token's home, encoded if the caller wants it. Inside a node the slot
-// of its selection gets only a number, and the home reads the row in its sender's window: where it lies, if the caller
-// leaves it alone until all have read it, else where the sender has staged it. Without room there, and between nodes,
-// the row itself goes into the slot. receive() adds a token's rows in the plan's order. Phases: send | receive, sum.
+// Low-latency combine: every row goes back to its token's home, encoded if the caller wants it. Inside a node its
+// slot there (plan/home_slots.h) gets only a number, and the home reads the row in its sender's window: where it lies,
+// if the caller leaves it alone until all have read it, else where the sender has staged it. Without room there, and
+// between nodes, the row itself goes into the slot. receive() adds a token's rows in the plan's order. Phases: send |
+// receive, sum.
 #include <algorithm>
 #include <atomic>
 
@@ -17,38 +18,56 @@ namespace deep_ep::host {
 
 namespace {
 
-// Slots of one ticket in an owner's window:
+// How far apart the rows of one rank lie, in its window and in a home's slots.
+std::size_t row_stride(const CombineCall& call) {
+  return plan::align_up(call.wire_bytes, plan::MessageLayout::kAlignment);
+}
+
+// Slots of one ticket in a home's window:
 //   [ rows: max_tokens x topk | weights: max_tokens x topk x (f32 x topk) | numbers: i32 x max_tokens x topk ]
-// Rows lie as far apart as the ticket has room for, whatever their size: so the slots of two ranks are apart even where
-// their calls do not match, which receive() finds out when they have written.
+// Where the rows of a rank begin follows from the handle and from how far apart the ticket has room for them, whatever
+// their size: so those of two ranks are apart even where their calls do not match, which receive() finds out when they
+// have written. From there on they lie side by side.
 struct Slots {
   std::byte* base = nullptr;
   std::size_t num_slots = 0;
   std::size_t weights_stride = 0;
-  std::size_t row_stride = 0;
+  std::size_t room = 0;  // for a row
+  std::size_t stride = 0;
 
-  Slots(const Context& context, const Epoch& epoch, const CombineCall& call, int owner)
-      : base(context.low_latency(owner, epoch.ticket)),
+  Slots(const Context& context, const Epoch& epoch, const CombineCall& call, int home)
+      : base(context.low_latency(home, epoch.ticket)),
         num_slots(static_cast<std::size_t>(call.in.handle->max_tokens_per_rank) * call.in.handle->num_topk),
         weights_stride(plan::combine_weights_stride(call.in.handle->num_topk)),
-        row_stride(plan::combine_row_stride(context.layout().low_latency_ticket_bytes,
-                                            call.in.handle->max_tokens_per_rank, call.in.handle->num_topk)) {}
+        room(plan::combine_row_stride(context.layout().low_latency_ticket_bytes, call.in.handle->max_tokens_per_rank,
+                                      call.in.handle->num_topk)),
+        stride(row_stride(call)) {}
 
-  std::byte* row(std::size_t slot) const { return base + row_at(slot); }
+  // `first`: of the slots that the rank has whose row it is.
+  std::byte* row(std::int32_t slot, std::int32_t first) const { return base + row_at(slot, first); }
   // All weights of the row in a slot: one for each selection.
-  float* weights(std::size_t slot) const { return reinterpret_cast<float*>(base + weights_at(slot)); }
+  float* weights(std::int32_t slot) const { return reinterpret_cast<float*>(base + weights_at(slot)); }
   // Of the selection's row among the rows that its sender lets homes read in its own window.
-  std::int32_t& number(std::size_t slot) const {
+  std::int32_t& number(std::int32_t slot) const {
     return reinterpret_cast<std::int32_t*>(base + weights_at(num_slots))[slot];
   }
-  std::size_t row_at(std::size_t slot) const { return slot * row_stride; }
-  std::size_t weights_at(std::size_t slot) const { return num_slots * row_stride + slot * weights_stride; }
+  std::size_t row_at(std::int32_t slot, std::int32_t first) const {
+    return static_cast<std::size_t>(first) * room + static_cast<std::size_t>(slot - first) * stride;
+  }
+  std::size_t weights_at(std::size_t slot) const { return num_slots * room + slot * weights_stride; }
 };
 
-// How far apart rows lie that homes read in their sender's window, and how much of a row is put over a network.
-std::size_t row_stride(const CombineCall& call) {
-  return plan::align_up(call.wire_bytes, plan::MessageLayout::kAlignment);
-}
+// Rows for one home, one behind the other. A far one gets them by one put.
+struct Piece {
+  int home = -1;
+  std::int64_t begin = 0, end = 0;       // arrivals
+  std::int32_t slot = 0, past_slot = 0;  // theirs at home
+  int turn = 0;                          // the how-manieth of its home
+  int puts = 0;                          // that it took
+};
+
+// Large enough that a put costs little beside its bytes, small enough that these are still in a core's cache then.
+constexpr std::size_t kPutBytes = 128 << 10;
 
 // Whether a rank reads the rows of its own tokens where the caller has them: it is done with them when receive()
 // returns.
@@ -71,17 +90,15 @@ class Sender {
     mine.signature = call_.signature;
     let_homes_read(mine);
     context_.announce(epoch_, mine);
-    context_.workers().for_range(handle_.num_arrivals, kTokensPerPiece, call_.num_workers,
+    std::vector<Piece> pieces = cut();
+    context_.workers().for_range(static_cast<std::int64_t>(pieces.size()), 1, call_.num_workers,
                                  [&](std::int64_t begin, std::int64_t end) {
-                                   const std::int32_t* first_arrival = handle_.first_arrival.as<const std::int32_t>();
-                                   int home = 0;
-                                   for (std::int64_t arrival = begin; arrival < end; ++arrival) {
-                                     while (arrival >= first_arrival[home + 1]) ++home;
-                                     if (!context_.excluded_by(home)) send_arrival(arrival, home);
-                                   }
+                                   for (std::int64_t i = begin; i < end; ++i) send_piece(pieces[i]);
                                  });
     std::vector<std::uint64_t> puts(context_.num_ranks, 0);
-    if (context_.link() != nullptr) put_far_rows(puts);
+    std::uint64_t all = 0;
+    for (const Piece& piece : pieces) puts[piece.home] += piece.puts, all += piece.puts;
+    if (context_.link() != nullptr) context_.link()->note_low_latency(epoch_.number, all);
     for (int peer : active_) context_.publish_low_latency(peer, epoch_, 1, puts[peer]);
     context_.count([&](Statistics& statistics) {
       for (int home : active_)
@@ -117,24 +134,68 @@ class Sender {
     return std::move(block.owner);
   }
 
-  // One row for each selection; where a rank's rows are joined already, one row in the slot of the highest selection.
-  void send_arrival(std::int64_t arrival, int home) {
+  // One row for each selection; where a rank's rows are joined already, one for each arrival.
+  std::int32_t rows_of(std::int64_t arrival) const {
+    if (handle_.layout == OutputLayout::kByRank) return 1;
+    const std::int32_t* row = handle_.arrival_row.as<const std::int32_t>() + arrival * handle_.num_topk;
+    return static_cast<std::int32_t>(std::count_if(row, row + handle_.num_topk, [](auto r) { return r >= 0; }));
+  }
+
+  // All homes in turns, so that none waits until another's rows are complete; far ones first, whose rows take longer.
+  std::vector<Piece> cut() const {
+    std::vector<Piece> pieces;
+    for (int home : active_)
+      if (!context_.excluded_by(home)) cut(home, pieces);
+    std::stable_sort(pieces.begin(), pieces.end(), [&](const Piece& a, const Piece& b) {
+      const bool a_near = !context_.is_far(a.home), b_near = !context_.is_far(b.home);
+      return a_near != b_near ? b_near : a.turn < b.turn;
+    });
+    return pieces;
+  }
+
+  void cut(int home, std::vector<Piece>& pieces) const {
+    const std::int32_t* first_arrival = handle_.first_arrival.as<const std::int32_t>();
+    const std::int64_t past = first_arrival[home + 1];
+    Piece piece{home, first_arrival[home], first_arrival[home], first_slot(home), first_slot(home)};
+    while (piece.end < past) {
+      piece.past_slot += rows_of(piece.end++);
+      const auto bytes = static_cast<std::size_t>(piece.past_slot - piece.slot) * row_stride(call_);
+      const bool full = context_.is_far(home) ? bytes >= kPutBytes : piece.end - piece.begin >= kTokensPerPiece;
+      if (!full && piece.end < past) continue;
+      pieces.push_back(piece);
+      piece.begin = piece.end;
+      piece.slot = piece.past_slot;
+      ++piece.turn;
+    }
+  }
+
+  std::int32_t first_slot(int home) const { return handle_.first_slot_there.as<const std::int32_t>()[home]; }
+
+  void send_piece(Piece& piece) {
+    if (context_.excluded_by(piece.home)) return;
+    std::int32_t slot = piece.slot;
+    for (std::int64_t arrival = piece.begin; arrival < piece.end; ++arrival) send_arrival(arrival, piece.home, slot);
+    if (context_.is_far(piece.home)) put(piece);
+  }
+
+  // Takes a slot for each row.
+  void send_arrival(std::int64_t arrival, int home, std::int32_t& slot) {
     const int topk = handle_.num_topk;
     const std::int32_t* row = handle_.arrival_row.as<const std::int32_t>() + arrival * topk;
-    const std::size_t first = static_cast<std::size_t>(handle_.src_token.as<const std::int32_t>()[arrival]) * topk;
     const bool by_rank = handle_.layout == OutputLayout::kByRank;
     const Slots& slots = slots_[home];
     const float* weights = call_.in.topk_weights.as<const float>();
-    for (int k = topk - 1; k >= 0; --k) {
+    for (int k = 0; k < topk; ++k) {
       if (row[k] < 0) continue;
-      if (call_.hidden > 0) send_row(home, first + k, row[k]);
-      if (weights != nullptr && !by_rank) slots.weights(first + k)[k] = weights[row[k]];
-      if (weights != nullptr && by_rank) std::copy_n(weights + arrival * topk, topk, slots.weights(first + k));
+      if (call_.hidden > 0) send_row(home, slot, row[k]);
+      if (weights != nullptr && !by_rank) slots.weights(slot)[k] = weights[row[k]];
+      if (weights != nullptr && by_rank) std::copy_n(weights + arrival * topk, topk, slots.weights(slot));
+      ++slot;
       if (by_rank) return;
     }
   }
 
-  void send_row(int home, std::size_t slot, std::int32_t number) {
+  void send_row(int home, std::int32_t slot, std::int32_t number) {
     const std::byte* row = call_.in.x.as<const std::byte>() + number * call_.row_bytes;
     if (stays(home)) {
       slots_[home].number(slot) = number;
@@ -143,7 +204,7 @@ class Sender {
       slots_[home].number(slot) = num_staged_.fetch_add(1, std::memory_order_relaxed);
       write_wire_row(call_, row_ops(), staged_ + slots_[home].number(slot) * row_stride(call_), row);
     } else {
-      write_wire_row(call_, row_ops(), slots_[home].row(slot), row);
+      write_wire_row(call_, row_ops(), slots_[home].row(slot, first_slot(home)), row);
     }
   }
 
@@ -154,10 +215,10 @@ class Sender {
 
   std::int64_t count_rows(int home) const {
     const std::int32_t* first_arrival = handle_.first_arrival.as<const std::int32_t>();
-    const std::int64_t begin = first_arrival[home], end = first_arrival[home + 1];
-    const std::int32_t* row = handle_.arrival_row.as<const std::int32_t>();
-    if (handle_.layout == OutputLayout::kByRank) return end - begin;
-    return std::count_if(row + begin * handle_.num_topk, row + end * handle_.num_topk, [](auto r) { return r >= 0; });
+    std::int64_t rows = 0;
+    for (std::int64_t arrival = first_arrival[home]; arrival < first_arrival[home + 1]; ++arrival)
+      rows += rows_of(arrival);
+    return rows;
   }
 
   std::int64_t rows_to_stage() const {
@@ -175,35 +236,16 @@ class Sender {
            (of_row + (call_.in.topk_weights.given() ? static_cast<std::size_t>(weights) * sizeof(float) : 0));
   }
 
-  // Rows for far homes, which send_arrival() has put in place in the memory that stands for their slots.
-  void put_far_rows(std::vector<std::uint64_t>& puts) const {
-    const std::int32_t* first_arrival = handle_.first_arrival.as<const std::int32_t>();
-    std::uint64_t all = 0;
-    for (int home : active_) {
-      if (!context_.is_far(home) || context_.excluded_by(home)) continue;
-      for (std::int64_t arrival = first_arrival[home]; arrival < first_arrival[home + 1]; ++arrival)
-        puts[home] += put_arrival(arrival, home);
-      all += puts[home];
-    }
-    context_.link()->note_low_latency(epoch_.number, all);
-  }
-
-  std::uint64_t put_arrival(std::int64_t arrival, int home) const {
-    const int topk = handle_.num_topk;
-    const std::int32_t* row = handle_.arrival_row.as<const std::int32_t>() + arrival * topk;
-    const std::size_t first = static_cast<std::size_t>(handle_.src_token.as<const std::int32_t>()[arrival]) * topk;
-    const Slots& slots = slots_[home];
+  // send_arrival() has put it together in the memory that stands for the home's slots.
+  void put(Piece& piece) const {
+    const Slots& slots = slots_[piece.home];
+    const auto rows = static_cast<std::size_t>(piece.past_slot - piece.slot);
     const auto put = [&](std::size_t at, std::size_t bytes) {
-      context_.link()->put_low_latency(home, epoch_.ticket, {epoch_.number, at, bytes, epoch_.deadline});
+      context_.link()->put_low_latency(piece.home, epoch_.ticket, {epoch_.number, at, bytes, epoch_.deadline});
+      ++piece.puts;
     };
-    std::uint64_t puts = 0;
-    for (int k = topk - 1; k >= 0; --k) {
-      if (row[k] < 0) continue;
-      if (call_.hidden > 0) put(slots.row_at(first + k), row_stride(call_)), ++puts;
-      if (call_.in.topk_weights.given()) put(slots.weights_at(first + k), slots.weights_stride), ++puts;
-      if (handle_.layout == OutputLayout::kByRank) break;
-    }
-    return puts;
+    if (call_.hidden > 0) put(slots.row_at(piece.slot, first_slot(piece.home)), rows * slots.stride);
+    if (call_.in.topk_weights.given()) put(slots.weights_at(piece.slot), rows * slots.weights_stride);
   }
 
   Context& context_;
@@ -289,17 +331,19 @@ class Receiver final : public Ticket<CombineOutput>::Receiver {
           std::vector<std::int32_t> dst_rank(handle.num_topk);
           for (std::int64_t token = begin; token < end; ++token) {
             const std::size_t first = static_cast<std::size_t>(token) * handle.num_topk;
+            const std::int32_t* slot = handle.home_slot.as<const std::int32_t>() + first;
             routes_of(token, dst_rank.data());
             const auto row_of = [&](int k, int rank) {
               const Rows& there = theirs_[rank];
               const bool in_slot = there.base == nullptr;
-              return wire.read(in_slot ? slots.row(first + k) : there.row(slots.number(first + k), row_stride(call_)),
-                               k);
+              const std::int32_t first_slot = handle.first_slot_here.as<const std::int32_t>()[rank];
+              return wire.read(
+                  in_slot ? slots.row(slot[k], first_slot) : there.row(slots.number(slot[k]), row_stride(call_)), k);
             };
             if (call_.hidden > 0)
               rows.sum(static_cast<int>(token), dst_rank.data(), row_of,
                        out.x.as<std::byte>() + token * static_cast<std::int64_t>(call_.row_bytes));
-            const auto entry = [&](int row, int k) { return slots.weights(first + row)[k]; };
+            const auto entry = [&](int row, int k) { return slots.weights(slot[row])[k]; };
             if (call_.in.topk_weights.given())
               join_weights(call_.in, dst_rank.data(), entry, out.topk_weights.as<float>() + first);
           }

@@ -14,6 +14,7 @@
 #include "host/operations.h"
 #include "host/rows_of_token.h"
 #include "host/straight_rows.h"
+#include "plan/home_slots.h"
 #include "plan/message.h"
 #include "plan/routing.h"
 #include "plan/rows.h"
@@ -30,6 +31,7 @@ struct Sent {
   std::vector<int> active;
   plan::MessageLayout message;
   std::vector<std::int32_t> dst_rank;
+  plan::HomeSlots home;  // of our tokens' rows
 
   // The messages of one source to one owner, as this rank, which is one of the two, writes or reads them: heads in the
   // owner's slots, side by side where no bodies follow them there, and bodies.
@@ -101,14 +103,17 @@ class Sender {
  private:
   void announce(std::uint64_t x_at) const {
     const Context& context = *sent_.context;
+    const DispatchCall& call = sent_.call;
     Announcement mine;
-    mine.signature = sent_.call.signature;
+    mine.signature = call.signature;
     mine.x_at = x_at;
-    for (int peer : sent_.active)
+    for (int peer : sent_.active) {
+      mine.first_slot_there = sent_.home.first[peer];
       if (x_at != 0)
-        std::copy_n(routes_.rows_to_rank(peer), sent_.call.placement->num_slots(peer),
+        std::copy_n(routes_.rows_to_rank(peer), call.placement->num_slots(peer),
                     context.announced_rows(peer, sent_.epoch.number, context.rank));
-    sent_.context->announce(sent_.epoch, mine);
+      sent_.context->announce_to(peer, sent_.epoch, mine);
+    }
   }
 
   // Roughly what it costs if our rows cannot go straight. For so long it pays to see whether they can.
@@ -374,6 +379,8 @@ class Placer {
     handle.num_rows = rows_.num_rows;
     handle.num_arrivals = rows_.num_arrivals;
     handle.dst_rank = tensor_of(sent_.dst_rank, {call_.num_tokens, call_.num_topk});
+    handle.home_slot = tensor_of(sent_.home.of, {call_.num_tokens, call_.num_topk});
+    handle.first_slot_here = tensor_of(sent_.home.first, {context_.num_ranks + 1});
     std::vector<std::int32_t> between(static_cast<std::size_t>(context_.num_ranks) * context_.num_ranks, 0);
     for (int src = 0; src < context_.num_ranks; ++src)
       between[static_cast<std::size_t>(src) * context_.num_ranks + context_.rank] = counts_.tokens_from[src];
@@ -427,6 +434,7 @@ class Receiver final : public Ticket<DispatchOutput>::Receiver {
       : sent_(std::move(sent)), handle_(std::make_shared<Handle>(handle_for(sent_.call, sent_.context->num_ranks))) {
     const int slots = sent_.call.placement->num_slots(sent_.context->rank);
     handle_->slot_rows = Tensor::allocate(DType::kI32, {slots});
+    handle_->first_slot_there = Tensor::allocate(DType::kI32, {sent_.context->num_ranks});
     if (sent_.call.layout == OutputLayout::kPadded) promise(slots);
   }
 
@@ -450,6 +458,8 @@ class Receiver final : public Ticket<DispatchOutput>::Receiver {
       context.came(src, sent_.call.in.mask_silent, [&] {
         context.await_announcement(epoch, src, sent_.call.signature);
         messages_from[src] = static_cast<std::int32_t>(context.await(Flag::kArrived, epoch, src, 1));
+        handle_->first_slot_there.as<std::int32_t>()[src] =
+            context.announcement(context.rank, epoch.number, src).first_slot_there;
       });
     }
     DispatchOutput out = Placer(sent_, messages_from, room_, handle_).place();
@@ -494,11 +504,14 @@ Ticket<DispatchOutput> low_latency_dispatch(const std::shared_ptr<Context>& cont
             context->begin(call.operation, call.timeout),
             context->active_ranks(),
             plan::MessageLayout::place(call.shape),
+            {},
             {}};
   plan::Routes routes = plan::make_routes(call.in.topk_idx, view_of(*call.placement, context->topology),
                                           context->num_ranks, call.placement->max_slots(), context->rank);
   plan::leave_out(routes, context->masked_ranks());
   sent.dst_rank = routes.rank;
+  sent.home = plan::make_home_slots(
+      {routes.rank.data(), call.num_tokens, call.num_topk, context->num_ranks, call.layout == OutputLayout::kByRank});
   auto receiver = std::make_unique<Receiver>(std::move(sent));
   receiver->send(routes);
   return Ticket<DispatchOutput>(std::move(receiver));
