@@ -38,7 +38,7 @@ def summary(tally, parts, seconds):
 
 def main():
     known = ", ".join(python_env.FRAMEWORKS)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("frameworks", nargs="*", metavar="FRAMEWORK", help=f"of {known}; without one, all")
     names = parser.parse_args().frameworks or list(python_env.FRAMEWORKS)
     for name in names:
