@@ -5,7 +5,7 @@
 
 #include <cstring>
 #include <memory>
-#include <vector>
+#include <span>
 
 #include "backend.h"
 #include "host/delivery.h"
@@ -45,13 +45,13 @@ class TokenReader {
     return read;
   }
 
-  /// Writes a token's scales (row by row) and side tensors where the message has them, and its row there and to further
-  /// places; or to these alone, if there are any and the row travels as it is.
-  void write(int token, std::byte* message, const plan::MessageLayout& at,
-             const std::vector<std::byte*>& places) const {
+  /// Writes a token's scales (row by row) and side tensors where the message has them, and its row there or, if there
+  /// are any, to these places instead.
+  void write(int token, std::byte* message, const plan::MessageLayout& at, std::span<std::byte* const> places) const {
     auto* scales = reinterpret_cast<std::int32_t*>(message + at.scales_at);
     if (call_.quantize) {
-      quantize(token, reinterpret_cast<std::uint8_t*>(message + at.row_at), scales, places);
+      std::byte* const first = places.empty() ? message + at.row_at : places.front();
+      quantize(token, reinterpret_cast<std::uint8_t*>(first), scales, places.empty() ? places : places.subspan(1));
     } else {
       if (places.empty()) std::memcpy(message + at.row_at, source(token), call_.shape.row_bytes);
       ops_.copy_to_all(places.data(), static_cast<int>(places.size()), source(token), call_.shape.row_bytes);
@@ -71,8 +71,7 @@ class TokenReader {
     return x.as<const std::byte>() + token * call_.hidden * static_cast<std::int64_t>(item_bytes(x.dtype));
   }
 
-  void quantize(int token, std::uint8_t* codes, std::int32_t* scales,
-                const std::vector<std::byte*>& places = {}) const {
+  void quantize(int token, std::uint8_t* codes, std::int32_t* scales, std::span<std::byte* const> copies = {}) const {
     ops_.quantize({.src = source(token),
                    .dtype = call_.in.x.dtype,
                    .hidden = call_.hidden,
@@ -80,8 +79,8 @@ class TokenReader {
                    .scales = scales,
                    .scale_stride = 1,
                    .kind = call_.scale_kind,
-                   .copies = reinterpret_cast<std::uint8_t* const*>(places.data()),
-                   .num_copies = static_cast<int>(places.size())});
+                   .copies = reinterpret_cast<std::uint8_t* const*>(copies.data()),
+                   .num_copies = static_cast<int>(copies.size())});
   }
 
   const DispatchCall& call_;
