@@ -10,7 +10,7 @@ from ._torch import as_carried
 from .config import align
 from .elastic_fields import Fields
 from .engram import EngramMixin
-from .errors import require, require_counters
+from .errors import Naming, require, require_counters
 from .event import EventHandle, EventOverlap
 from .gather import GatherMixin
 from .group import barrier as group_barrier
@@ -191,6 +191,7 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
 
     # Dispatch -------------------------------------------------------------------------------------------------------
 
+    @Naming(max_rows="do_cpu_sync=False")
     def dispatch(
         self,
         x: Rows,

@@ -1,9 +1,36 @@
 # SPDX-License-Identifier: MIT
 """Errors found in Python, of the same type as those of the C++ library."""
 
-from typing import Any
+import functools
+import re
+from typing import Any, Callable, TypeVar, cast
 
 from ._core import Error, ErrorCode
+
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+
+
+class Naming:
+    """How a call's errors name its arguments: by the names that its users know, given here for those of the library
+    beneath. Decorates the call; `rename` is for errors that it raises later."""
+
+    def __init__(self, **names: str) -> None:
+        self._names = names
+        self._theirs = re.compile(rf"(?<![\w.])({'|'.join(names)})(?!\w)")
+
+    def __call__(self, call: _Call) -> _Call:
+        @functools.wraps(call)
+        def named(*arguments: Any, **keywords: Any) -> Any:
+            try:
+                return call(*arguments, **keywords)
+            except Error as error:
+                self.rename(error)
+                raise
+
+        return cast(_Call, named)
+
+    def rename(self, error: Error) -> None:
+        error.args = (self._theirs.sub(lambda found: self._names[found[1]], str(error)),)
 
 
 def invalid(what: str) -> Error:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Optional, Tuple
 import torch
 
 from . import _core
-from .errors import require
+from .errors import Naming, require
 from .session import Session
 
 
@@ -54,6 +54,7 @@ class HybridEPBuffer(Session):
         self._config.arena_bytes, self._config.timeout_secs = arena_bytes, timeout_secs
         self._open()
 
+    @Naming(max_rows="num_permuted_tokens")
     def dispatch_with_permute(
         self,
         *,

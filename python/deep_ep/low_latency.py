@@ -8,7 +8,7 @@ import torch
 
 from . import _core
 from .config import NUM_TICKETS, low_latency_capacity
-from .errors import Error, invalid, require, require_counters, unsupported
+from .errors import Error, Naming, invalid, require, require_counters, unsupported
 from .event import EventOverlap, finished
 from .forks import refuse, unannounced
 from .session import Session
@@ -17,6 +17,9 @@ Hook = Optional[Callable[[], None]]
 
 _BY_TOPK = _core.SumOrder(by_topk=True)
 _PADDED = _core.OutputLayout.padded
+
+_OF_DISPATCH = Naming(max_tokens_per_rank="num_max_dispatch_tokens_per_rank")
+_OF_COMBINE = Naming(weights="topk_weights")
 
 #: Of forks: the switch, and what counts beside it.
 _NVFP4 = ("use_nvfp4", "x_global_scale")
@@ -32,6 +35,7 @@ class LowLatencyMode(Session):
     enable_shrink: bool
 
     @unannounced
+    @_OF_DISPATCH
     def low_latency_dispatch(
         self,
         x: torch.Tensor,
@@ -88,12 +92,13 @@ class LowLatencyMode(Session):
             return self._dispatch_on_gpu(keywords, stats[1], async_finish, return_recv_hook)
         made, ticket = core.low_latency_dispatch_padded(return_recv_hook, *stats, **keywords)
         data, scales, count, src_info, layout_range = made
-        hook = None if ticket is None else once(lambda: ticket.finish(*stats))
+        hook = None if ticket is None else once(lambda: ticket.finish(*stats), _OF_DISPATCH)
         handle = (src_info, layout_range, num_max_dispatch_tokens_per_rank, shape[0], num_experts)
         event = finished(True, x, topk_idx, *made) if async_finish else EventOverlap()
         return ((data, scales) if use_fp8 else data), count, handle, event, hook
 
     @unannounced
+    @_OF_COMBINE
     def low_latency_combine(
         self,
         x: torch.Tensor,
@@ -143,7 +148,7 @@ class LowLatencyMode(Session):
         ticket = core.low_latency_combine(handle=core_handle, at_once=not return_recv_hook, **keywords)
         if return_recv_hook:
             assert out is not None
-            return out, EventOverlap(), once(lambda: ticket.receive(wait_stats))
+            return out, EventOverlap(), once(lambda: ticket.receive(wait_stats), _OF_COMBINE)
         combined, _ = ticket.receive(wait_stats)
         event = finished(True, x, topk_idx, topk_weights, combined) if async_finish else EventOverlap()
         return combined, event, None
@@ -210,7 +215,7 @@ class LowLatencyMode(Session):
                 with torch.cuda.stream(stream):
                     count(made[2])
 
-            event, hook = EventOverlap(), once(receive)
+            event, hook = EventOverlap(), once(receive, _OF_DISPATCH)
         else:
             with self._call("low_latency_dispatch", None, async_finish) as call:
                 ticket = self._opened().low_latency_dispatch(at_once=True, **keywords)
@@ -241,7 +246,7 @@ class LowLatencyMode(Session):
         if with_hook:
             self._current_stream("low_latency_combine")
             ticket = self._opened().low_latency_combine(handle=self._without(core_handle, topk_idx), **keywords)
-            return out, EventOverlap(), once(ticket.finish)
+            return out, EventOverlap(), once(ticket.finish, _OF_COMBINE)
         with self._call("low_latency_combine", None, async_finish) as call:
             routes = self._without(core_handle, topk_idx)
             self._opened().low_latency_combine(handle=routes, at_once=True, **keywords).finish()
@@ -356,13 +361,17 @@ class LowLatencyMode(Session):
         require(self.enable_shrink, "masks need a buffer made with enable_shrink=True")
 
 
-def once(receive: Callable[[], Any]) -> Callable[[], None]:
+def once(receive: Callable[[], Any], naming: Naming) -> Callable[[], None]:
     """A hook: the second call finds nothing to do."""
     pending = [receive]
 
     def hook() -> None:
         if pending:
-            pending.pop()()
+            try:
+                pending.pop()()
+            except Error as error:
+                naming.rename(error)
+                raise
 
     return hook
 

@@ -8,7 +8,7 @@ import torch
 from . import _core
 from ._torch import as_carried, as_given
 from .config import DISPATCH_CONFIGS, Config, align
-from .errors import require
+from .errors import Naming, require
 from .event import EventOverlap
 from .legacy_handle import internode_tuple, intranode_tuple, membership_words, ranks_as_experts, recover
 from .session import Session, two_biases
@@ -50,6 +50,7 @@ class NormalMode(Session):
         per_node = per_node if self._num_nodes > 1 else None
         return per_rank, per_node, per_expert, member, call.finished(topk_idx)
 
+    @Naming(max_rows="num_worst_tokens")
     def dispatch(
         self,
         x: Rows,

@@ -210,7 +210,7 @@ def test_an_exact_dispatch_in_a_capture_says_what_to_do():
         with Buffer(group, 1 << 20, **SMALL) as buffer:
             layout = layout_of(buffer, tokens)
             settled()
-            with pytest.raises(Error, match="max_rows"):
+            with pytest.raises(Error, match="give num_worst_tokens"):
                 captured(
                     torch.cuda.CUDAGraph(),
                     lambda: buffer.dispatch(

@@ -131,7 +131,7 @@ def test_a_bounded_output_has_that_many_rows_and_too_many_are_refused():
     def body(buffer, tokens, routing_map, probs):
         call = dict(hidden=tokens.x, routing_map=routing_map, probs=probs, pad_multiple=2, non_blocking=True)
         rows, row_probs, _, counts, handle = buffer.dispatch_with_permute(num_permuted_tokens=200, **call)
-        with pytest.raises(Error, match="max_rows"):
+        with pytest.raises(Error, match="num_permuted_tokens: rank"):
             buffer.dispatch_with_permute(num_permuted_tokens=2, **call)
         with pytest.raises(Error, match="routing_map"):
             buffer.dispatch_with_permute(hidden=tokens.x)

@@ -80,7 +80,7 @@ def test_several_buffers_and_groups_work_side_by_side():
         (dict(topk_idx=torch.full((6, TOPK), EXPERTS)), "expert 8"),
         (dict(topk_idx=None), "together"),
         (dict(expert_alignment=0), "expert_alignment"),
-        (dict(num_worst_tokens=1), "max_rows"),
+        (dict(num_worst_tokens=1), "num_worst_tokens"),
         (dict(is_token_in_rank=torch.zeros(6, 3, dtype=torch.bool)), "is_token_in_rank"),
     ],
 )

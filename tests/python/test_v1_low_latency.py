@@ -299,6 +299,31 @@ def test_1_11_wire_formats_that_cannot_be_are_refused():
     with_buffer(body)
 
 
+@pytest.mark.parametrize("hook", [False, True])
+def test_1_11_errors_name_the_arguments_of_this_api_on_every_rank(hook):
+    def body(buffer, tokens):
+        def dispatch(max_tokens):
+            return buffer.low_latency_dispatch(
+                tokens.x, tokens.topk_idx, max_tokens, EXPERTS, use_fp8=False, return_recv_hook=hook
+            )
+
+        def finished(made):
+            if hook:
+                made[-1]()
+            return made
+
+        with pytest.raises(Error, match=r"ranks differ in num_max_dispatch_tokens_per_rank"):
+            finished(dispatch(MAX_TOKENS + buffer.rank))
+        recv, _, handle, *_ = finished(dispatch(MAX_TOKENS))
+        weights = tokens.topk_weights if buffer.rank > 0 else tokens.topk_weights[:, 1:].contiguous()
+        with pytest.raises(Error, match=r"[ :]topk_weights(\W.*| must)") as caught:
+            finished(buffer.low_latency_combine(recv, tokens.topk_idx, weights, handle, return_recv_hook=hook))
+        return str(caught.value)
+
+    for rank, message in enumerate(with_buffer(body)[0]):
+        assert ("refused this" in message) == (rank > 0)
+
+
 def test_1_11_handles_may_be_repacked_and_serve_after_other_dispatches():
     def body(buffer, tokens):
         made = [
@@ -425,7 +450,7 @@ def test_1_10_the_rank_local_mistakes_are_clear_and_the_group_stays_usable():
             with pytest.raises(Error) as caught:
                 call(**changes)
             messages.append(str(caught.value))
-        with pytest.raises(Error, match="more than max_tokens_per_rank"):
+        with pytest.raises(Error, match="more than num_max_dispatch_tokens_per_rank: 4"):
             buffer.low_latency_dispatch(tokens.x, tokens.topk_idx, 4, EXPERTS)
         return messages, int(call()[1].sum())
 
