@@ -132,6 +132,7 @@ void launch_dispatch(DispatchParams params, bool quantize, int blocks, cudaStrea
   share(params, quantize,
         static_cast<std::size_t>(shared_limit) - Parts(params.common.num_ranks, crew_of(quantize).movers).warps_at);
   params.chunks = (params.num_topk + 31) / 32;
+  params.lanes_of_token = plan::Divisor(std::min(params.num_topk, 32));
   const Parts parts(params.common.num_ranks, params.mover_warps);
   const std::size_t of_warps =
       static_cast<std::size_t>(params.mover_warps) * static_cast<std::size_t>(bytes_of_warp(params, quantize));

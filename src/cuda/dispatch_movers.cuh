@@ -61,7 +61,7 @@ class Targets {
   __device__ int size() const { return size_; }
 
  private:
-  __device__ int token_here() const { return lane_ / lanes_; }
+  __device__ int token_here() const { return p_.lanes_of_token.quotient(lane_); }
   __device__ int token() const { return order_.token(ahead_, token_here()); }
   __device__ unsigned lanes_of(int token_here) const {
     return (lanes_ == 32 ? kAllLanes : (1u << lanes_) - 1) << (token_here * lanes_);
@@ -69,7 +69,7 @@ class Targets {
   __device__ void read_routes() {
     route_ = {-1, 0, 0};
     if (token_here() < order_.list_size(ahead_, most_))
-      route_ = read_route(p_, token(), ahead_.chunk * 32 + lane_ % lanes_);
+      route_ = read_route(p_, token(), ahead_.chunk * 32 + lane_ - token_here() * lanes_);
   }
   __device__ void list_tokens() {
     const Target target = resolve();
@@ -92,7 +92,7 @@ class Targets {
     const std::int64_t row = final_row(p_, there, route_);
     return {there.block + there.at.x_at + row * static_cast<std::int64_t>(p_.shape.row_bytes),
             reinterpret_cast<std::int32_t*>(there.block + there.at.scales_at) + there.at.first_scale(row),
-            there.at.scale_column_stride};
+            static_cast<std::uint32_t>(there.at.scale_column_stride)};
   }
 
   const DispatchParams& p_;
@@ -111,10 +111,12 @@ class Targets {
 // How the caller's rows are cut.
 struct Cut {
   std::int64_t row_bytes;
-  int piece_bytes;
+  int piece_bytes, pieces;
   __device__ int bytes(int piece) const {
-    const std::int64_t left = row_bytes - std::int64_t{piece} * piece_bytes;
-    return left < piece_bytes ? static_cast<int>(left) : piece_bytes;
+    return piece + 1 < pieces ? piece_bytes : static_cast<int>(row_bytes - std::int64_t{piece} * piece_bytes);
+  }
+  __device__ std::int64_t at(int token, int piece) const {
+    return token * row_bytes + std::int64_t{piece} * piece_bytes;
   }
 };
 
@@ -129,8 +131,7 @@ class Intake {
   __device__ bool load() {
     if (!order_.has(ahead_)) return false;
     if (lane_ == 0)
-      ptx::bulk_load(stages_.ring + filling_.at * p_.stage_bytes,
-                     p_.x + order_.token(ahead_) * cut_.row_bytes + std::int64_t{ahead_.piece} * cut_.piece_bytes,
+      ptx::bulk_load(stages_.ring + filling_.at * p_.stage_bytes, p_.x + cut_.at(order_.token(ahead_), ahead_.piece),
                      static_cast<std::uint32_t>(cut_.bytes(ahead_.piece)), stages_.full + filling_.at);
     order_.advance(ahead_);
     filling_.advance();
@@ -161,7 +162,7 @@ class Intake {
       : p_(p), order_(order), cut_(cut) {}
   __device__ bool load() { return false; }
   __device__ const std::byte* await(const typename Order::Job& job) const {
-    return p_.x + order_.token(job) * cut_.row_bytes + std::int64_t{job.piece} * cut_.piece_bytes;
+    return p_.x + cut_.at(order_.token(job), job.piece);
   }
   __device__ void drop() {}
 
@@ -175,7 +176,7 @@ class Intake {
 // Movers of rows as they are.
 __device__ void move_rows(const DispatchParams& p, const Destination* to, const Stages& stages, int warp, int lane) {
   Tickets order(p, place_of(p, warp), lane);
-  const Cut cut{static_cast<std::int64_t>(p.shape.row_bytes), p.piece_bytes};
+  const Cut cut{static_cast<std::int64_t>(p.shape.row_bytes), p.piece_bytes, p.pieces};
   Intake<Tickets, kMoveStages> intake(p, order, cut, stages, lane);
 #if EP_BULK_COPY
   // Each lane with a destination empties a stage by one bulk store. A stage is filled again once the stores of the job
@@ -229,20 +230,28 @@ __device__ void move_rows(const DispatchParams& p, const Destination* to, const 
 // The codes of a batch leave for all targets. Through shared memory, where a bulk store each takes them: a warp's own
 // stores would pass each byte once per target through the pipe by which it also loads.
 template <class MyBatch>
-__device__ void send_codes(const MyBatch& batch, const Stages& stages, const Targets<Shares>& targets, int first,
-                           int bytes, int lane) {
+__device__ void send_codes(const MyBatch& batch, float factor, const Stages& stages, const Targets<Shares>& targets,
+                           const Channels& channels, int lane) {
 #if EP_BULK_COPY
   ptx::bulk_wait_read<0>();  // the stores of the batch before have read theirs
   __syncwarp();
-  batch.stage(stages.codes + channel_of_lane(lane));
+  batch.encode(factor, [&](int pass, const Codes& codes) {
+    codes.stage(stages.codes + pass * kPassChannels + channel_of_lane(lane));
+  });
   ptx::fence_shared_for_bulk();
   __syncwarp();
   if (lane < targets.size())
-    ptx::bulk_store(targets.list()[lane].row + first, stages.codes, static_cast<std::uint32_t>(bytes));
+    ptx::bulk_store(targets.list()[lane].row + channels.first, stages.codes,
+                    static_cast<std::uint32_t>(channels.count));
   ptx::bulk_commit();
 #else
-  for (int i = 0; i < targets.size(); ++i)
-    batch.store(targets.list()[i].row + first + channel_of_lane(lane), bytes, lane);
+  batch.encode(factor, [&](int pass, const Codes& codes) {
+    if (!MyBatch::in_row(pass, channels.count, lane)) return;
+    const uint4 whole = codes.whole();
+    for (int i = 0; i < targets.size(); ++i)
+      ptx::store_streaming(targets.list()[i].row + channels.first + pass * kPassChannels + channel_of_lane(lane),
+                           whole);
+  });
 #endif
 }
 
@@ -252,8 +261,8 @@ __device__ void quantize_rows(const DispatchParams& p, const Destination* to, co
                               int lane) {
   using MyBatch = Batch<Number, kPassesOf<Number>>;
   const Shares order(p, place_of(p, warp));
-  Intake<Shares, kQuantizeStages> intake(p, order, {p.hidden * Number::kBytes, p.piece_bytes * Number::kBytes}, stages,
-                                         lane);
+  Intake<Shares, kQuantizeStages> intake(
+      p, order, {p.hidden * Number::kBytes, p.piece_bytes * Number::kBytes, p.pieces}, stages, lane);
   for (int i = 0; i < kQuantizeStages; ++i) intake.load();
   Targets targets(p, to, order, stages.targets, lane);
   for (Shares::Job job = order.begin(); order.reach(job); order.advance(job)) {
@@ -271,14 +280,11 @@ __device__ void quantize_rows(const DispatchParams& p, const Destination* to, co
     if (!quick) continue;
     const plan::Fp8Scaling scaling = quick_scaling(static_cast<std::int32_t>(peak), p.scale_kind);
     const int pass = MyBatch::pass_of_lane(lane);
-    const ScaleWord scale = scale_word(p, scaling.scale, first / kPassChannels + pass,
-                                       MyBatch::answers(lane) && pass * kPassChannels < left, lane);
-    batch.encode(scaling.factor);
-    send_codes(batch, stages, targets, first, left, lane);
-    for (int i = 0; i < targets.size(); ++i) {
-      const Target& target = targets.list()[i];
-      if (scale.mine) target.scales[scale.at * target.scale_stride] = scale.word;
-    }
+    const ScaleWord scale = scale_word(p.scale_kind, scaling.scale, {first, pass, left, MyBatch::answers(lane)}, lane);
+    send_codes(batch, scaling.factor, stages, targets, {piece, first, left}, lane);
+    if (!scale.mine) continue;
+#pragma unroll 2
+    for (int i = 0; i < targets.size(); ++i) targets.list()[i].store_scale(scale);
   }
 #if EP_BULK_COPY
   ptx::bulk_wait_all();

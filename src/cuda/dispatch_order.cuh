@@ -21,7 +21,7 @@ __device__ Place place_of(const DispatchParams& p, int warp) {
   return {in_role < blocks ? in_role + warp * blocks : p.num_tokens, blocks * p.mover_warps, far};
 }
 // So many tokens of a warp have a lane for each of their selections, or for 32 of those.
-__device__ int tokens_at_once(const DispatchParams& p) { return p.chunks > 1 ? 1 : 32 / min(p.num_topk, 32); }
+__device__ int tokens_at_once(const DispatchParams& p) { return p.lanes_of_token.quotient(32); }
 
 // The order in which a mover warp takes tokens is one of two classes. A job is one piece of one row, a token comes
 // again for each 32 of its selections, and targets are found for a list of tokens at once:
@@ -72,8 +72,8 @@ class Shares {
 
 // The first half of the tokens is shared out by number, a few neighbours at a time; the others are taken one by one,
 // with tickets. Neither memory nor a link serves all SMs alike: of 24 that copy the same number of rows to two H200 in
-// a bare loop the first is done after 65 us, the last after 110. Warps that quantise keep to shares: what is known of
-// two lists takes registers that they need for their batch.
+// a bare loop the first is done after 65 us, the last after 110. Warps that quantise keep to shares: each batch is a
+// chain of instructions that wait for one another, and lists of one token make it longer by more than is gained.
 //
 // Known are the list at work and the next one; the ticket of the one behind is on its way, so that nobody waits for it.
 // The additions are relaxed: a ticket says nothing but its number. Each dispatch finds the counters at zero. finish()

@@ -46,6 +46,10 @@ struct Half {
     Machine::widen(v.x, x[0], x[1]), Machine::widen(v.y, x[2], x[3]);
     Machine::widen(v.z, x[4], x[5]), Machine::widen(v.w, x[6], x[7]);
   }
+  __device__ static void widen_finite(const Eight& v, float (&x)[8]) {
+    Machine::widen_finite(v.x, x[0], x[1]), Machine::widen_finite(v.y, x[2], x[3]);
+    Machine::widen_finite(v.z, x[4], x[5]), Machine::widen_finite(v.w, x[6], x[7]);
+  }
   __device__ static void widen_any(const Eight& v, float (&x)[8]) {
     Machine::widen_any(v.x, x[0], x[1]), Machine::widen_any(v.y, x[2], x[3]);
     Machine::widen_any(v.z, x[4], x[5]), Machine::widen_any(v.w, x[6], x[7]);
@@ -77,6 +81,11 @@ struct Bf16Machine {
   __device__ static void widen(std::uint32_t v, float& low, float& high) {
     low = __uint_as_float(v << 16), high = __uint_as_float(v & 0xffff0000u);
   }
+  // The pipe that adds and multiplies also cuts off a lower half. Instructions on bits and the conversion to codes
+  // share the other one.
+  __device__ static void widen_finite(std::uint32_t v, float& low, float& high) {
+    low = __uint_as_float(v << 16), high = __uint_as_float(ptx::upper_bf16(v));
+  }
   __device__ static void widen_any(std::uint32_t v, float& low, float& high) { widen(v, low, high); }
   __device__ static std::uint32_t narrow(float low, float high) { return ptx::to_bf16x2(low, high); }
   __device__ static std::uint32_t magnitude(std::uint32_t a, std::uint32_t b) { return ptx::magnitude_bf16x2(a, b); }
@@ -86,6 +95,7 @@ struct Fp16Machine {
   __device__ static void widen(std::uint32_t v, float& low, float& high) {
     low = ptx::from_fp16(v), high = ptx::from_fp16(v >> 16);
   }
+  __device__ static void widen_finite(std::uint32_t v, float& low, float& high) { widen(v, low, high); }
   // The machine's widening loses a NaN's sign.
   __device__ static void widen_any(std::uint32_t v, float& low, float& high) {
     low = plan::from_fp16(static_cast<std::uint16_t>(v)), high = plan::from_fp16(static_cast<std::uint16_t>(v >> 16));
@@ -128,6 +138,7 @@ struct Fp32 {
     widen(v.low, low), widen(v.high, high);
     for (int i = 0; i < 4; ++i) x[i] = low[i], x[4 + i] = high[i];
   }
+  __device__ static void widen_finite(const Eight& v, float (&x)[8]) { widen_eight(v, x); }
   __device__ static void widen_any(const Eight& v, float (&x)[8]) { widen_eight(v, x); }
   __device__ static std::uint32_t largest_bits(uint4 v) {
     return max(max(bits(v.x), bits(v.y)), max(bits(v.z), bits(v.w)));

@@ -52,10 +52,11 @@ __device__ void pack_row_quantised(const DispatchParams& p, std::byte* unit, std
     }
     const plan::Fp8Scaling scaling = quick_scaling(static_cast<std::int32_t>(peak), p.scale_kind);
     const int pass = MyBatch::pass_of_lane(lane);
-    const ScaleWord scale = scale_word(p, scaling.scale, first / kPassChannels + pass,
-                                       MyBatch::answers(lane) && pass * kPassChannels < left, lane);
-    batch.encode(scaling.factor);
-    batch.store(unit + first + channel_of_lane(lane), left, lane);
+    const ScaleWord scale = scale_word(p.scale_kind, scaling.scale, {first, pass, left, MyBatch::answers(lane)}, lane);
+    batch.encode(scaling.factor, [&](int pass_done, const Codes& codes) {
+      if (MyBatch::in_row(pass_done, left, lane))
+        ptx::store_streaming(unit + first + pass_done * kPassChannels + channel_of_lane(lane), codes.whole());
+    });
     if (scale.mine) scales[scale.at] = scale.word;
   }
 }

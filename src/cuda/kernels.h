@@ -36,7 +36,7 @@ struct NotifyParams {
   std::int32_t* segment_counts;  // [segments][num_ranks + num_copies], where shared memory has no room for them
   std::int32_t* totals;          // [num_ranks + num_copies]
   int segment_tokens;            // a segment is one warp's tokens
-  bool counters_in_shared;
+  int words_in_shared;           // of each warp and key: its counter, and the lanes that have it; or one, or none
   OutputLayout layout;
   int expert_alignment, max_tokens_per_rank, num_slots;
   std::int32_t *first_arrival, *slot_rows, *slot_first_row, *tokens_between;  // of the handle
@@ -82,6 +82,7 @@ struct DispatchParams {
   plan::BlockRoles roles;
   int mover_warps;
   int chunks;                            // of 32 selections
+  plan::Divisor lanes_of_token;          // by min(num_topk, 32)
   int pieces, piece_bytes, stage_bytes;  // of the wire row
   int code_bytes;                        // of a batch that is quantised; else 0
 };

@@ -37,14 +37,41 @@ __device__ std::int64_t earlier_selection(const NotifyParams& p, std::int64_t at
   return -1;
 }
 
-// Adds to a counter for each group of lanes with the same key; gives each lane the counter before it.
-__device__ std::int32_t take_numbers(std::int32_t* counters, int key, int lane) {
-  const unsigned same = __match_any_sync(kAllLanes, key);  // by few values: it takes a turn for each
-  const std::int32_t before = key >= 0 ? counters[key] + __popc(same & ((1u << lane) - 1)) : -1;
+// A warp's counters, and beside them, where shared memory has room, a word for each in which lanes with the same key
+// find each other: to compare keys takes a turn for each that there is. The words are zero.
+struct Counters {
+  std::int32_t* of_key;
+  unsigned* lanes_of_key;  // null: no room
+};
+
+// Adds to a counter for each group of lanes with the same key; gives each lane the counter before it, -1 where it has
+// no key. Two keys of each lane at once: no lane's first is another's second.
+struct Pair {
+  int first, second;
+};
+__device__ Pair take_numbers(const Counters& counters, const Pair& key, int lane) {
+  const auto lanes_with = [&](int k) {
+    return counters.lanes_of_key == nullptr ? __match_any_sync(kAllLanes, k) : k >= 0 ? counters.lanes_of_key[k] : 0;
+  };
+  if (counters.lanes_of_key != nullptr) {
+    if (key.first >= 0) atomicOr(counters.lanes_of_key + key.first, 1u << lane);
+    if (key.second >= 0) atomicOr(counters.lanes_of_key + key.second, 1u << lane);
+    __syncwarp();
+  }
+  const Pair same{static_cast<int>(lanes_with(key.first)), static_cast<int>(lanes_with(key.second))};
+  const auto before = [&](int k, int lanes) {
+    return k >= 0 ? counters.of_key[k] + __popc(lanes & ((1u << lane) - 1)) : -1;
+  };
+  const Pair numbers{before(key.first, same.first), before(key.second, same.second)};
   __syncwarp();
-  if (key >= 0 && lane == __ffs(same) - 1) counters[key] += __popc(same);
+  const auto add = [&](int k, int lanes) {
+    if (k < 0 || lane != __ffs(lanes) - 1) return;
+    counters.of_key[k] += __popc(lanes);
+    if (counters.lanes_of_key != nullptr) counters.lanes_of_key[k] = 0;
+  };
+  add(key.first, same.first), add(key.second, same.second);
   __syncwarp();
-  return before;
+  return numbers;
 }
 
 // What memory must bring is asked for this many steps at once, and without a condition: behind a test, one load would
@@ -137,7 +164,7 @@ __device__ std::int32_t arrival_of(const NotifyParams& p, std::int64_t at, bool 
 }
 
 // Phase number: the same walk again, now that each segment knows how many came before it.
-__device__ void number_segment(const NotifyParams& p, const Segment& segment, std::int32_t* counters, int lane) {
+__device__ void number_segment(const NotifyParams& p, const Segment& segment, const Counters& counters, int lane) {
   const int lanes = lanes_at_work(p);
   for (std::int64_t base = segment.first; base < segment.end; base += kAhead * lanes) {
     const Steps steps{base, segment.end, lanes, lane};
@@ -157,12 +184,11 @@ __device__ void number_segment(const NotifyParams& p, const Segment& segment, st
       const std::int64_t at = steps.at(i);
       const bool mine = steps.has(i);
       const std::int64_t earlier = earlier_selection(p, at, rank[i], lane);
-      const std::int32_t own = take_numbers(counters, rank[i] >= 0 && earlier < 0 ? rank[i] : -1, lane);
-      const std::int32_t row = take_numbers(counters, key[i], lane);
-      const std::int32_t arrival = arrival_of(p, at, mine, earlier, own, lane);
+      const Pair own = take_numbers(counters, {rank[i] >= 0 && earlier < 0 ? rank[i] : -1, key[i]}, lane);
+      const std::int32_t arrival = arrival_of(p, at, mine, earlier, own.first, lane);
       if (!mine) continue;
       p.routes.relative_arrival[at] = arrival;
-      p.routes.relative_row[at] = row;
+      p.routes.relative_row[at] = own.second;
     }
   }
 }
@@ -313,10 +339,15 @@ __global__ void __launch_bounds__(kThreads) notify(const __grid_constant__ Notif
   const bool working = number < num_segments;
   const Segment segment = segment_of(p, number);
   std::int32_t* const of_block =
-      p.counters_in_shared ? shared_counters : p.segment_counts + std::int64_t{blockIdx.x} * kNotifyWarps * keys;
+      p.words_in_shared > 0 ? shared_counters : p.segment_counts + std::int64_t{blockIdx.x} * kNotifyWarps * keys;
   std::int32_t* const counters = of_block + std::int64_t{warp} * keys;
+  unsigned* const lanes_of_key =
+      p.words_in_shared > 1 ? reinterpret_cast<unsigned*>(shared_counters) + (kNotifyWarps + warp) * keys : nullptr;
 
-  for (int key = lane; key < keys; key += 32) counters[key] = 0;
+  for (int key = lane; key < keys; key += 32) {
+    counters[key] = 0;
+    if (lanes_of_key != nullptr) lanes_of_key[key] = 0;
+  }
   __syncwarp();
   if (working) route_segment(p, segment, counters, lane);
   prefix_in_block(p, of_block, keys);
@@ -324,7 +355,7 @@ __global__ void __launch_bounds__(kThreads) notify(const __grid_constant__ Notif
   if (good) {
     prefix_among_blocks(p, of_block, keys);
     if (blockIdx.x == 0) announce(now, p, warp, lane);
-    if (working) number_segment(p, segment, counters, lane);
+    if (working) number_segment(p, segment, {counters, lanes_of_key}, lane);
   }
   if (blockIdx.x != 0) {
     last_block(now);
@@ -370,7 +401,7 @@ __global__ void refuse(const __grid_constant__ RefuseParams p) {
 
 void launch_notify(const NotifyParams& params, int blocks, cudaStream_t stream) {
   const int keys = params.common.num_ranks + params.num_copies;
-  const std::size_t shared = params.counters_in_shared ? sizeof(std::int32_t) * kNotifyWarps * keys : 0;
+  const std::size_t shared = sizeof(std::int32_t) * kNotifyWarps * keys * params.words_in_shared;
   notify<<<blocks, kThreads, shared, stream>>>(params);
 }
 

@@ -80,8 +80,9 @@ class Dispatch {
     const int blocks = std::clamp(call_.num_tokens / (kNotifyWarps * kTokensPerWarp), 1, now_.blocks);
     const int segments = blocks * kNotifyWarps;
     const std::int64_t keys = context_.num_ranks + placement.num_copies;
-    const bool in_shared = static_cast<std::size_t>(keys) * kNotifyWarps * sizeof(std::int32_t) <= kMostCounterBytes;
-    counts_ = context_.local_tensor(DType::kI32, {(in_shared ? 0 : segments) + blocks + 1, keys});
+    const std::size_t word_of_each_key = static_cast<std::size_t>(keys) * kNotifyWarps * sizeof(std::int32_t);
+    const int in_shared = static_cast<int>(std::min<std::size_t>(kMostCounterBytes / word_of_each_key, 2));
+    counts_ = context_.local_tensor(DType::kI32, {(in_shared > 0 ? 0 : segments) + blocks + 1, keys});
     NotifyParams p{};
     p.common = context_.common(now_, call_.signature);
     p.routes = routes(*handle_);
@@ -97,7 +98,7 @@ class Dispatch {
     p.block_counts = p.totals + keys;
     p.segment_counts = p.block_counts + blocks * keys;
     p.segment_tokens = std::max(1, (call_.num_tokens + segments - 1) / segments);
-    p.counters_in_shared = in_shared;
+    p.words_in_shared = in_shared;
     p.layout = call_.layout;
     p.expert_alignment = call_.expert_alignment;
     p.max_tokens_per_rank = call_.max_tokens_per_rank;

@@ -205,6 +205,16 @@ __device__ __forceinline__ std::uint32_t magnitude_fp16x2(std::uint32_t a, std::
 #endif
 }
 
+// The upper of two finite BF16 numbers as the bits of a float: the lower times zero plus zero, the upper times one plus
+// a zero that leaves a zero's sign as it is. Grids have one row of blocks here, which the assembler does not know: it
+// would put a constant together anew for each product.
+__device__ __forceinline__ std::uint32_t upper_bf16(std::uint32_t v) {
+  const std::uint32_t minus_zero = gridDim.y << 31;
+  std::uint32_t upper;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(upper) : "r"(v), "r"(0x3f800000u), "r"(minus_zero));
+  return upper;
+}
+
 // 1 / b to about one unit in the last place; b and its reciprocal normal.
 __device__ __forceinline__ float reciprocal(float b) {
   float y;

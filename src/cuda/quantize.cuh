@@ -64,7 +64,23 @@ __device__ inline std::uint32_t quick_codes(const float* x, float factor) {
 #endif
 }
 
-/// What one lane holds of a batch of passes: channels, then their codes.
+/// A lane's codes of one pass: of eight channels each, `first` being of those after the other eight if `swapped` is 1,
+/// not 0.
+struct Codes {
+  uint2 first, second;
+  int swapped;
+  __device__ uint4 whole() const {
+    return {swapped ? second.x : first.x, swapped ? second.y : first.y, swapped ? first.x : second.x,
+            swapped ? first.y : second.y};
+  }
+  /// Into shared memory. Two stores, which need not be brought into order before.
+  __device__ void stage(std::byte* at) const {
+    *reinterpret_cast<uint2*>(at + 8 * swapped) = first;
+    *reinterpret_cast<uint2*>(at + 8 - 8 * swapped) = second;
+  }
+};
+
+/// The channels of a batch of passes that one lane holds.
 template <class Number, int kPasses>
 class Batch {
  public:
@@ -74,7 +90,7 @@ class Batch {
   /// and stores must not each stand in a branch of its own.
   __device__ void load(const std::byte* piece, int left, int lane) {
     const std::byte* const at = piece + channel_of_lane(lane) * Number::kBytes;
-    swapped_ = lane / 4 % 2 != 0;
+    swapped_ = (lane / 4 ^ lane / 8) & 1;
     if (left >= kChannels) {
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) load_pass(at, pass);
@@ -93,8 +109,8 @@ class Batch {
     std::uint32_t words[kWords] = {};
 #pragma unroll
     for (int i = 0; i < kPasses; i += 2) {
-      const typename Number::Eight none[2] = {};
-      Number::peak(x_[i], i + 1 < kPasses ? x_[(i + 1) % kPasses] : none, words + i / 2 * Number::kWordsOfPair);
+      // Where there is no second pass the first stands for it: nobody asks, and nothing is computed.
+      Number::peak(x_[i], x_[i + 1 < kPasses ? i + 1 : i], words + i / 2 * Number::kWordsOfPair);
     }
     // Each step halves either the words, of which a lane keeps those that it answers for, or nothing.
     int left = kWords;
@@ -119,33 +135,18 @@ class Batch {
   __device__ static int pass_of_lane(int lane) { return lane % kLanesOfGroup / kLanesOfPass; }
   __device__ static bool answers(int lane) { return lane % kLanesOfPass == 0 && pass_of_lane(lane) < kPasses; }
 
-  /// `factor`: of the lane's own group, in the pass that it answers for.
-  __device__ void encode(float factor) {
+  /// put(pass, codes) for each pass. `factor`: of the lane's own group, in the pass that it answers for.
+  template <class Put>
+  __device__ void encode(float factor, const Put& put) const {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const float of_pass = __shfl_sync(kAllLanes, factor, pass * kLanesOfPass, kLanesOfGroup);
-      const uint2 first = codes_of(x_[pass][0], of_pass), second = codes_of(x_[pass][1], of_pass);
-      codes_[pass] = {swapped_ ? second.x : first.x, swapped_ ? second.y : first.y, swapped_ ? first.x : second.x,
-                      swapped_ ? first.y : second.y};
+      put(pass, Codes{codes_of(x_[pass][0], of_pass), codes_of(x_[pass][1], of_pass), swapped_});
     }
   }
-
-  /// `at`: where the lane's first channel of the batch goes.
-  __device__ void store(std::byte* at, int left, int lane) const {
-    if (left >= kChannels) {
-#pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) ptx::store_streaming(at + pass * kPassChannels, codes_[pass]);
-    } else {
-#pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass)
-        if (in_row(pass, left, lane)) ptx::store_streaming(at + pass * kPassChannels, codes_[pass]);
-    }
-  }
-
-  /// `at`: the lane's first channel of the batch in shared memory, with room for the whole batch.
-  __device__ void stage(std::byte* at) const {
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) *reinterpret_cast<uint4*>(at + pass * kPassChannels) = codes_[pass];
+  /// Whether the row, of which `left` channels are left where the batch begins, has the lane's channels of a pass.
+  __device__ static bool in_row(int pass, int left, int lane) {
+    return pass * kPassChannels + channel_of_lane(lane) < left;
   }
 
  private:
@@ -157,26 +158,22 @@ class Batch {
   // Where two passes share a word, a lane's parity says which of them it answers for.
   static_assert(Number::kWordsOfPair > 1 || kLanesOfPass == 1);
 
-  __device__ static bool in_row(int pass, int left, int lane) {
-    return pass * kPassChannels + channel_of_lane(lane) < left;
-  }
-  // Every other four lanes load their two halves the other way round: so each load of a warp meets all banks of shared
-  // memory alike.
+  // Half of the lanes load their two halves the other way round: so each load of a warp meets all banks of shared
+  // memory alike, four lanes after four, and each store of eight codes, eight lanes after eight.
   __device__ void load_pass(const std::byte* at, int pass) {
     constexpr int kHalf = kLaneChannels / 2 * Number::kBytes;
     at += pass * kPassChannels * Number::kBytes;
-    Number::load(at + (swapped_ ? kHalf : 0), x_[pass][0]);
-    Number::load(at + (swapped_ ? 0 : kHalf), x_[pass][1]);
+    Number::load(at + kHalf * swapped_, x_[pass][0]);
+    Number::load(at + kHalf - kHalf * swapped_, x_[pass][1]);
   }
   __device__ static uint2 codes_of(const typename Number::Eight& eight, float factor) {
     float x[8];
-    Number::widen_eight(eight, x);
+    Number::widen_finite(eight, x);
     return {quick_codes(x, factor), quick_codes(x + 4, factor)};
   }
 
   typename Number::Eight x_[kPasses][2];
-  uint4 codes_[kPasses];
-  bool swapped_;
+  int swapped_;
 };
 
 /// A lane's codes of one pass by the rule itself, for whatever it may hold.

@@ -58,8 +58,10 @@ struct OutputBlock {
 
   /// Where a row's first scale lies, in words from scales_at.
   EP_HOST_DEVICE std::int64_t first_scale(std::int64_t row) const {
-    // Rows are fewer than 2^31: on a device a division of 64 bits costs as much as a row's scales.
+    // Rows are fewer than 2^31: on a device a division of 64 bits costs as much as a row's scales. Nearly always there
+    // is one group, and none is needed.
     const auto of_rows = static_cast<std::uint32_t>(row), in_group = static_cast<std::uint32_t>(scale_group_rows);
+    if (of_rows < in_group) return row * scale_row_stride;
     return of_rows / in_group * scale_group_stride + of_rows % in_group * scale_row_stride;
   }
 

@@ -8,9 +8,10 @@ namespace deep_ep::plan {
 
 /// Bytes per nanosecond (GB/s). The defaults were measured on H200 with NVLink; docs/performance.md has the tables.
 struct Rates {
-  int of_sm = 42;         // what one SM writes, wherever it goes
-  int of_link = 350;      // one direction, both in use
-  int of_memory = 2'000;  // written by all SMs of a GPU that read as much
+  int of_sm = 42;             // what one SM writes, wherever it goes
+  int of_quantising_sm = 46;  // to all ranks together, codes
+  int of_link = 350;          // one direction, both in use
+  int of_memory = 2'000;      // written by all SMs of a GPU that read as much
 };
 
 /// One rank's place: which of the group's ranks, itself among them, share its GPU.
@@ -43,13 +44,13 @@ constexpr int default_sms(const Neighbourhood& at, int most) { return std::clamp
 
 /// Roles of a grid's blocks. A block that writes both near and far goes at the pace of the slower, so with SMs enough
 /// to fill nearly all of a link each has one role; but rows that are quantised are written by whoever quantised them,
-/// and by no more blocks than fill the link.
+/// and by no more blocks than fill the link with what of theirs crosses it.
 constexpr BlockRoles roles_of(int blocks, const Neighbourhood& at, bool quantize, const Rates& rates = {}) {
   const BlockRoles full = full_rate(at, rates);
   if (at.far_ranks == 0) return {blocks, 0};
   if (quantize) {
-    const int far = std::max(rates.of_link / rates.of_sm, 1);
-    return {std::min(blocks, far + detail::ceil_div(far * at.near_ranks, at.far_ranks)), 0};
+    const int of_link = rates.of_link * (at.near_ranks + at.far_ranks), of_sm = rates.of_quantising_sm * at.far_ranks;
+    return {std::clamp((of_link + of_sm / 2) / of_sm, 1, blocks), 0};
   }
   if (blocks >= full.moving) return full;
   const int far = blocks * full.far / full.moving;

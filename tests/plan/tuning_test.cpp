@@ -33,7 +33,7 @@ TEST(Tuning, FewBlocksWriteEverywhereAndEnoughHaveOneRoleEach) {
   EXPECT_EQ(roles_of(14, pair, false).far, 0);
   for (int blocks : {16, 24, 132}) {
     EXPECT_EQ(roles_of(blocks, pair, true).far, 0) << "who quantises a row writes it everywhere";
-    EXPECT_EQ(roles_of(blocks, pair, true).moving, 16) << blocks;
+    EXPECT_EQ(roles_of(blocks, pair, true).moving, 15) << blocks;
   }
   EXPECT_EQ(roles_of(8, pair, true).moving, 8);
   EXPECT_EQ(roles_of(24, {4, 0}, false).moving, 24);
