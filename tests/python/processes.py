@@ -26,7 +26,7 @@ def spawn(
     The first call imports the modules of `preload` once for all processes, its own and those of later calls."""
     # The process that ranks are copies of must not touch a GPU, not even by an import that asks whether there is one.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    torch.multiprocessing.set_forkserver_preload(["deep_ep", "torch._dynamo", *preload])
+    torch.multiprocessing.set_forkserver_preload([*preload, "deep_ep", "torch._dynamo"])
     launch(_start, ranks, body, ranks, free_port(), device)
 
 
