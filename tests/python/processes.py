@@ -3,6 +3,7 @@
 
 import os
 import socket
+import sys
 from typing import Any, Callable, Sequence
 
 import torch
@@ -26,6 +27,8 @@ def spawn(
     The first call imports the modules of `preload` once for all processes, its own and those of later calls."""
     # The process that ranks are copies of must not touch a GPU, not even by an import that asks whether there is one.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    # It has to find the modules, but Python 3.11 does not give it this process's sys.path.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     torch.multiprocessing.set_forkserver_preload([*preload, "deep_ep", "torch._dynamo"])
     launch(_start, ranks, body, ranks, free_port(), device)
 
