@@ -4,8 +4,8 @@
 import os
 import threading
 import time
-from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+from contextlib import contextmanager, nullcontext
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, NamedTuple, Optional
 
 import torch
 
@@ -25,10 +25,16 @@ class Check(NamedTuple):
     seconds: float
 
 
+def _stream_of(device: str) -> ContextManager[Any]:
+    """On a GPU, a stream for this thread alone: kernels of ranks on one stream would wait for each other for ever."""
+    if not device.startswith("cuda"):
+        return nullcontext()
+    torch.cuda.set_device(device)
+    return torch.cuda.stream(torch.cuda.Stream())
+
+
 def _exchange(group: Any, device: str, ranks_per_node: int) -> Optional[str]:
     """Sends each token to two experts, which double it, one on each rank; None where the sums are right to the bit."""
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
     random = torch.Generator().manual_seed(group.rank())
     x = torch.randn((_TOKENS, _HIDDEN), generator=random).bfloat16().to(device)
     local = torch.randint(_EXPERTS // 2, (_TOKENS, 2), generator=random)
@@ -45,6 +51,9 @@ def _exchange(group: Any, device: str, ranks_per_node: int) -> Optional[str]:
     ) as buffer:
         rows, _, _, handle, _ = buffer.dispatch(x, topk_idx, num_experts=_EXPERTS)
         y, _, _ = buffer.combine(rows * 2, handle)
+        if y.is_cuda:
+            # Waits for the kernel without a copy behind it, which would hold up the other rank's launches.
+            torch.cuda.current_stream().synchronize()
         wrong = int((y != 4 * x).sum())
     return f"{wrong} of {x.numel()} values are wrong" if wrong else None
 
@@ -56,7 +65,8 @@ def _on_two_ranks(devices: List[str], ranks_per_node: int = 2) -> Optional[str]:
 
     def run(rank: int) -> None:
         try:
-            problems[rank] = _exchange(groups[rank], devices[rank], ranks_per_node)
+            with _stream_of(devices[rank]):
+                problems[rank] = _exchange(groups[rank], devices[rank], ranks_per_node)
         except Exception as error:  # noqa: B902  (a report of all that can go wrong)
             problems[rank] = str(error)
 
