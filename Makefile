@@ -41,7 +41,7 @@ tsan:  ## the tests under ThreadSanitizer
 
 bench:  ## measure, beside memcpy and Open MPI, then from Python beside gloo; reports in out/bench (ARGS=...)
 	cmake --preset release
-	cmake --build --preset release -j $(JOBS)
+	cmake --build --preset release -j $(JOBS) --target bench/all
 	mkdir -p out/bench
 	python3 bench/run.py --build build/release --out out/bench $(ARGS)
 
