@@ -55,7 +55,6 @@ class Buffer(NormalMode, LowLatencyMode):
         for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
             require(value >= 0 and value % 128 == 0, f"{name} must be a multiple of 128: {value}")
         super().__init__(chosen_group(group, comm), ranks_per_node, num_workers, device)
-        self.group = self._group
         self.rank, self.group_size = self._rank, self._num_ranks
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode = low_latency_mode

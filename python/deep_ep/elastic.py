@@ -68,7 +68,6 @@ class ElasticBuffer(EngramMixin, PipelineMixin, GatherMixin, Session):
         device: Any = None,
     ) -> None:
         super().__init__(group, ranks_per_node, num_workers, device)
-        self.group = group
         self.rank_idx, self.num_ranks = self._rank, self._num_ranks
         self.allow_hybrid_mode, self.allow_multiple_reduction = allow_hybrid_mode, allow_multiple_reduction
         self.prefer_overlap_with_compute, self.deterministic = prefer_overlap_with_compute, deterministic

@@ -2,7 +2,7 @@
 """Engram of DeepEP's V2: a table spread over the ranks, whose entries any rank fetches by number. The fetch is collective
 here: requests go to their owners as one dispatch, entries come back as another."""
 
-from typing import Any, Callable, Optional, Tuple
+from typing import Callable, Optional, Tuple
 
 import torch
 
@@ -15,12 +15,12 @@ _ROW_BYTES = 16
 
 
 class EngramMixin(Session):
-    group: Any
     _engram: Optional[torch.Tensor] = None
     _engram_sf: Optional[torch.Tensor] = None
 
     def engram_write(self, storage: torch.Tensor, sf: Optional[torch.Tensor] = None) -> None:
         """Sets this rank's entries, `[entries, hidden]`; `sf` is the table of all ranks' scales. Collective."""
+        self._opened()
         require(
             storage.dim() == 2 and storage.is_contiguous(),
             f"storage must be a contiguous matrix: {list(storage.shape)}",

@@ -47,7 +47,7 @@ class HybridEPBuffer(Session):
         num_workers: int = 0,
     ) -> None:
         super().__init__(group, num_of_hybrid_ep_ranks_per_nvlink_domain, num_workers)
-        self.group, self.rank, self.group_size = group, self._rank, self._num_ranks
+        self.rank, self.group_size = self._rank, self._num_ranks
         self.hidden_dim, self.num_local_experts, self.use_fp8 = hidden_dim, num_local_experts, use_fp8
         self.max_num_of_tokens_per_rank = max_num_of_tokens_per_rank
         self.num_of_hybrid_ep_ranks_per_nvlink_domain = self._node_size

@@ -13,11 +13,11 @@ from .session import Session
 
 
 class PipelineMixin(Session):
-    group: Any
     _pp_limits = (0, 0)
 
     def pp_set_config(self, num_max_tensor_bytes: int, num_max_inflight_tensors: int) -> None:
         """How large tensors are and how many may be under way. Collective."""
+        self._opened()
         require(
             num_max_tensor_bytes > 0 and num_max_inflight_tensors > 0,
             f"sizes must be positive: {num_max_tensor_bytes}, {num_max_inflight_tensors}",

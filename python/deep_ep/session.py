@@ -61,6 +61,11 @@ class Session:
         self._config.ranks_per_node = core_nodes(self._num_ranks, self._node_size)
 
     @property
+    def group(self) -> Any:
+        """The group that the buffer was made of; None once it is closed."""
+        return self._group
+
+    @property
     def _num_nodes(self) -> int:
         return -(-self._num_ranks // self._node_size)
 
@@ -174,6 +179,8 @@ class Session:
             core.close()
         if cores:
             _open_sessions.discard(self)
+        # gloo's threads end with the last reference to their group, and should do so before the interpreter does.
+        self._group = self._core_group = None
 
     def __repr__(self) -> str:
         state = "" if self.__dict__.get("_core") is not None else ", closed"

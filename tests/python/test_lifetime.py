@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import weakref
 
 import pytest
 import torch
@@ -212,3 +213,16 @@ def test_placements_spread_experts_as_the_caller_says():
     assert sum(results[0][1]) + sum(results[1][1]) == 10
     for _, _, combined, x, member in results:
         assert torch.allclose(combined.float(), x.float() * member.sum(dim=1, keepdim=True), rtol=1e-2)
+
+
+def test_a_closed_buffer_keeps_its_group_no_longer():
+    def body(group):
+        buffer = Buffer(group)
+        assert buffer.group is group
+        buffer.close()
+        assert buffer.group is None
+        return weakref.ref(group)
+
+    (kept,) = run_ranks(1, body)
+    gc.collect()
+    assert kept() is None
