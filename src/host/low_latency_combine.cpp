@@ -78,19 +78,22 @@ bool own_rows_stay(const CombineCall& call) {
 class Sender {
  public:
   Sender(Context& context, const CombineCall& call, const Epoch& epoch)
-      : context_(context), call_(call), handle_(*call.in.handle), epoch_(epoch), active_(context.active_ranks()) {
-    for (int home = 0; home < context.num_ranks; ++home) {
-      slots_.emplace_back(context, epoch, call, home);
-      rows_for_.push_back(count_rows(home));
-    }
+      : context_(context),
+        call_(call),
+        handle_(*call.in.handle),
+        epoch_(epoch),
+        active_(context.active_ranks()),
+        rows_for_(context.num_ranks) {
+    for (int home = 0; home < context.num_ranks; ++home) slots_.emplace_back(context, epoch, call, home);
   }
 
   void send() {
+    std::vector<Piece> pieces = cut();
+    for (const Piece& piece : pieces) rows_for_[piece.home] += piece.past_slot - piece.slot;
     Announcement mine;
     mine.signature = call_.signature;
     let_homes_read(mine);
     context_.announce(epoch_, mine);
-    std::vector<Piece> pieces = cut();
     context_.workers().for_range(static_cast<std::int64_t>(pieces.size()), 1, call_.num_workers,
                                  [&](std::int64_t begin, std::int64_t end) {
                                    for (std::int64_t i = begin; i < end; ++i) send_piece(pieces[i]);
@@ -211,14 +214,6 @@ class Sender {
   // Whether that home reads x itself.
   bool stays(int home) const {
     return (in_place_ && !context_.is_far(home)) || (home == context_.rank && own_rows_stay(call_));
-  }
-
-  std::int64_t count_rows(int home) const {
-    const std::int32_t* first_arrival = handle_.first_arrival.as<const std::int32_t>();
-    std::int64_t rows = 0;
-    for (std::int64_t arrival = first_arrival[home]; arrival < first_arrival[home + 1]; ++arrival)
-      rows += rows_of(arrival);
-    return rows;
   }
 
   std::int64_t rows_to_stage() const {
