@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <thread>
 
-#include "deep_ep/buffer.h"
 #include "deep_ep/error.h"
 #include "deep_ep/version.h"
 #include "host/rows.h"
@@ -79,9 +78,8 @@ void look_for_network(Machine& machine) {
   }
   if (!has_rdma(machine.interfaces))
     machine.missing.emplace_back(
-        "Several machines: libfabric has no provider with RDMA here (verbs, efa, cxi); rows go through TCP, which "
-        "takes "
-        "processor time.");
+        "Several machines: libfabric has no provider with RDMA here (verbs, efa, cxi); rows go through TCP, "
+        "which takes processor time.");
 }
 
 std::string gpu_line(const GpuInfo& gpu) {

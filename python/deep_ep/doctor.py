@@ -9,7 +9,6 @@ from typing import Any, Callable, ContextManager, Dict, Iterator, List, NamedTup
 
 import torch
 
-from . import _core
 from .elastic import ElasticBuffer
 from .group import in_process_group
 
@@ -117,13 +116,12 @@ def checks(machine: Any) -> Iterator[Check]:
 
 def facts(machine: Any) -> Dict[str, Any]:
     """What the machine has, as plain data for JSON."""
-    fields = {name: getattr(machine, name) for name in ("version", "num_cores", "row_arithmetic", "missing")}
-    gpu_fields = [name for name in dir(_core.GpuInfo) if not name.startswith("_")]
-    return {
-        **fields,
-        "torch": torch.__version__,
-        "gpus": [{name: getattr(gpu, name) for name in gpu_fields} for gpu in machine.gpus],
-        "interfaces": [
-            {"provider": way.provider, "name": way.name, "address": way.address} for way in machine.interfaces
-        ],
-    }
+    return {**_plain(machine), "torch": torch.__version__}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if isinstance(value, (str, int)):
+        return value
+    return {name: _plain(getattr(value, name)) for name in dir(value) if not name.startswith("_")}

@@ -12,25 +12,24 @@ _Call = TypeVar("_Call", bound=Callable[..., Any])
 
 class Naming:
     """How a call's errors name its arguments: by the names that its users know, given here for those of the library
-    beneath. Decorates the call; `rename` is for errors that it raises later."""
+    beneath. Decorates the call; `around` is for what it leaves to be called later."""
 
     def __init__(self, **names: str) -> None:
         self._names = names
         self._theirs = re.compile(rf"(?<![\w.])({'|'.join(names)})(?!\w)")
 
     def __call__(self, call: _Call) -> _Call:
-        @functools.wraps(call)
+        return cast(_Call, functools.update_wrapper(self.around(call), call))
+
+    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def named(*arguments: Any, **keywords: Any) -> Any:
             try:
                 return call(*arguments, **keywords)
             except Error as error:
-                self.rename(error)
+                error.args = (self._theirs.sub(lambda found: self._names[found[1]], str(error)),)
                 raise
 
-        return cast(_Call, named)
-
-    def rename(self, error: Error) -> None:
-        error.args = (self._theirs.sub(lambda found: self._names[found[1]], str(error)),)
+        return named
 
 
 def invalid(what: str) -> Error:

@@ -92,7 +92,7 @@ class LowLatencyMode(Session):
             return self._dispatch_on_gpu(keywords, stats[1], async_finish, return_recv_hook)
         made, ticket = core.low_latency_dispatch_padded(return_recv_hook, *stats, **keywords)
         data, scales, count, src_info, layout_range = made
-        hook = None if ticket is None else once(lambda: ticket.finish(*stats), _OF_DISPATCH)
+        hook = None if ticket is None else once(_OF_DISPATCH.around(lambda: ticket.finish(*stats)))
         handle = (src_info, layout_range, num_max_dispatch_tokens_per_rank, shape[0], num_experts)
         event = finished(True, x, topk_idx, *made) if async_finish else EventOverlap()
         return ((data, scales) if use_fp8 else data), count, handle, event, hook
@@ -148,7 +148,7 @@ class LowLatencyMode(Session):
         ticket = core.low_latency_combine(handle=core_handle, at_once=not return_recv_hook, **keywords)
         if return_recv_hook:
             assert out is not None
-            return out, EventOverlap(), once(lambda: ticket.receive(wait_stats), _OF_COMBINE)
+            return out, EventOverlap(), once(_OF_COMBINE.around(lambda: ticket.receive(wait_stats)))
         combined, _ = ticket.receive(wait_stats)
         event = finished(True, x, topk_idx, topk_weights, combined) if async_finish else EventOverlap()
         return combined, event, None
@@ -215,7 +215,7 @@ class LowLatencyMode(Session):
                 with torch.cuda.stream(stream):
                     count(made[2])
 
-            event, hook = EventOverlap(), once(receive, _OF_DISPATCH)
+            event, hook = EventOverlap(), once(_OF_DISPATCH.around(receive))
         else:
             with self._call("low_latency_dispatch", None, async_finish) as call:
                 ticket = self._opened().low_latency_dispatch(at_once=True, **keywords)
@@ -246,7 +246,7 @@ class LowLatencyMode(Session):
         if with_hook:
             self._current_stream("low_latency_combine")
             ticket = self._opened().low_latency_combine(handle=self._without(core_handle, topk_idx), **keywords)
-            return out, EventOverlap(), once(ticket.finish, _OF_COMBINE)
+            return out, EventOverlap(), once(_OF_COMBINE.around(ticket.finish))
         with self._call("low_latency_combine", None, async_finish) as call:
             routes = self._without(core_handle, topk_idx)
             self._opened().low_latency_combine(handle=routes, at_once=True, **keywords).finish()
@@ -361,17 +361,13 @@ class LowLatencyMode(Session):
         require(self.enable_shrink, "masks need a buffer made with enable_shrink=True")
 
 
-def once(receive: Callable[[], Any], naming: Naming) -> Callable[[], None]:
+def once(receive: Callable[[], Any]) -> Callable[[], None]:
     """A hook: the second call finds nothing to do."""
     pending = [receive]
 
     def hook() -> None:
         if pending:
-            try:
-                pending.pop()()
-            except Error as error:
-                naming.rename(error)
-                raise
+            pending.pop()()
 
     return hook
 

@@ -47,21 +47,20 @@ NetworkConfig NetworkConfig::with_environment() const {
 std::string NetworkConfig::to_string() const {
   return fmt::format(
       "network.provider = '{}'\nnetwork.interface = '{}'\nnetwork.near_pci_device = '{}'\n"
-      "network.service_level = {}\nnetwork.traffic_class = {}\nnetwork.adaptive_routing = {}\nnetwork.bytes_in_flight "
-      "= {}\n",
+      "network.service_level = {}\nnetwork.traffic_class = {}\nnetwork.adaptive_routing = {}\n"
+      "network.bytes_in_flight = {}\n",
       provider, interface, near_pci_device, service_level, traffic_class, adaptive_routing, bytes_in_flight);
 }
 
 namespace net {
 
 std::string FabricReport::to_string() const {
-  std::string text = fmt::format(
-      "network.provider = {}\nnetwork.interface = {}\nnetwork.notices = {}\n"
-      "network.region_keys = {}\n",
-      capabilities.provider, interface,
-      capabilities.immediate_bytes > 0 ? fmt::format("{} bytes with the put", capabilities.immediate_bytes)
-                                       : "a message after a delivered put",
-      capabilities.random_keys ? "random" : "the provider's");
+  std::string text =
+      fmt::format("network.provider = {}\nnetwork.interface = {}\nnetwork.notices = {}\nnetwork.region_keys = {}\n",
+                  capabilities.provider, interface,
+                  capabilities.immediate_bytes > 0 ? fmt::format("{} bytes with the put", capabilities.immediate_bytes)
+                                                   : "a message after a delivered put",
+                  capabilities.random_keys ? "random" : "the provider's");
   for (const AppliedKnob& knob : knobs) text += fmt::format("network.{} = {}: {}\n", knob.name, knob.value, knob.state);
   return text;
 }
