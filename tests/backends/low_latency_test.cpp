@@ -267,20 +267,27 @@ void spoil(const TensorView& rows) {
   overwrite(rows, other.data());
 }
 
-// Without zero_copy the send has copied what it needs.
-TEST_P(LowLatencyEveryLayout, combines_rows_that_change_after_the_send) {
-  const Series series(GetParam(), 1);
+// Four ranks that have received a dispatch: body(buffer, the combine that follows, its result), on each.
+template <class Body>
+void run_combines(OutputLayout layout, const Body& body) {
+  const Series series(layout, 1);
   run_ranks(4, series.worlds[0].config(), [&](AnyBuffer& buffer) {
     const int rank = buffer.rank();
     const auto sent = buffer.low_latency_dispatch(series.worlds[0].input(rank)).receive();
-    const CombineInput plain = combine_input(series.homes[0], rank, sent.handle, SumOrder::by_topk());
+    body(buffer, combine_input(series.homes[0], rank, sent.handle, SumOrder::by_topk()), series.sums[0][rank]);
+  });
+}
+
+// Without zero_copy the send has copied what it needs.
+TEST_P(LowLatencyEveryLayout, combines_rows_that_change_after_the_send) {
+  run_combines(GetParam(), [](AnyBuffer& buffer, const CombineInput& plain, const auto& expected) {
     for (int repeat = 0; repeat < 6; ++repeat) {
       CombineInput in = plain;
       const Tensor mine = buffer.allocate_rows(plain);
       in.x = mine;
       auto ticket = buffer.low_latency_combine(in);
       spoil(mine);
-      EXPECT_EQ(difference(series.sums[0][rank], ticket.receive()), "") << "repeat " << repeat;
+      EXPECT_EQ(difference(expected, ticket.receive()), "") << "repeat " << repeat;
     }
   });
 }
@@ -303,17 +310,14 @@ TEST_P(LowLatencyEveryLayout, combines_where_the_arenas_of_some_ranks_are_full) 
 
 // With at_once a rank reads its own rows when it receives, and nobody's later.
 TEST_P(LowLatencyEveryLayout, combines_rows_that_change_once_they_are_received) {
-  const Series series(GetParam(), 1);
-  run_ranks(4, series.worlds[0].config(), [&](AnyBuffer& buffer) {
+  run_combines(GetParam(), [](AnyBuffer& buffer, const CombineInput& plain, const auto& expected) {
     const int rank = buffer.rank();
-    const auto sent = buffer.low_latency_dispatch(series.worlds[0].input(rank)).receive();
-    const CombineInput plain = combine_input(series.homes[0], rank, sent.handle, SumOrder::by_topk());
     for (int repeat = 0; repeat < 20; ++repeat) {
       CombineInput in = plain;
       in.at_once = (rank + repeat) % 3 != 0;
       const Tensor mine = buffer.allocate_rows(plain);
       in.x = mine;
-      EXPECT_EQ(difference(series.sums[0][rank], buffer.low_latency_combine(in).receive()), "") << "repeat " << repeat;
+      EXPECT_EQ(difference(expected, buffer.low_latency_combine(in).receive()), "") << "repeat " << repeat;
       spoil(mine);
     }
   });
@@ -321,11 +325,8 @@ TEST_P(LowLatencyEveryLayout, combines_rows_that_change_once_they_are_received) 
 
 // The tensor is dropped right after the send: what is allocated next must not lie there. Ranks 1 and 3 copy.
 TEST_P(LowLatencyEveryLayout, reads_rows_in_place_and_keeps_them_until_all_have_read) {
-  const Series series(GetParam(), 1);
-  run_ranks(4, series.worlds[0].config(), [&](AnyBuffer& buffer) {
+  run_combines(GetParam(), [](AnyBuffer& buffer, const CombineInput& plain, const auto& expected) {
     const int rank = buffer.rank();
-    const auto sent = buffer.low_latency_dispatch(series.worlds[0].input(rank)).receive();
-    const CombineInput plain = combine_input(series.homes[0], rank, sent.handle, SumOrder::by_topk());
     for (int repeat = 0; repeat < 20; ++repeat) {
       std::optional<Ticket<CombineOutput>> ticket;
       {
@@ -336,17 +337,13 @@ TEST_P(LowLatencyEveryLayout, reads_rows_in_place_and_keeps_them_until_all_have_
         ticket = buffer.low_latency_combine(in);
       }
       spoil(buffer.allocate_rows(plain));
-      EXPECT_EQ(difference(series.sums[0][rank], ticket->receive()), "") << "repeat " << repeat;
+      EXPECT_EQ(difference(expected, ticket->receive()), "") << "repeat " << repeat;
     }
   });
 }
 
 TEST_P(LowLatencyEveryLayout, gives_kept_rows_back_once_all_have_left) {
-  const Series series(GetParam(), 1);
-  run_ranks(4, series.worlds[0].config(), [&](AnyBuffer& buffer) {
-    const int rank = buffer.rank();
-    const auto sent = buffer.low_latency_dispatch(series.worlds[0].input(rank)).receive();
-    const CombineInput plain = combine_input(series.homes[0], rank, sent.handle, SumOrder::by_topk());
+  run_combines(GetParam(), [](AnyBuffer& buffer, const CombineInput& plain, const auto&) {
     std::size_t most = 0, of_one = 0;
     for (int repeat = 0; repeat < 40; ++repeat) {
       CombineInput in = plain;
